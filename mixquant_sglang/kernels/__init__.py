@@ -1,0 +1,100 @@
+"""Which kernel executes a precision on a device, and why.
+
+| GPU | prefill of recipe ``auto`` | nvfp4 | fp8 |
+|---|---|---|---|
+| SM100 and newer | nvfp4 | native (or emulated) | native |
+| SM89, SM90 | fp8 | emulated | native |
+| older NVIDIA, CPU | nvfp4 | emulated | emulated |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mixquant_sglang.kernels.base import PackedLinear
+
+
+@dataclass(frozen=True)
+class Device:
+    """``capability`` is CUDA's (major, minor), None without an NVIDIA GPU."""
+
+    name: str
+    capability: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        return self.name if self.capability is None else f"{self.name}, SM{self.capability[0]}{self.capability[1]}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a recipe comes to on a device: a precision per phase and the kernel of each low precision."""
+
+    prefill: str
+    decode: str
+    kernels: Mapping[str, str]
+    reason: str
+
+    def describe(self) -> str:
+        def column(precision: str) -> str:
+            return precision + (f" ({self.kernels[precision]})" if precision in self.kernels else "")
+
+        return f"prefill {column(self.prefill)}, decode {column(self.decode)}"
+
+
+def select(recipe: Recipe, device: Device) -> Selection:
+    """Resolves ``auto``; raises ``MixQuantError`` where the device cannot do what the recipe asks."""
+    prefill, reason = recipe.prefill, "the recipe says so"
+    if prefill == "auto":
+        prefill, reason = _auto(device)
+    precisions = {prefill, recipe.decode}
+    for rule in recipe.layers:
+        precisions.update(p for p in (rule.prefill, rule.decode) if p)
+    kernels = {p: _kernel(p, recipe, device) for p in sorted(precisions - {"bf16"})}
+    return Selection(prefill=prefill, decode=recipe.decode, kernels=kernels, reason=reason)
+
+
+def _auto(device: Device) -> tuple[str, str]:
+    if device.capability is None:
+        return "nvfp4", "there is no NVIDIA GPU, so NVFP4 is emulated"
+    if device.capability >= (10, 0):
+        return "nvfp4", f"{device} has NVFP4 tensor cores"
+    if device.capability >= (8, 9):
+        return "fp8", f"{device} has FP8 tensor cores but none for NVFP4"
+    return "nvfp4", f"{device} has neither NVFP4 nor FP8 tensor cores, so NVFP4 is emulated"
+
+
+_NATIVE_FROM = {"nvfp4": (10, 0), "fp8": (8, 9)}
+
+
+def _kernel(precision: str, recipe: Recipe, device: Device) -> str:
+    needed = _NATIVE_FROM[precision]
+    can_native = device.capability is not None and device.capability >= needed
+    if recipe.kernel == "native" and not can_native:
+        raise MixQuantError(
+            f"{recipe.source} kernel: native {precision} needs an NVIDIA GPU of SM{needed[0]}{needed[1]} or newer, "
+            f"this is {device}; use 'kernel: auto' or 'kernel: emulated'"
+        )
+    if recipe.kernel == "emulated" or not can_native:
+        return "emulated"
+    return "native"
+
+
+def packed_linear(precision: str, kernel: str) -> type[PackedLinear]:
+    """The class that packs weights in ``precision`` for ``kernel``."""
+    if kernel == "emulated":
+        from mixquant_sglang.kernels.emulated import EmulatedFP8, EmulatedNVFP4
+
+        return EmulatedNVFP4 if precision == "nvfp4" else EmulatedFP8
+    if precision == "nvfp4":
+        from mixquant_sglang.kernels.blackwell import NativeNVFP4
+
+        return NativeNVFP4
+    from mixquant_sglang.kernels.hopper import NativeFP8
+
+    return NativeFP8

@@ -1,0 +1,1 @@
+"""The shipped recipes: data only, read by ``mixquant_sglang/recipe.py``."""

@@ -1,0 +1,3 @@
+from mixquant_sglang.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,87 @@
+"""``mixquant`` and ``python -m mixquant_sglang``: what will happen on this machine and why, with no server started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+from mixquant_sglang import __version__, recipe
+from mixquant_sglang.errors import MixQuantError
+
+_PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flashinfer-python", "transformers")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status (0 fine, 1 a server would not start here, 2 wrong usage)."""
+    parser = argparse.ArgumentParser(prog="mixquant", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"mixquant {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    doctor = commands.add_parser("doctor", help="versions, GPU, hooks, kernels: what will happen here and why")
+    doctor.add_argument("--recipe", default=None, metavar="NAME|FILE", help="look at this recipe alone")
+    commands.add_parser("recipes", help="the shipped recipes")
+    args = parser.parse_args(argv)
+    try:
+        return _doctor(args.recipe) if args.command == "doctor" else _recipes()
+    except MixQuantError as error:
+        print(f"mixquant: {error}", file=sys.stderr)
+        return 1
+
+
+def _recipes() -> int:
+    for name in recipe.shipped():
+        print(f"{name:<18} {recipe.load(name).description}")
+    return 0
+
+
+def _doctor(only: str | None) -> int:
+    """Imports SGLang and torch, but starts nothing and changes nothing."""
+    healthy = True
+    print(f"mixquant           {__version__}, Python {platform.python_version()}")
+    for package in _PACKAGES:
+        try:
+            print(f"{package:<18} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package:<18} not installed")
+            healthy = healthy and package not in ("sglang", "torch")
+    if not healthy:
+        print("=> SGLang is not installed: pip install mixquant-sglang brings it")
+        return 1
+
+    registered = any(entry.name == "mixquant" for entry in entry_points(group="sglang.srt.plugins"))
+    allowed = os.environ.get("SGLANG_PLUGINS")
+    blocked = bool(allowed) and "mixquant" not in [name.strip() for name in (allowed or "").split(",")]
+    print(f"plugin             {'found by SGLang' if registered else 'NOT FOUND: reinstall the package'}", end="")
+    print(", but SGLANG_PLUGINS leaves it out" if blocked else "")
+    healthy = registered and not blocked
+
+    from mixquant_sglang import compat
+
+    if compat.sglang_version() not in compat.TESTED:
+        print(f"                   this SGLang is untested; tested: {', '.join(compat.TESTED)}")
+    missing = 0
+    for hook in compat.HOOKS:
+        try:
+            compat.target_of(hook)
+        except MixQuantError as error:
+            missing += 1
+            print(f"hook {hook.handler}: {error}")
+    print(f"hooks              {len(compat.HOOKS) - missing} of {len(compat.HOOKS)} targets exist")
+    healthy = healthy and not missing
+
+    from mixquant_sglang.kernels import select
+
+    device = compat.device()
+    print(f"device             {device}")
+    for name in [only] if only else recipe.shipped():
+        loaded = recipe.load(name)
+        try:
+            selection = select(loaded, device)
+            print(f"recipe {name:<17} {selection.describe()}; because {selection.reason}")
+        except MixQuantError as error:
+            print(f"recipe {name:<17} refused: {error}")
+            healthy = healthy and name != (only or recipe.requested())
+    print(f"=> --quantization mixquant {'will start here' if healthy else 'will NOT start here'}")
+    return 0 if healthy else 1

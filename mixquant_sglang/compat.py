@@ -1,0 +1,390 @@
+"""The only file that knows that SGLang versions differ: where we hook in, and how to read what differs.
+
+Decisions go by what a version has, never by its version string.  Each hook lists its targets; the first that exists is
+taken, and a hook none of whose targets exists ends the start with the version, the names and what they are for.
+``patches/README.md`` is the ledger of these hooks.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from mixquant_sglang import __version__
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.kernels import Device
+from mixquant_sglang.rows import RequestRows
+
+NAME = "mixquant"
+TESTED = ("0.5.17", "0.5.23")
+
+# Set by the process that parsed the server arguments, inherited by the schedulers that it spawns.
+ACTIVE_ENV = "MIXQUANT_ACTIVE"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """``handler`` is a function of hooks.py.  ``process``: "launcher" hooks are set in every process that may parse
+    server arguments, "asked" hooks once it asked for mixquant, "scheduler" hooks in the scheduler processes."""
+
+    handler: str
+    kind: str
+    process: str
+    targets: tuple[str, ...]
+    why: str
+
+
+HOOKS = (
+    Hook(
+        "add_recipe_flag",
+        "after",
+        "launcher",
+        ("sglang.srt.server_args.ServerArgs.add_cli_args",),
+        "adds --mixquant-recipe",
+    ),
+    Hook(
+        "resolve_server_args",
+        "around",
+        "launcher",
+        ("sglang.srt.server_args.ServerArgs.resolve_once", "sglang.srt.server_args.ServerArgs.__post_init__"),
+        "checks recipe and flags before anything is started",
+    ),
+    Hook(
+        "check_checkpoint",
+        "before",
+        "asked",
+        ("sglang.srt.configs.model_config.ModelConfig._verify_quantization",),
+        "refuses checkpoints that are not plain BF16",
+    ),
+    Hook(
+        "check_request",
+        "after",
+        "asked",
+        ("sglang.srt.sampling.sampling_params.SamplingParams.verify",),
+        "answers 400 to a bad custom_params.mixquant",
+    ),
+    Hook(
+        "namespace_request",
+        "after",
+        "scheduler",
+        ("sglang.srt.managers.schedule_batch.Req.__init__",),
+        "gives requests with BF16 prefill a cache namespace of their own",
+    ),
+    Hook(
+        "plan_batch",
+        "after",
+        "scheduler",
+        ("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",),
+        "finds the protected rows of a batch while its requests are at hand",
+    ),
+    Hook(
+        "run_pass",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner.ModelRunner.forward",),
+        "publishes the phase of a forward pass and counts it",
+    ),
+    Hook(
+        "finish_load",
+        "after",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner.ModelRunner.load_model",),
+        "checks the recipe against the model and reports what was packed",
+    ),
+    Hook(
+        "capture_prefill",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner._run_forward",),
+        "captures prefill graphs with low-precision linears and the row index buffer",
+    ),
+    Hook(
+        "can_replay_prefill",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner.can_run_graph",),
+        "runs passes eagerly that no captured prefill graph computes",
+    ),
+    Hook(
+        "load_prefill_rows",
+        "before",
+        "scheduler",
+        ("sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner.load_batch",),
+        "fills the row index buffer before a prefill graph is replayed",
+    ),
+    Hook(
+        "weights_from_tensor",
+        "after",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_tensor",),
+        "packs the weights again after an update that skips process_weights_after_loading",
+    ),
+    Hook(
+        "weights_from_distributed",
+        "after",
+        "scheduler",
+        (
+            "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+            ".update_weights_from_distributed",
+            "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+            ".load_weights_from_distributed",
+        ),
+        "packs the weights again after an update that skips process_weights_after_loading",
+    ),
+    Hook(
+        "weights_resumed",
+        "after",
+        "scheduler",
+        (
+            "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+            ".resume_memory_occupation",
+        ),
+        "packs the weights again after their memory was released",
+    ),
+    Hook(
+        "add_internal_state",
+        "after",
+        "scheduler",
+        ("sglang.srt.managers.scheduler.Scheduler.get_internal_state",),
+        "adds internal_states[i].mixquant to /server_info",
+    ),
+    Hook(
+        "attach_metrics",
+        "after",
+        "scheduler",
+        ("sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.init_new",),
+        "creates the mixquant: series with SGLang's labels",
+    ),
+    Hook(
+        "log_prefill",
+        "around",
+        "scheduler",
+        ("sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_prefill_stats",),
+        "adds low and protected rows to SGLang's prefill log line",
+    ),
+)
+
+
+def sglang_version() -> str:
+    return version("sglang")
+
+
+def target_of(hook: Hook) -> str:
+    """The dotted name that ``hook`` takes in this SGLang; raises ``MixQuantError`` if it has none of them."""
+    for target in hook.targets:
+        owner, _, attribute = target.rpartition(".")
+        try:
+            found = hasattr(pkgutil.resolve_name(owner), attribute)
+        except (ImportError, AttributeError):
+            found = False
+        # object.__init__ and the like do not count, and a class must define what we replace.
+        if found:
+            return target
+    raise MixQuantError(
+        f"SGLang {sglang_version()} has no {' nor '.join(hook.targets)}, which mixquant {__version__} needs: it "
+        f"{hook.why}. Tested with SGLang {' and '.join(TESTED)}: pip install 'sglang=={TESTED[-1]}'"
+    )
+
+
+def hooks_of(*processes: str) -> list[Hook]:
+    return [hook for hook in HOOKS if hook.process in processes]
+
+
+def register_hooks(hooks: list[Hook]) -> None:
+    """Registers them with SGLang's HookRegistry, which applies them when all plugins have run."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for hook in hooks:
+        HookRegistry.register(target_of(hook), handler_of(hook), HookType(hook.kind))
+
+
+def apply_hooks() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    HookRegistry.apply_hooks()
+
+
+def handler_of(hook: Hook) -> Callable[..., Any]:
+    from mixquant_sglang import hooks
+
+    handler: Callable[..., Any] = getattr(hooks, hook.handler)
+    return handler
+
+
+def took_effect(hook: Hook) -> bool:
+    """Whether calling the target calls our handler: SGLang only logs a hook that it could not apply."""
+    function: Any = pkgutil.resolve_name(target_of(hook))
+    handler = handler_of(hook)
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        cells = getattr(function, "__closure__", None) or ()
+        if any(cell.cell_contents is handler for cell in cells):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def check_hooks_took_effect(*processes: str) -> None:
+    """Raises ``MixQuantError`` for a hook that is missing in this process (by default: one that serves a model)."""
+    for hook in hooks_of(*(processes or ("scheduler",))):
+        if not took_effect(hook):
+            raise MixQuantError(
+                f"the hook on {target_of(hook)} is not in place, so mixquant cannot do its work ({hook.why}). "
+                f"Start SGLang with --quantization {NAME} and with the plugin loaded "
+                "(SGLANG_PLUGINS, if set, must contain mixquant; a json override of the model config is not enough)"
+            )
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turns a ``MixQuantError`` into the end of this process with that one line on stderr."""
+    try:
+        yield
+    except MixQuantError as error:
+        sys.stdout.flush()
+        raise SystemExit(f"mixquant: {error}") from None
+
+
+def is_scheduler_process() -> bool:
+    """Whether this process was spawned to run a model for a launcher that asked for mixquant."""
+    return os.environ.get(ACTIVE_ENV) == "1" and "sglang.srt.managers.scheduler" in sys.modules
+
+
+# -- flags -------------------------------------------------------------------------------------------------------------
+
+# Field of ServerArgs, how much of it is refused, and why.  What is not here was seen working or does not touch us.
+_REFUSED: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+    (
+        "tokenizer_worker_num",
+        "--tokenizer-worker-num > 1",
+        lambda v: v > 1,
+        "SGLang does not load plugins in its tokenizer workers",
+    ),
+    (
+        "enable_dp_attention",
+        "--enable-dp-attention",
+        bool,
+        "it turns decode passes into prefill passes and mixes the rows of several ranks",
+    ),
+    ("attn_dp_size", "--attn-dp-size > 1", lambda v: v > 1, "it mixes the rows of several ranks"),
+    ("dp_size", "--dp-size > 1", lambda v: v > 1, "it has not been tested; start one server per replica"),
+    ("pp_size", "--pp-size > 1", lambda v: v > 1, "pipeline parallelism has not been tested"),
+    ("attn_cp_size", "--attn-cp-size > 1", lambda v: v > 1, "context parallelism reorders token rows"),
+    ("enable_prefill_cp", "--enable-prefill-cp", bool, "context parallelism reorders token rows"),
+    ("enable_two_batch_overlap", "--enable-two-batch-overlap", bool, "it splits the rows of a pass"),
+    ("enable_pdmux", "--enable-pdmux", bool, "it has not been tested"),
+    ("speculative_algorithm", "--speculative-algorithm", bool, "speculative decoding has not been tested"),
+    ("dllm_algorithm", "--dllm-algorithm", bool, "diffusion language models have no prefill to speak of"),
+    (
+        "disaggregation_mode",
+        "--disaggregation-mode",
+        lambda v: v not in (None, "null"),
+        "one server does both phases here; prefill/decode disaggregation has not been tested",
+    ),
+    ("enable_lora", "--enable-lora", bool, "LoRA has not been tested"),
+    ("lora_paths", "--lora-paths", bool, "LoRA has not been tested"),
+    ("cpu_offload_gb", "--cpu-offload-gb", bool, "packed weights would stay on the GPU"),
+    ("offload_group_size", "--offload-group-size", lambda v: v is not None and v > 0, "it has not been tested"),
+    ("use_ray", "--use-ray", bool, "SGLang does not load plugins in Ray actors"),
+    ("encoder_only", "--encoder-only", bool, "an encoder has no prefill"),
+    (
+        "cuda_graph_backend_prefill",
+        "--cuda-graph-backend-prefill full or tc_piecewise",
+        lambda v: v in ("full", "tc_piecewise"),
+        "row protection is tested with breakable prefill graphs and without; use 'breakable' or 'disabled'",
+    ),
+)
+
+
+def check_server_args(server_args: Any) -> None:
+    """Raises ``MixQuantError`` for a flag that mixquant refuses."""
+    for field, flag, refused, why in _REFUSED:
+        value = getattr(server_args, field, None)
+        if value is not None and refused(value):
+            raise MixQuantError(f"--quantization {NAME} does not go with {flag}: {why}")
+
+
+# -- facts of requests and batches -------------------------------------------------------------------------------------
+
+
+def request_rows(forward_batch: Any, batch: Any, wants_bf16: Callable[[Any], bool]) -> list[RequestRows]:
+    """The requests of an EXTEND, MIXED or SPLIT_PREFILL batch in row order."""
+    decoding = {id(req) for req in batch.decoding_reqs or ()}
+    return [
+        RequestRows(
+            new=int(new),
+            prefix=int(prefix),
+            prompt=len(req.origin_input_ids),
+            decoding=id(req) in decoding,
+            bf16=wants_bf16(req),
+        )
+        for req, new, prefix in zip(
+            batch.reqs, forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu, strict=True
+        )
+    ]
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+
+def device() -> Device:
+    """The GPU that this process serves from, or the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Device("this CPU", None)
+    return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+
+
+def bf16_below() -> int:
+    """Passes with fewer rows than this bypass the linear methods: SGLang 0.5.23 runs the gate and up projections of
+    small batches through a fused BF16 kernel (``layers/dual_gemm.py``), in prefill too."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 1
+    try:
+        limit = pkgutil.resolve_name("sglang.kernels.ops.gemm.cutedsl_dual_gemm.MAX_DUAL_GEMM_DECODE_TOKENS")
+    except (ImportError, AttributeError):
+        return 1
+    return int(limit) + 1
+
+
+def allow_cpu() -> None:
+    """Lets SGLang build rotary embeddings on a machine without an accelerator and without its CPU engine.
+
+    ``RotaryEmbedding.__init__`` imports a vLLM kernel there that it never calls; the module constant is read at that
+    one place (``layers/rotary_embedding/base.py``).
+    """
+    import torch
+
+    accelerators = [torch.cuda.is_available()]
+    accelerators += [getattr(torch, name).is_available() for name in ("xpu", "npu") if hasattr(torch, name)]
+    if any(accelerators):
+        return
+    import sglang.srt.layers.rotary_embedding.base as rotary
+
+    rotary._is_cpu = True
+
+
+def provide_fp4_linear_method() -> None:
+    """Hands SGLang's ModelOpt FP4 linear method to the native kernel, and refuses back ends that cannot serve it."""
+    from sglang.srt.layers.quantization.fp4_utils import get_fp4_gemm_runner_backend
+    from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config, ModelOptFp4LinearMethod
+
+    from mixquant_sglang.kernels import blackwell
+
+    backend = get_fp4_gemm_runner_backend()
+    if backend.is_marlin():
+        raise MixQuantError(
+            "--fp4-gemm-backend marlin leaves activations in BF16; "
+            "native nvfp4 needs one of SGLang's flashinfer back ends"
+        )
+    config = ModelOptFp4Config(is_checkpoint_nvfp4_serialized=True, group_size=16, exclude_modules=[])
+    blackwell.fp4_linear_method = lambda: ModelOptFp4LinearMethod(config)

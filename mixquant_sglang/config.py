@@ -1,0 +1,163 @@
+"""SGLang's face of a recipe: the quantization config that ``--quantization mixquant`` selects.
+
+SGLang builds it without arguments in each scheduler process, asks it for the method of every layer, and calls
+``finish_load`` (a hook) once the model is loaded, before the KV pool is sized.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+
+from mixquant_sglang import __version__, compat, recipe, runtime
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.kernels import select
+from mixquant_sglang.matching import RuleMatcher
+from mixquant_sglang.method import MixQuantLinearMethod
+from mixquant_sglang.phase import Phase
+from mixquant_sglang.rows import GraphRows
+from mixquant_sglang.runtime import GRAPH_ROWS, Runtime
+
+logger = logging.getLogger(__name__)
+
+# What SGLang fuses in its dense models; a model's own packed_modules_mapping is added to it.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+# Layers that stay BF16 whatever the recipe says: routers, MLA's kv_b_proj (its weight is also read outside of apply),
+# and towers for other modalities, whose rows are not the rows of the pass.
+ALWAYS_BF16_LEAVES = frozenset({"gate", "router", "shared_expert_gate", "kv_b_proj"})
+ALWAYS_BF16_TOWERS = frozenset(
+    {"visual", "vision_tower", "vision_model", "vision_encoder", "audio_tower", "multi_modal_projector", "mm_projector"}
+)
+
+
+def always_bf16(name: str) -> bool:
+    parts = name.split(".")
+    return parts[-1] in ALWAYS_BF16_LEAVES or not ALWAYS_BF16_TOWERS.isdisjoint(parts)
+
+
+class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
+    """Raises ``SystemExit`` with one line for what the user can mend, so that nothing half-configured serves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: dict[str, None] = {}
+        self._matcher: RuleMatcher | None = None
+        with compat.refusing():
+            compat.check_hooks_took_effect()
+            self._recipe = recipe.load(recipe.requested())
+            selection = select(self._recipe, compat.device())
+            if self._recipe.min_tokens > 1 and selection.decode != "bf16":
+                raise MixQuantError(
+                    f"{self._recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs "
+                    f"'decode: {{precision: bf16}}'; the recipe has {selection.decode}"
+                )
+            if selection.kernels.get("nvfp4") == "native":
+                compat.provide_fp4_linear_method()
+        known = runtime.current()
+        if known is None or known.recipe != self._recipe:
+            # SGLang builds the config more than once per load; only the first time is news.
+            logger.info(
+                "mixquant %s: recipe %s -> %s; because %s",
+                __version__,
+                self._recipe.name,
+                selection.describe(),
+                selection.reason,
+            )
+            runtime.start(Runtime(self._recipe, selection, bf16_below=compat.bf16_below()))
+        current = runtime.current()
+        assert current is not None
+        self._runtime = current
+        current.config = self
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "mixquant"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MixQuantConfig:
+        return cls()
+
+    def get_scaled_act_names(self) -> list[str]:
+        return []
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None  # embeddings, lm_head, attention and MoE experts take SGLang's unquantised default
+        if self._matcher is None:
+            self._matcher = RuleMatcher(self._recipe.layers, {**FUSED, **self.packed_modules_mapping})
+        self._names[prefix] = None
+        selection = self._runtime.selection
+        with compat.refusing():
+            prefill, decode = self._matcher.precisions(prefix, selection.prefill, selection.decode)
+        if always_bf16(prefix) or (prefill, decode) == ("bf16", "bf16"):
+            return UnquantizedLinearMethod()
+        return MixQuantLinearMethod(self._runtime, prefix, prefill, decode)
+
+    def finish_load(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Checks the recipe against the layers that the model turned out to have, and reports what was packed."""
+        run = self._runtime
+        with compat.refusing():
+            if self._matcher is not None:
+                self._matcher.check_all_matched(self._names)
+            packed = [m for m in run.layers if {*m.precision.values()} != {"bf16"}]
+            if run.selection.kernels and not packed:
+                raise MixQuantError(
+                    f"recipe {self._recipe.name} wants {' and '.join(run.selection.kernels)}, but no layer of this "
+                    "model can take it; "
+                    + ("; ".join(f"{m.name}: {m.refusal}" for m in run.layers[:3]) or "see the rules")
+                )
+        run.split = any(m.split for m in packed)
+        total = 0
+        stays: dict[str, list[str]] = {}
+        run.precisions.clear()
+        for name, module in model.named_modules():
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, MixQuantLinearMethod):
+                run.precisions[method.precision[Phase.PREFILL]] += 1
+                total += module.weight.nbytes
+                if method.refusal:
+                    stays.setdefault(method.refusal, []).append(name)
+            elif isinstance(module, (LinearBase, ParallelLMHead, torch.nn.Linear)):
+                run.precisions["bf16"] += 1
+                total += module.weight.nbytes if isinstance(module, LinearBase) else 0
+                reason = "by rule of the recipe" if isinstance(module, LinearBase) else "never quantised"
+                if isinstance(module, LinearBase) and always_bf16(name):
+                    reason = "never quantised"
+                stays.setdefault(reason, []).append(name)
+            elif type(module).__name__ == "FusedMoE":
+                stays.setdefault("MoE experts, never quantised by this version", []).append(name)
+        run.config = None  # nothing asks it any more
+        if run.selection.kernels:
+            extra = run.extra_weight_bytes
+            logger.info(
+                "mixquant: linears by prefill precision: %s; "
+                "packed weights add %.1f MiB (%.0f%% of the linears' %.1f MiB)",
+                ", ".join(f"{n} {precision}" for precision, n in sorted(run.precisions.items())),
+                extra / 2**20,
+                100 * extra / max(total, 1),
+                total / 2**20,
+            )
+            for reason, names in stays.items():
+                shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                logger.info("mixquant: stays BF16 (%s): %s", reason, shown)
+        if run.split and device.type == "cuda":
+            run.graph_rows = GraphRows(GRAPH_ROWS, device)

@@ -1,0 +1,272 @@
+"""What our hooks do inside SGLang, one short function per row of ``compat.HOOKS`` and of ``patches/README.md``.
+
+BEFORE handlers take the target's arguments, AFTER handlers its result first, AROUND handlers the target itself first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from mixquant_sglang import __version__, compat, phase, recipe, runtime
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.phase import Phase
+from mixquant_sglang.runtime import PassPlan
+
+REQUEST_KEY = "mixquant"
+_PLAN = "_mixquant_plan"  # attribute of the ForwardBatch between init_new and ModelRunner.forward
+
+_command_line = False  # server arguments came from a command line, so a refusal ends the process with one line
+_flag_given = False
+_dtype_asked: str | None = None
+_labels: Mapping[str, Any] | None = None
+
+
+# -- launcher ----------------------------------------------------------------------------------------------------------
+
+
+class _RecipeFlag(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        global _flag_given
+        _flag_given = True
+        os.environ[recipe.RECIPE_ENV] = values
+        setattr(namespace, self.dest, values)
+
+
+def add_recipe_flag(_result: None, parser: argparse.ArgumentParser) -> None:
+    global _command_line
+    _command_line = True
+    parser.add_argument(
+        "--mixquant-recipe",
+        action=_RecipeFlag,
+        metavar="NAME|FILE",
+        help="Recipe for --quantization mixquant: a shipped name (mixquant recipes lists them) or a YAML file. "
+        f"Default: the environment variable {recipe.RECIPE_ENV}, else 'auto'.",
+    )
+
+
+def _refusing() -> AbstractContextManager[None]:
+    return compat.refusing() if _command_line else nullcontext()
+
+
+def resolve_server_args(original: Callable[..., None], server_args: Any, *args: Any, **kwargs: Any) -> None:
+    global _dtype_asked
+    asked = server_args.quantization == compat.NAME
+    os.environ.pop(compat.ACTIVE_ENV, None)
+    with _refusing():
+        if _flag_given and not asked:
+            raise MixQuantError(f"--mixquant-recipe needs --quantization {compat.NAME}")
+        if asked:
+            recipe.load(recipe.requested())
+            compat.check_server_args(server_args)
+            for hook in compat.HOOKS:
+                compat.target_of(hook)
+            _dtype_asked = server_args.dtype
+            _prepare_launcher()
+        original(server_args, *args, **kwargs)
+        if asked:
+            compat.check_server_args(server_args)
+            os.environ[compat.ACTIVE_ENV] = "1"
+
+
+def _prepare_launcher() -> None:
+    from mixquant_sglang.plugin import register_config
+
+    waiting = [hook for hook in compat.hooks_of("asked") if not compat.took_effect(hook)]
+    compat.register_hooks(waiting)
+    compat.apply_hooks()
+    compat.check_hooks_took_effect("launcher", "asked")
+    register_config()
+
+
+def check_checkpoint(model_config: Any) -> None:
+    """Refuses quantised checkpoints, and those of another dtype unless ``--dtype bfloat16`` asks for the cast."""
+    if model_config.quantization != compat.NAME:
+        return
+    with _refusing():
+        for config in (model_config.hf_config, model_config.hf_text_config):
+            for field in ("quantization_config", "compression_config"):
+                found = getattr(config, field, None)
+                if found:
+                    method = found.get("quant_method") if isinstance(found, dict) else type(found).__name__
+                    raise MixQuantError(
+                        f"{model_config.model_path} is already quantised ({method}); "
+                        "mixquant derives its packed weights from a plain BF16 checkpoint: give it the original one"
+                    )
+        stored = getattr(model_config.hf_text_config, "dtype", None)
+        stored = getattr(torch, stored, stored) if isinstance(stored, str) else stored
+        cast_unasked = stored is not torch.bfloat16 and _dtype_asked == "auto"
+        if model_config.dtype is not torch.bfloat16 or cast_unasked:
+            raise MixQuantError(
+                f"{model_config.model_path} is a {str(stored or torch.float32).removeprefix('torch.')} checkpoint that "
+                f"would be served as {str(model_config.dtype).removeprefix('torch.')}; mixquant needs BF16: "
+                "convert it, or pass --dtype bfloat16 to cast it at load"
+            )
+
+
+def check_request(_result: None, sampling_params: Any, *_args: Any) -> None:
+    """Raises ``ValueError``, which SGLang answers with 400, for a bad ``custom_params.mixquant``."""
+    custom = sampling_params.custom_params
+    if not isinstance(custom, dict) or REQUEST_KEY not in custom:
+        return
+    policy = custom[REQUEST_KEY]
+    if policy != {"prefill": "bf16"}:
+        raise ValueError(
+            f"custom_params.{REQUEST_KEY} is {policy!r}; "
+            "allowed: {'prefill': 'bf16'}, which prefills this request in BF16"
+        )
+    asked = recipe.load(recipe.requested())
+    if asked.decode != "bf16":
+        raise ValueError(
+            f"custom_params.{REQUEST_KEY}: this server's recipe {asked.name} has decode {asked.decode}, "
+            "so it has no BF16 path for a request's prefill"
+        )
+
+
+# -- scheduler: requests and passes ------------------------------------------------------------------------------------
+
+
+def namespace_request(_result: None, req: Any, *_args: Any, **_kwargs: Any) -> None:
+    custom = req.sampling_params.custom_params
+    req.mixquant_bf16 = isinstance(custom, dict) and REQUEST_KEY in custom
+    if req.mixquant_bf16:
+        req.extra_key = f"{req.extra_key or ''}|mixquant=bf16"
+
+
+def plan_batch(forward_batch: Any, _cls: type, batch: Any, model_runner: Any, **_kwargs: Any) -> None:
+    run = runtime.current()
+    if run is None or phase.phase_of(forward_batch.forward_mode.name) is not Phase.PREFILL:
+        return
+    requests = compat.request_rows(forward_batch, batch, lambda req: getattr(req, "mixquant_bf16", False))
+    plan = run.plan_prefill(requests, torch.device(model_runner.device))
+    setattr(forward_batch, _PLAN, plan)
+    if batch.prefill_stats is not None:
+        batch.prefill_stats.mixquant = plan
+
+
+def run_pass(original: Callable[..., Any], model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    run = runtime.current()
+    if run is None:
+        return original(model_runner, forward_batch, *args, **kwargs)
+    mode = forward_batch.forward_mode.name
+    plan: PassPlan | None = getattr(forward_batch, _PLAN, None)
+    if plan is None:
+        if phase.phase_of(mode) is Phase.PREFILL:
+            raise RuntimeError(f"mixquant: a {mode} batch reached the model without the facts of its requests")
+        plan = run.plan_decode(0 if forward_batch.input_ids is None else len(forward_batch.input_ids))
+    if mode != "IDLE" and not getattr(forward_batch, "split_index", 0):
+        run.count(plan)
+    run.refresh_if_changed()
+    with phase.scope(plan.running):
+        return original(model_runner, forward_batch, *args, **kwargs)
+
+
+# -- scheduler: prefill CUDA graphs ------------------------------------------------------------------------------------
+
+
+def capture_prefill(
+    original: Callable[..., Any], runner: Any, forward_batch: Any, num_tokens: int, *args: Any, **kwargs: Any
+) -> Any:
+    run = runtime.current()
+    if run is None:
+        return original(runner, forward_batch, num_tokens, *args, **kwargs)
+    backend = str(getattr(runner.prefill_backend_name, "value", runner.prefill_backend_name))
+    if run.split and backend != "breakable":
+        raise SystemExit(
+            f"mixquant: the prefill CUDA graph backend is {backend}; row protection is tested with breakable graphs "
+            "and without: pass --cuda-graph-backend-prefill breakable (or disabled)"
+        )
+    with phase.scope(run.captured_pass(num_tokens)):
+        return original(runner, forward_batch, num_tokens, *args, **kwargs)
+
+
+def can_replay_prefill(original: Callable[..., bool], runner: Any, forward_batch: Any) -> bool:
+    if not original(runner, forward_batch):
+        return False
+    run = runtime.current()
+    return run is None or run.can_replay(getattr(forward_batch, _PLAN))
+
+
+def load_prefill_rows(_runner: Any, forward_batch: Any, **_kwargs: Any) -> None:
+    run = runtime.current()
+    if run is not None and run.graph_rows is not None:
+        run.graph_rows.fill(getattr(forward_batch, _PLAN).protected)
+
+
+# -- scheduler: weights ------------------------------------------------------------------------------------------------
+
+
+def finish_load(_result: None, model_runner: Any) -> None:
+    run = runtime.current()
+    if run is not None and run.config is not None:
+        run.config.finish_load(model_runner.model, torch.device(model_runner.device))
+        _publish_metrics()
+
+
+def _weights_changed() -> None:
+    run = runtime.current()
+    if run is not None:
+        run.weights_changed()
+
+
+def weights_from_tensor(_result: Any, *_args: Any, **_kwargs: Any) -> None:
+    _weights_changed()
+
+
+def weights_from_distributed(_result: Any, *_args: Any, **_kwargs: Any) -> None:
+    _weights_changed()
+
+
+def weights_resumed(_result: Any, *_args: Any, **_kwargs: Any) -> None:
+    _weights_changed()
+
+
+# -- scheduler: what users see -----------------------------------------------------------------------------------------
+
+
+def add_internal_state(result: Any, *_args: Any) -> None:
+    run = runtime.current()
+    if run is not None:
+        result.internal_state["mixquant"] = run.state()
+
+
+def attach_metrics(context: Any, *_args: Any, **_kwargs: Any) -> None:
+    global _labels
+    if context.collector is not None and context.current_scheduler_metrics_enabled:
+        _labels = context.collector.labels
+        _publish_metrics()
+
+
+def _publish_metrics() -> None:
+    """Once SGLang's labels are known and the model is loaded, whichever comes last."""
+    global _labels
+    run = runtime.current()
+    if run is None or run.config is not None or _labels is None:
+        return
+    run.counters.attach(_labels).describe(
+        version=__version__,
+        recipe=run.recipe.name,
+        kernel=",".join(f"{precision}:{kernel}" for precision, kernel in run.selection.kernels.items()) or "none",
+        layers=run.precisions,
+        extra_bytes=run.extra_weight_bytes,
+    )
+    _labels = None
+
+
+def log_prefill(original: Callable[..., None], reporter: Any, *args: Any, **kwargs: Any) -> None:
+    stats = kwargs.get("prefill_stats", args[1] if len(args) > 1 else None)
+    plan: PassPlan | None = getattr(stats, "mixquant", None)
+    if plan is None:
+        return original(reporter, *args, **kwargs)
+    low = plan.tokens.get(("prefill", plan.precision), 0) if plan.precision != "bf16" else 0
+    label = reporter._graph_backend_label
+    reporter._graph_backend_label = f"#{plan.precision}-token: {low}, #protected-row: {plan.protected_total}, {label}"
+    try:
+        return original(reporter, *args, **kwargs)
+    finally:
+        reporter._graph_backend_label = label

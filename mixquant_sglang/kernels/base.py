@@ -1,0 +1,53 @@
+"""The interface between a linear layer and the low-precision GEMM that may run it.
+
+A ``PackedLinear`` holds the low-precision copy of one BF16 weight and multiplies by it.  It never owns or changes the
+BF16 master, its tensors keep their addresses when the weights are refreshed (captured graphs hold them), and it is a
+plain object: registered as a module or buffer, the copy would be saved, hashed and restored with the checkpoint.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+
+class PackedLinear(ABC):
+    """Low-precision copy of a weight [N, K] and ``x @ weight.T`` in that precision."""
+
+    precision: ClassVar[str]
+    kernel: ClassVar[str]
+
+    @abstractmethod
+    def __init__(self, weight: torch.Tensor, *, scales: str) -> None:
+        """Packs the BF16 ``weight`` [N, K]; ``scales`` as in the recipe.  Raises ``ValueError`` for NaN or Inf."""
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, n: int, k: int) -> str | None:
+        """Why no [n, k] weight can be packed, or None if it can."""
+
+    @abstractmethod
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The packed tensors, always in the same order, shapes and dtypes for one weight shape."""
+
+    @abstractmethod
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """BF16 [M, K] contiguous, M >= 0, and BF16 [N] -> BF16 [M, N].  Row i depends on ``x[i]`` alone."""
+
+    @abstractmethod
+    def refresh(self, weight: torch.Tensor) -> bool:
+        """Packs the changed BF16 ``weight`` [N, K] into the tensors that are already there.
+
+        False if something that captured graphs hold by value had to change, so that they must not be replayed."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors())
+
+
+def copy_all(targets: tuple[torch.Tensor, ...], sources: tuple[torch.Tensor, ...]) -> None:
+    """Copies each source into the target that has its place, keeping the targets' addresses."""
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

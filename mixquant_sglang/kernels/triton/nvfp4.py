@@ -1,0 +1,125 @@
+"""The two passes of the emulated NVFP4 linear: activations to NVFP4 and back, and packed weights to BF16.
+
+Bit for bit the numbers of ``formats/nvfp4.py`` (its docstring has the maths). Everything rounds in FP32 by adding and
+subtracting 1.5 * 2^23 grid steps, so the code must not be contracted to FMAs (``enable_fp_fusion=False``), and ``/`` is
+not IEEE division in Triton (``tl.div_rn`` is). Decoding places the bits of a small format in an FP32 of minimal
+exponent and multiplies by a power of two, which makes the small format's subnormals right as well.
+
+Both are bound by memory: 4 bytes for each activation, 2.5625 for each weight.
+
+Refused (ValueError): other dtypes, tensors that are not contiguous CUDA tensors, K not a multiple of 16 or over 32768.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+_MAX_K = 32768
+_WEIGHT_BLOCKS = 512  # of 16 weights, for each program
+
+
+def qdq_activations(x: torch.Tensor) -> torch.Tensor:
+    """``formats.nvfp4.quantize_activations(x).dequantize()`` in one pass: bfloat16 [M, K] -> bfloat16 [M, K].
+
+    K a multiple of 16 up to 32768; M = 0 is fine. No synchronisation, fit for CUDA graphs. ValueError: see above.
+    """
+    _require(x, torch.bfloat16, "x")
+    m, k = x.shape
+    if k == 0 or k % 16 or k > _MAX_K:
+        raise ValueError(f"K must be a positive multiple of 16 up to {_MAX_K}, got {k}")
+    out = torch.empty_like(x)
+    if m:
+        blocks = triton.next_power_of_2(k // 16)
+        warps = min(max(blocks // 64, 1), 16)
+        _qdq_rows[(m,)](x, out, k, BLOCKS=blocks, num_warps=warps, enable_fp_fusion=False)
+    return out
+
+
+def unscaled(packed: torch.Tensor, block_scales: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``NVFP4Tensor.unscaled()``: uint8 [N, K/2] and float8_e4m3fn [N, K/16] (finite, >= 0) -> bfloat16 [N, K].
+
+    Writes into ``out`` (bfloat16 [N, K]) if given. No synchronisation, fit for CUDA graphs. ValueError: see above.
+    """
+    _require(packed, torch.uint8, "packed")
+    _require(block_scales, torch.float8_e4m3fn, "block_scales")
+    n, k = packed.shape[0], packed.shape[1] * 2
+    if k % 16 or block_scales.shape != (n, k // 16):
+        raise ValueError(
+            f"packed {list(packed.shape)} needs block_scales [{n}, {k}/16], got {list(block_scales.shape)}"
+        )
+    if out is None:
+        out = torch.empty((n, k), dtype=torch.bfloat16, device=packed.device)
+    _require(out, torch.bfloat16, "out")
+    if out.shape != (n, k):
+        raise ValueError(f"out must be [{n}, {k}], got {list(out.shape)}")
+    blocks = n * k // 16
+    if blocks:
+        _unpack_weights[(triton.cdiv(blocks, _WEIGHT_BLOCKS),)](
+            packed, block_scales.view(torch.uint8), out.view(torch.int32), blocks, BLOCKS=_WEIGHT_BLOCKS, num_warps=4
+        )
+    return out
+
+
+def _require(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+    if tensor.ndim != 2 or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be a contiguous {dtype} matrix, got {tensor.dtype} {list(tensor.shape)} {tensor.stride()}"
+        )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _qdq_rows(x_ptr: Any, out_ptr: Any, k: Any, BLOCKS: tl.constexpr) -> None:
+    """One program for each row; the row stays in registers as [BLOCKS, 16]."""
+    block = tl.arange(0, BLOCKS)[:, None]
+    offset = tl.program_id(0).to(tl.int64) * k + block * 16 + tl.arange(0, 16)[None, :]
+    mask = block * 16 < k
+    bits = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
+    sign = bits & -0x80000000
+    bits = bits & 0x7FFFFFFF
+
+    block_max = tl.max(bits, axis=1)  # of magnitudes, as integers: NaN and infinity are the largest
+    row_max = tl.max(block_max, axis=0)
+    exponent = (row_max >> 23) - 138 + ((row_max & 0x7FFFFF) > 0x280000).to(tl.int32)
+    exponent = tl.where(row_max == 0, 0, tl.maximum(exponent, -126))
+    finite = row_max < 0x7F800000
+    exponent = tl.where(finite, exponent, 0)
+    row_scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    magnitude = bits.to(tl.float32, bitcast=True) * inverse
+    amax = block_max.to(tl.float32, bitcast=True) * inverse
+
+    scale = _round_to_steps(tl.minimum(amax * 0.16666667163372040, 448.0), 3, 118)  # E4M3: 2^(e-3), at least 2^-9
+    # where the scale is 0, so is the value, whatever the code; 2^-9 is the least scale otherwise
+    encode = tl.div_rn(1.0, tl.maximum(scale, 0.001953125))
+    value = _round_to_steps(tl.minimum(magnitude * encode[:, None], 6.0), 1, 126)  # E2M1: 2^(e-1), at least 2^-1
+    value = value * scale[:, None] * row_scale
+    value = tl.where(finite, value, float("nan"))
+    result = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    tl.store(out_ptr + offset, result.to(tl.bfloat16), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _round_to_steps(x: Any, MANTISSA_BITS: tl.constexpr, LEAST_STEP: tl.constexpr) -> Any:
+    """x >= 0 to the nearest multiple, ties to even, of 2^(exponent(x) - MANTISSA_BITS), at least 2^(LEAST_STEP -
+    127)."""
+    step = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) - MANTISSA_BITS, LEAST_STEP)
+    shift = (step << 23).to(tl.float32, bitcast=True) * 12582912.0  # 1.5 * 2^23
+    return (x + shift) - shift
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _unpack_weights(packed_ptr: Any, scale_ptr: Any, out_ptr: Any, blocks: Any, BLOCKS: tl.constexpr) -> None:
+    """Each byte becomes one 32-bit word of two BF16: the low nibble in the low half, which is the even element."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    mask = block < blocks
+    scale_bits = (tl.load(scale_ptr + block, mask=mask, other=0).to(tl.int32) & 0x7F) << 20
+    scale = (scale_bits.to(tl.float32, bitcast=True) * 1.3292279957849159e36)[:, None]  # 2^120
+    offset = block[:, None] * 8 + tl.arange(0, 8)[None, :]
+    byte = tl.load(packed_ptr + offset, mask=mask[:, None], other=0).to(tl.int32)
+    low = ((byte & 0x07) << 22).to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale  # 2^126
+    high = ((byte & 0x70) << 18).to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale
+    low_half = ((low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | ((byte & 0x08) << 12)
+    high_half = high.to(tl.int32, bitcast=True) | ((byte & 0x80) << 24)
+    tl.store(out_ptr + offset, low_half | high_half, mask=mask[:, None])

@@ -1,0 +1,166 @@
+"""What one scheduler process knows: recipe, selection, packed layers, counters, and how to run the next pass.
+
+``start`` is called once, when SGLang builds the quantization config; the hooks ask ``current``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mixquant_sglang import __version__, phase
+from mixquant_sglang.kernels import Selection
+from mixquant_sglang.metrics import PassCounters
+from mixquant_sglang.phase import Pass, Phase
+from mixquant_sglang.recipe import Recipe
+from mixquant_sglang.rows import EagerRows, GraphRows, RequestRows, RowPlan, plan
+
+if TYPE_CHECKING:
+    from mixquant_sglang.config import MixQuantConfig
+    from mixquant_sglang.method import MixQuantLinearMethod
+
+logger = logging.getLogger(__name__)
+
+# Protected rows that a captured prefill graph can hold.  A pass with more of them runs eagerly: it is then a large
+# batch of short requests, whose kernels are long enough to hide their launches.
+GRAPH_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """How a pass runs and what it counts for: tokens by (phase, precision)."""
+
+    phase: Phase
+    running: Pass
+    precision: str
+    tokens: dict[tuple[str, str], int]
+    protected: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def protected_total(self) -> int:
+        return sum(stop - start for start, stop in self.protected)
+
+
+class Runtime:
+    def __init__(self, recipe: Recipe, selection: Selection, *, bf16_below: int = 1) -> None:
+        """``bf16_below``: passes with fewer rows stay BF16 whatever the recipe says, because SGLang bypasses the linear
+        methods there (``compat.bf16_below``)."""
+        self.recipe = recipe
+        self.selection = selection
+        self.counters = PassCounters()
+        self.layers: list[MixQuantLinearMethod] = []
+        self.precisions: Counter[str] = Counter()
+        self.graph_rows: GraphRows | None = None
+        self.graphs_stale = False
+        self.split = selection.prefill != selection.decode  # whether rows can need protection
+        self.config: MixQuantConfig | None = None  # until the model is loaded
+        self._bf16_below = bf16_below
+        self._dirty = False
+
+    # -- how a pass runs -------------------------------------------------------------------------------------------
+
+    def plan_prefill(self, requests: Sequence[RequestRows], device: torch.device) -> PassPlan:
+        """Pass of EXTEND, MIXED or SPLIT_PREFILL over ``requests``, in row order."""
+        rows = plan(requests, last_prompt_token=self.recipe.protect_last_prompt_token)
+        low, high = self.selection.prefill, self.selection.decode
+        if not self.split:
+            return self._plan(rows, Pass(Phase.PREFILL), low, protected=())
+        if rows.prefill < self.recipe.min_tokens or rows.total < self._bf16_below:
+            return self._plan(rows, phase.DECODE_PASS, high, protected=())
+        if rows.protected_total == rows.total:
+            return self._plan(rows, phase.DECODE_PASS, high, protected=rows.protected)
+        eager = EagerRows(rows, device) if rows.protected else None
+        return self._plan(rows, Pass(Phase.PREFILL, eager), low, protected=rows.protected)
+
+    def _plan(self, rows: RowPlan, running: Pass, precision: str, protected: tuple[tuple[int, int], ...]) -> PassPlan:
+        high = self.selection.decode
+        if running.column is Phase.DECODE:
+            tokens = {("prefill", high): rows.prefill}
+        else:
+            prefill_high = sum(stop - start for start, stop in protected) - (rows.decode if protected else 0)
+            tokens = {("prefill", high): prefill_high}
+            tokens["prefill", precision] = tokens.get(("prefill", precision), 0) + rows.prefill - prefill_high
+        tokens["decode", high] = rows.decode
+        return PassPlan(Phase.PREFILL, running, precision, tokens, protected)
+
+    def plan_decode(self, rows: int) -> PassPlan:
+        high = self.selection.decode
+        return PassPlan(Phase.DECODE, phase.DECODE_PASS, high, {("decode", high): rows})
+
+    def count(self, pass_plan: PassPlan) -> None:
+        self.counters.add(
+            pass_plan.phase.value, pass_plan.precision, pass_plan.tokens, protected=pass_plan.protected_total
+        )
+
+    # -- prefill CUDA graphs ---------------------------------------------------------------------------------------
+
+    def captured_pass(self, tokens: int) -> Pass:
+        """The pass that a prefill graph of ``tokens`` rows is captured with."""
+        return Pass(Phase.PREFILL, self.graph_rows.of(tokens) if self.graph_rows else None)
+
+    def can_replay(self, pass_plan: PassPlan) -> bool:
+        """Whether a captured prefill graph computes what ``pass_plan`` asks for."""
+        if not self.split:
+            return True
+        if self.graphs_stale or pass_plan.running.column is Phase.DECODE or self.graph_rows is None:
+            return False
+        return pass_plan.protected_total <= self.graph_rows.capacity
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def weights_changed(self) -> None:
+        """The BF16 masters changed without ``process_weights_after_loading``: pack again before the next low pass."""
+        self._dirty = True
+
+    def refresh_if_changed(self) -> None:
+        if self._dirty:
+            self._dirty = False
+            for method in self.layers:
+                method.pack()
+            logger.info("mixquant: packed %d layers again after a weight update", len(self.layers))
+
+    def graphs_are_stale(self, name: str) -> None:
+        if not self.graphs_stale and self.graph_rows is not None:
+            self.graphs_stale = True
+            logger.warning(
+                "mixquant: the new weights of %s exceed the scale that captured prefill graphs hold; "
+                "prefills run without CUDA graphs until the server is restarted",
+                name,
+            )
+
+    @property
+    def extra_weight_bytes(self) -> int:
+        return sum(method.extra_bytes for method in self.layers)
+
+    # -- what users see --------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """``internal_states[i].mixquant`` of ``/server_info``; builtin types only."""
+        return {
+            "version": __version__,
+            "recipe": self.recipe.name,
+            "precision": {"prefill": self.selection.prefill, "decode": self.selection.decode},
+            "kernel": dict(self.selection.kernels),
+            "layers": dict(self.precisions),
+            "extra_weight_bytes": self.extra_weight_bytes,
+            "tokens": {name: self.counters.by_phase(name) for name in ("prefill", "decode")},
+            "protected_rows": self.counters.protected_rows,
+            "passes": {name: self.counters.passes_of(name) for name in ("prefill", "decode")},
+        }
+
+
+_runtime: Runtime | None = None
+
+
+def start(runtime: Runtime) -> None:
+    global _runtime
+    _runtime = runtime
+
+
+def current() -> Runtime | None:
+    return _runtime

@@ -1,0 +1,33 @@
+"""Shared fixtures: the tiny model, and where servers keep their logs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU, which this machine does not have")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 of random weights with tokenizer and chat template, made as ``scripts/demo`` makes it."""
+    out = tmp_path_factory.mktemp("model") / "tiny"
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_tiny_model.py", out], check=True, timeout=300)
+    return out
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("servers")

@@ -1,0 +1,1 @@
+"""What several test modules share: a tiny model, real servers, and throwaway SGLang plugins."""

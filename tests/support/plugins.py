@@ -1,0 +1,72 @@
+"""Throwaway SGLang plugins for tests: a folder with one module and the metadata by which SGLang finds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# What a stock SGLang needs on a machine without a GPU; with SGLANG_PLUGINS=cpu_shim no other plugin is loaded.
+CPU_SHIM = """
+def register():
+    import torch
+
+    if not torch.cuda.is_available():
+        import sglang.srt.layers.rotary_embedding.base as rotary
+
+        rotary._is_cpu = True
+"""
+
+# Writes down the requests of every batch that reaches the model, as SGLang has them, one JSON line a batch.
+SPY = """
+import json
+import os
+
+
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    HookRegistry.register("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", note)
+
+
+def note(forward_batch, _cls, batch, *args, **kwargs):
+    decoding = {id(req) for req in batch.decoding_reqs or ()}
+    mode = forward_batch.forward_mode.name
+    decode = mode == "DECODE"
+    rows = []
+    for i, req in enumerate(batch.reqs):
+        rows.append(
+            {
+                "rid": req.rid,
+                "prompt": len(req.origin_input_ids),
+                "prefix": 0 if decode else int(forward_batch.extend_prefix_lens_cpu[i]),
+                "new": 1 if decode else int(forward_batch.extend_seq_lens_cpu[i]),
+                "decoding": decode or id(req) in decoding,
+            }
+        )
+    with open(os.environ["SPY_FILE"], "a") as file:
+        file.write(json.dumps({"mode": mode, "requests": rows}) + "\\n")
+"""
+
+# Takes a symbol out of SGLang before mixquant looks for it, as a release that renamed it would.
+SABOTEUR = """
+import os
+import pkgutil
+
+
+def register():
+    owner, _, name = os.environ["SABOTAGE"].rpartition(".")
+    delattr(pkgutil.resolve_name(owner), name)
+"""
+
+
+def write(folder: Path, name: str, source: str) -> Path:
+    """Makes the plugin ``name`` from the module ``source``; returns the folder to put on PYTHONPATH.
+
+    Entry points are found in the order of PYTHONPATH, so this plugin runs before the installed ones.
+    """
+    root = folder / name
+    info = root / f"{name}-0.dist-info"
+    info.mkdir(parents=True)
+    (root / f"{name}.py").write_text(source)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:register\n")
+    return root

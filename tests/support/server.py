@@ -1,0 +1,122 @@
+"""Real SGLang servers for tests, each started as a user starts one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+
+ON_GPU = torch.cuda.is_available()
+START_LIMIT_S = 420
+CPU_FLAGS = [
+    "--device",
+    "cpu",
+    "--attention-backend",
+    "torch_native",
+    "--disable-cuda-graph",
+    "--max-total-tokens",
+    "20000",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(
+    args: list[str], log: Path, *, env: dict[str, str] | None = None, pythonpath: list[Path] | None = None
+) -> subprocess.Popen[bytes]:
+    """``python -m sglang.launch_server ARGS`` in a process group of its own, output to ``log``."""
+    full = {**os.environ, "PYTHONWARNINGS": "ignore", "SGLANG_DISABLE_TELEMETRY": "1", **(env or {})}
+    full.pop("MIXQUANT_RECIPE", None)
+    full.update({key: value for key, value in (env or {}).items() if key == "MIXQUANT_RECIPE"})
+    full["PYTHONPATH"] = os.pathsep.join(map(str, pythonpath or []))
+    command = [sys.executable, "-m", "sglang.launch_server", *args]
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=full, cwd=log.parent, start_new_session=True
+        )
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait(timeout=30)
+
+
+def ends(args: list[str], log: Path, **kwargs: Any) -> tuple[int, str]:
+    """Starts a server that must not serve; its exit status and output."""
+    process = launch(args, log, **kwargs)
+    try:
+        status = process.wait(timeout=START_LIMIT_S)
+    finally:
+        kill(process)
+    return status, log.read_text(errors="replace")
+
+
+class Server:
+    """A running server; ``with Server(...) as server``."""
+
+    def __init__(self, model: Path, folder: Path, name: str, *flags: str, **kwargs: Any) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / f"{name}.log"
+        args = ["--model-path", str(model), "--port", str(self.port), "--host", "127.0.0.1"]
+        args += [] if ON_GPU else CPU_FLAGS
+        self.process = launch([*args, *flags], self.log, **kwargs)
+
+    def __enter__(self) -> Server:
+        self.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        kill(self.process)
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                if requests.get(self.url + "/health", timeout=5).status_code == 200:
+                    return
+            except requests.ConnectionError:
+                pass
+            time.sleep(1)
+        text = self.log.read_text(errors="replace")
+        kill(self.process)
+        raise AssertionError(f"the server did not start; end of its log:\n{text[-6000:]}")
+
+    def post(self, path: str, body: dict[str, Any], *, ok: bool = True) -> Any:
+        response = requests.post(self.url + path, json=body, timeout=300)
+        if ok:
+            assert response.status_code == 200, response.text
+            return response.json()
+        return response
+
+    def generate(self, ids: list[int] | list[list[int]], tokens: int, **more: Any) -> Any:
+        """Greedy, ``tokens`` new ones, whatever the model thinks of stopping."""
+        params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, **more.pop("sampling", {})}
+        return self.post("/generate", {"input_ids": ids, "sampling_params": params, **more})
+
+    def state(self) -> dict[str, Any]:
+        """``internal_states[0].mixquant`` of /server_info."""
+        return requests.get(self.url + "/server_info", timeout=60).json()["internal_states"][0]["mixquant"]
+
+    def flush(self) -> None:
+        self.post_empty("/flush_cache")
+
+    def post_empty(self, path: str) -> None:
+        assert requests.post(self.url + path, timeout=60).status_code == 200

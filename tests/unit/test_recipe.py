@@ -1,0 +1,491 @@
+"""Recipes: what a file may say, what it means, and the one line that each mistake gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixquant_sglang import recipe
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.recipe import LayerRule, Recipe
+
+FULL = r"""# a comment
+version: 1
+description: everything said
+prefill: {precision: nvfp4, min_tokens: 32}
+decode:
+  precision: fp8
+protect: {last_prompt_token: false}
+kernel: emulated
+weights: {scales: absmax}
+layers:
+  - {match: 're:.*\.down_proj$', prefill: bf16}
+  - match: model.layers.0.self_attn.o_proj
+    prefill: fp8
+    decode: bf16
+"""
+
+
+def write(tmp_path: Path, text: str | bytes) -> Path:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    return file
+
+
+def refusal(value: str | Path) -> str:
+    with pytest.raises(MixQuantError) as caught:
+        recipe.load(str(value))
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+# What a file means
+
+
+def test_every_key(tmp_path: Path) -> None:
+    file = write(tmp_path, FULL)
+    assert recipe.load(str(file)) == Recipe(
+        name=str(file),
+        source=str(file),
+        prefill="nvfp4",
+        min_tokens=32,
+        decode="fp8",
+        protect_last_prompt_token=False,
+        kernel="emulated",
+        scales="absmax",
+        layers=(
+            LayerRule(r"re:.*\.down_proj$", "bf16", None, f"{file}:11"),
+            LayerRule("model.layers.0.self_attn.o_proj", "fp8", "bf16", f"{file}:12"),
+        ),
+        description="everything said",
+    )
+
+
+@pytest.mark.parametrize(
+    "rest", ["", "prefill: {}\ndecode: {}\nprotect: {}\nweights: {}\nlayers: []\n"], ids=["absent", "empty"]
+)
+def test_defaults(tmp_path: Path, rest: str) -> None:
+    file = write(tmp_path, "version: 1\n" + rest)
+    assert recipe.load(str(file)) == Recipe(
+        name=str(file),
+        source=str(file),
+        prefill="auto",
+        min_tokens=1,
+        decode="bf16",
+        protect_last_prompt_token=True,
+        kernel="auto",
+        scales="search",
+        layers=(),
+    )
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16", "nvfp4", "fp8"])
+def test_prefill_precisions(tmp_path: Path, precision: str) -> None:
+    assert recipe.load(str(write(tmp_path, f"version: 1\nprefill: {{precision: {precision}}}"))).prefill == precision
+
+
+@pytest.mark.parametrize("precision", ["bf16", "nvfp4", "fp8"])
+def test_decode_precisions(tmp_path: Path, precision: str) -> None:
+    assert recipe.load(str(write(tmp_path, f"version: 1\ndecode: {{precision: {precision}}}"))).decode == precision
+
+
+def test_a_decode_only_rule_keeps_the_prefill_default(tmp_path: Path) -> None:
+    (rule,) = recipe.load(str(write(tmp_path, "version: 1\nlayers: [{match: a.b, decode: fp8}]"))).layers
+    assert (rule.prefill, rule.decode) == (None, "fp8")
+
+
+def test_anchors_work(tmp_path: Path) -> None:
+    file = write(tmp_path, "version: 1\nlayers:\n- {match: a, prefill: &low fp8}\n- {match: b, prefill: *low}\n")
+    assert [rule.prefill for rule in recipe.load(str(file)).layers] == ["fp8", "fp8"]
+
+
+@pytest.mark.parametrize("text", [FULL.replace("\n", "\r\n"), "\ufeff" + FULL], ids=["crlf", "bom"])
+def test_files_from_other_editors(tmp_path: Path, text: str) -> None:
+    assert recipe.load(str(write(tmp_path, text))).layers[0].where.endswith(":11")
+
+
+def test_a_recipe_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.load("bf16").prefill = "nvfp4"  # type: ignore[misc]
+
+
+# Which file
+
+
+SHIPPED = {
+    "auto": ("auto", "bf16", True, "auto"),
+    "bf16": ("bf16", "bf16", True, "auto"),
+    "fp8": ("fp8", "bf16", True, "auto"),
+    "nvfp4": ("nvfp4", "bf16", True, "auto"),
+    "nvfp4-emulated": ("nvfp4", "bf16", True, "emulated"),
+    "nvfp4-everywhere": ("nvfp4", "nvfp4", False, "auto"),
+}
+
+
+def test_shipped_names() -> None:
+    assert list(recipe.shipped()) == sorted(recipe.shipped())
+    assert set(SHIPPED) <= set(recipe.shipped())
+
+
+def test_every_shipped_recipe_loads_and_says_what_it_is_for() -> None:
+    for name, file in recipe.shipped().items():
+        loaded = recipe.load(name)
+        assert (loaded.name, loaded.source) == (name, str(file))
+        assert loaded.description
+        assert file.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize(("name", "expected"), SHIPPED.items())
+def test_shipped_contents(name: str, expected: tuple[str, str, bool, str]) -> None:
+    loaded = recipe.load(name)
+    assert (loaded.prefill, loaded.decode, loaded.protect_last_prompt_token, loaded.kernel) == expected
+    assert (loaded.min_tokens, loaded.scales, loaded.layers) == (1, "search", ())
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"), [(None, "auto"), ("", "auto"), ("fp8", "fp8"), ("./x.yaml", "./x.yaml")]
+)
+def test_requested(monkeypatch: pytest.MonkeyPatch, environment: str | None, expected: str) -> None:
+    monkeypatch.delenv("MIXQUANT_RECIPE", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("MIXQUANT_RECIPE", environment)
+    assert recipe.requested() == expected
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "mine.yml", "MINE.YAML", "./mine", "sub/mine"])
+def test_what_counts_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sub").mkdir()
+    Path(name).write_text("version: 1\nkernel: native\n", encoding="utf-8")
+    assert recipe.load(name).kernel == "native"
+
+
+def test_a_file_beside_does_not_shadow_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("fp8").write_text("version: 1\nprefill: {precision: nvfp4}\n", encoding="utf-8")
+    assert recipe.load("fp8").prefill == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("nvpf4", "nvfp4"), ("NVFP4", "nvfp4"), ("nvfp4-emulate", "nvfp4-emulated"), ("fp16", "bf16")]
+)
+def test_unknown_name(name: str, near: str) -> None:
+    message = refusal(name)
+    assert message.startswith(f"unknown recipe '{name}'; allowed: {', '.join(recipe.shipped())}, or the path to a YAML")
+    assert message.endswith(f"; did you mean '{near}'?")
+
+
+@pytest.mark.parametrize("name", ["", "zzzzzz", "two\nlines"])
+def test_unknown_name_with_nothing_near(name: str) -> None:
+    message = refusal(name)
+    assert message.startswith(f"unknown recipe {name!r}; allowed: auto, ")
+    assert "did you mean" not in message
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    near = write(tmp_path, FULL)
+    missing = tmp_path / "mein.yaml"
+    assert refusal(missing) == (f"{missing}: no such file (relative to {Path.cwd()}); did you mean '{near}'?")
+    assert "no such file" in refusal(tmp_path / "no" / "dir" / "x.yaml")
+
+
+def test_missing_file_that_is_a_shipped_name() -> None:
+    assert refusal("nvfp4-emulated.yaml").endswith("; did you mean 'nvfp4-emulated'?")
+
+
+def test_unreadable_file(tmp_path: Path) -> None:
+    directory = tmp_path / "dir.yaml"
+    directory.mkdir()
+    assert refusal(directory) == f"{directory}: cannot be read: Is a directory"
+    assert "cannot be read: Not a directory" in refusal(write(tmp_path, FULL) / "x.yaml")
+
+
+# What a file may not say. Each row: the text, the line, the key, what the message must hold.
+
+RULE_KEYS = "match, prefill, decode"
+MISTAKES = {
+    # keys
+    "unknown key": (
+        "version: 1\nprefil: {}",
+        2,
+        "prefil",
+        ["unknown key; allowed: version, description, prefill, ", "did you mean 'prefill'?"],
+    ),
+    "unknown nested key": (
+        "version: 1\nprefill:\n  precision: fp8\n  min_token: 4",
+        4,
+        "prefill.min_token",
+        ["unknown key; allowed: precision, min_tokens; did you mean 'min_tokens'?"],
+    ),
+    "unknown key in a flow mapping over lines": (
+        "version: 1\nprotect: {\n  last_token: true}",
+        3,
+        "protect.last_token",
+        ["allowed: last_prompt_token", "did you mean 'last_prompt_token'?"],
+    ),
+    "unknown rule key": (
+        "version: 1\nlayers:\n- {match: a, prefill: fp8}\n- {match: b, decod: fp8}",
+        4,
+        "layers[1].decod",
+        [f"unknown key; allowed: {RULE_KEYS}; did you mean 'decode'?"],
+    ),
+    "key that is not text": ("version: 1\n? [a]\n: 1", 2, "", ["a key must be text, is a list; allowed: version, "]),
+    "key that is a number": ("version: 1\n8: fp8", 2, "8", ["unknown key; allowed: version, "]),
+    "merge key": ("version: 1\n<<: {kernel: native}", 2, "<<", ["unknown key; allowed: version, "]),
+    "unprintable key": ('version: 1\n"a\\nb": 1', 2, r"'a\nb'", ["unknown key"]),
+    "duplicate key": ("version: 1\nkernel: auto\nkernel: auto", 3, "kernel", ["is given twice"]),
+    "duplicate nested key": (
+        "version: 1\ndecode: {precision: fp8,\n precision: fp8}",
+        3,
+        "decode.precision",
+        ["twice"],
+    ),
+    # version
+    "no version": ("kernel: auto", 1, "version", ["is missing; allowed: 1"]),
+    "other version": ("kernel: auto\nversion: 2", 2, "version", ["2 is not a version", "allowed: 1"]),
+    "version as text": ("version: '1'", 1, "version", ["must be an integer, is text ('1'); allowed: an integer"]),
+    "version as a fraction": ("version: 1.0", 1, "version", ["must be an integer, is a decimal number ('1.0')"]),
+    "version as a boolean": ("version: true", 1, "version", ["must be an integer, is a boolean ('true')"]),
+    # shape
+    "empty file": ("", 1, "", ["is empty; a recipe needs at least 'version: 1'"]),
+    "only comments": ("# nothing\n", 1, "", ["is empty"]),
+    "list at the top": ("# here\n- version: 1", 2, "", ["must be a mapping, is a list; allowed: version, "]),
+    "text at the top": ("nvfp4", 1, "", ["must be a mapping, is text ('nvfp4'); allowed: version, "]),
+    "section as text": (
+        "version: 1\nprefill: nvfp4",
+        2,
+        "prefill",
+        ["must be a mapping, is text ('nvfp4'); allowed: precision, min_tokens"],
+    ),
+    "empty section": ("version: 1\ndecode:\nkernel: auto", 2, "decode", ["must be a mapping, is empty; allowed: prec"]),
+    "layers as a mapping": (
+        "version: 1\nlayers: {match: a, prefill: fp8}",
+        2,
+        "layers",
+        [f"must be a list, is a mapping; allowed: a list of {{{RULE_KEYS}}}"],
+    ),
+    "empty layers": ("version: 1\nlayers:", 2, "layers", ["must be a list, is empty"]),
+    "rule as text": (
+        "version: 1\nlayers:\n- lm_head",
+        3,
+        "layers[0]",
+        [f"must be a mapping, is text ('lm_head'); allowed: {RULE_KEYS}"],
+    ),
+    "rule inside itself": ("version: 1\nlayers: &a [*a]", 2, "layers[0]", ["must be a mapping, is a list"]),
+    # values
+    "unknown precision": (
+        "version: 1\nprefill:\n  precision: nvfp",
+        3,
+        "prefill.precision",
+        ["'nvfp' is not one of them; allowed: auto, bf16, nvfp4, fp8; did you mean 'nvfp4'?"],
+    ),
+    "precision in capitals": ("version: 1\nprefill: {precision: FP8}", 2, "prefill.precision", ["did you mean 'fp8'?"]),
+    "auto decode": (
+        "version: 1\ndecode: {precision: auto}",
+        2,
+        "decode.precision",
+        ["'auto' is not one of them; allowed: bf16, nvfp4, fp8"],
+    ),
+    "precision as a number": (
+        "version: 1\nprefill: {precision: 8}",
+        2,
+        "prefill.precision",
+        ["must be text, is an integer ('8'); allowed: auto, bf16, nvfp4, fp8"],
+    ),
+    "precision that YAML takes for a boolean": (
+        "version: 1\nprefill: {precision: off}",
+        2,
+        "prefill.precision",
+        ["must be text, is a boolean ('off'); allowed: auto, bf16, nvfp4, fp8"],
+    ),
+    "precision as a list": ("version: 1\nprefill: {precision: [fp8]}", 2, "prefill.precision", ["is a list"]),
+    "precision left out": ("version: 1\nprefill: {precision: }", 2, "prefill.precision", ["must be text, is empty"]),
+    "python object": ("version: 1\nkernel: !!python/name:os.system x", 2, "kernel", ["tagged", "os.system"]),
+    "min_tokens of zero": (
+        "version: 1\nprefill: {min_tokens: 0}",
+        2,
+        "prefill.min_tokens",
+        ["0 is too small; allowed: an integer of at least 1"],
+    ),
+    "min_tokens below zero": ("version: 1\nprefill: {min_tokens: -3}", 2, "prefill.min_tokens", ["-3 is too small"]),
+    "min_tokens as a boolean": (
+        "version: 1\nprefill: {min_tokens: true}",
+        2,
+        "prefill.min_tokens",
+        ["must be an integer, is a boolean ('true'); allowed: an integer of at least 1"],
+    ),
+    "min_tokens as text": ("version: 1\nprefill: {min_tokens: many}", 2, "prefill.min_tokens", ["is text ('many')"]),
+    "min_tokens as a fraction": ("version: 1\nprefill: {min_tokens: 1.5}", 2, "prefill.min_tokens", ["is a decimal"]),
+    "min_tokens in octal": (
+        "version: 1\nprefill: {min_tokens: 012}",
+        2,
+        "prefill.min_tokens",
+        ["'012' is not written"],
+    ),
+    "min_tokens in base 60": ("version: 1\nprefill: {min_tokens: 1:30}", 2, "prefill.min_tokens", ["plain decimal"]),
+    "protect as an integer": (
+        "version: 1\nprotect: {last_prompt_token: 0}",
+        2,
+        "protect.last_prompt_token",
+        ["must be a boolean, is an integer ('0'); allowed: true, false"],
+    ),
+    "protect as yes": (
+        "version: 1\nprotect: {last_prompt_token: yes}",
+        2,
+        "protect.last_prompt_token",
+        ["'yes' is not one of them; allowed: true, false"],
+    ),
+    "unknown kernel": (
+        "version: 1\nkernel: emulate",
+        2,
+        "kernel",
+        ["'emulate' is not one of them; allowed: auto, native, emulated; did you mean 'emulated'?"],
+    ),
+    "unknown scales": (
+        "version: 1\nweights: {scales: absmx}",
+        2,
+        "weights.scales",
+        ["allowed: absmax, search; did you mean 'absmax'?"],
+    ),
+    "description as a number": ("version: 1\ndescription: 7", 2, "description", ["must be text, is an integer ('7')"]),
+    # rules
+    "rule without match": (
+        "version: 1\nlayers:\n- prefill: fp8",
+        3,
+        "layers[0].match",
+        ["is missing; allowed: an exact module name, or re: and a regular expression"],
+    ),
+    "rule without a phase": (
+        "version: 1\nlayers:\n- {match: a}",
+        3,
+        "layers[0]",
+        ["names no precision; allowed: prefill, decode, or both"],
+    ),
+    "match as a number": (
+        "version: 1\nlayers: [{match: 1, prefill: fp8}]",
+        2,
+        "layers[0].match",
+        ["exact module name"],
+    ),
+    "empty match": ("version: 1\nlayers: [{match: '', prefill: fp8}]", 2, "layers[0].match", ["'' matches nothing"]),
+    "empty regex": ("version: 1\nlayers: [{match: 're:', prefill: fp8}]", 2, "layers[0].match", ["'re:' matches"]),
+    "bad regex": (
+        "version: 1\nlayers:\n- prefill: fp8\n  match: 're:.*(down_proj'",
+        4,
+        "layers[0].match",
+        ["'re:.*(down_proj' is not a regular expression: missing ), unterminated subpattern at position 2"],
+    ),
+    "regex that repeats too much": (
+        "version: 1\nlayers: [{match: 're:a{99999999999}', prefill: fp8}]",
+        2,
+        "layers[0].match",
+        ["is not a regular expression: the repetition number is too large"],
+    ),
+    "auto in a rule": (
+        "version: 1\nlayers: [{match: a, prefill: auto}]",
+        2,
+        "layers[0].prefill",
+        ["'auto' is not one of them; allowed: bf16, nvfp4, fp8"],
+    ),
+    "null phase in a rule": (
+        "version: 1\nlayers: [{match: a, prefill: fp8, decode: }]",
+        2,
+        "layers[0].decode",
+        ["must be text, is empty; allowed: bf16, nvfp4, fp8"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "line", "key", "parts"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(tmp_path: Path, text: str, line: int, key: str, parts: list[str]) -> None:
+    file = write(tmp_path, text)
+    message = refusal(file)
+    where, separator, what = message.removeprefix(f"{file}:{line}").partition(": ")
+    assert message.startswith(f"{file}:{line}")
+    assert (where.strip(), separator) == (key, ": ")
+    for part in parts:
+        assert part in what
+
+
+@pytest.mark.parametrize(
+    ("text", "at", "part"),
+    [
+        ("version: 1\nprefill: {precision: fp8", ":2:25", "expected ',' or '}'"),
+        ("version: 1\nkernel: a: b", ":2:10", "mapping values are not allowed here"),
+        ("version: 1\n\tkernel: auto", ":2:1", "'\\t' that cannot start any token"),
+        ("version: 1\nkernel: *auto", ":2:9", "undefined alias 'auto'"),
+        ("version: 1\n---\nversion: 1", ":2:1", "expected a single document"),
+        ("version: 1\nkernel: a\x00b", ":2:10", "character '\\x00'"),
+        ('version: 1\nkernel: "\\UFFFFFFFF"', "", "not valid YAML"),
+        ("[" * 5000, "", "not valid YAML"),
+        ('layers:\n- {match: "re:.*\\.o_proj"}', ":2:18", "'.'; write a regular expression in single quotes"),
+    ],
+)
+def test_bad_yaml(tmp_path: Path, text: str, at: str, part: str) -> None:
+    file = write(tmp_path, text)
+    message = refusal(file)
+    assert message.startswith(f"{file}{at}: not valid YAML: ")
+    assert part in message
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    file = write(tmp_path, b"version: 1\ndescription: caf\xe9\n")
+    assert refusal(file) == f"{file}:2: byte 0xe9 is not UTF-8 text"
+
+
+def test_a_long_value_stays_short(tmp_path: Path) -> None:
+    assert len(refusal(write(tmp_path, f"version: 1\nkernel: {'x' * 5000}"))) < 300 + len(str(tmp_path))
+
+
+def test_any_damage_is_one_line_or_a_recipe(tmp_path: Path) -> None:
+    """500 broken copies of a good file: each loads or is refused in one line, and nothing else ever escapes."""
+    rng = random.Random(0)
+    pieces = [
+        "\n",
+        "\t",
+        ":",
+        "-",
+        "{",
+        "}",
+        "[",
+        "]",
+        "'",
+        '"',
+        "&a",
+        "*a",
+        "!!",
+        "!x%0A ",
+        "?",
+        "|",
+        "#",
+        "\\",
+        "1",
+        "%",
+        "  ",
+    ]
+    refused = 0
+    for _ in range(500):
+        text = FULL
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(text))
+            text = text[:at] + rng.choice([*pieces, ""]) + text[at + rng.randint(0, 3) :]
+        file = write(tmp_path, text)
+        try:
+            recipe.load(str(file))
+        except MixQuantError as error:
+            refused += 1
+            assert str(error).startswith(str(file))
+            assert len(str(error).splitlines()) == 1
+    assert refused > 250
+
+
+def test_imports_neither_torch_nor_sglang() -> None:
+    code = "import mixquant_sglang.recipe, mixquant_sglang.matching, sys; print({'torch', 'sglang'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "set()"

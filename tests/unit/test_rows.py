@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from mixquant_sglang.rows import EagerRows, RequestRows, plan, row_numbers
+
+
+def protected(requests: list[RequestRows], last: bool = True) -> list[int]:
+    return row_numbers(plan(requests, last_prompt_token=last).protected).tolist()
+
+
+def test_last_prompt_token_of_each_finishing_request() -> None:
+    requests = [RequestRows(new=5, prefix=0, prompt=5), RequestRows(new=3, prefix=7, prompt=10)]
+    assert protected(requests) == [4, 7]
+    assert protected(requests, last=False) == []
+
+
+def test_middle_chunks_have_no_protected_row() -> None:
+    assert protected([RequestRows(new=128, prefix=0, prompt=300)]) == []
+    assert protected([RequestRows(new=128, prefix=128, prompt=300)]) == []
+    assert protected([RequestRows(new=44, prefix=256, prompt=300)]) == [43]
+
+
+def test_full_cache_hit_is_one_protected_row() -> None:
+    rows = plan([RequestRows(new=1, prefix=299, prompt=300)], last_prompt_token=True)
+    assert rows.protected_total == rows.total == 1
+
+
+def test_decode_rows_of_a_mixed_batch() -> None:
+    requests = [RequestRows(127, 0, 500), RequestRows(1, 26, 20, decoding=True), RequestRows(1, 90, 60, decoding=True)]
+    rows = plan(requests, last_prompt_token=True)
+    assert (rows.total, rows.prefill, rows.decode) == (129, 127, 2)
+    assert row_numbers(rows.protected).tolist() == [127, 128]
+    assert protected(requests, last=False) == [127, 128]
+
+
+def test_a_first_decode_step_in_a_mixed_batch_is_not_taken_for_a_prompt() -> None:
+    # A request whose only token so far is its first generated one: position prompt, one row.
+    assert protected([RequestRows(1, 20, 20, decoding=True)]) == [0]
+
+
+def test_generated_tokens_prefilled_again_after_a_retraction() -> None:
+    # 50 prompt tokens and 8 generated ones; the tree kept 40 tokens, or all of the prompt.
+    assert protected([RequestRows(new=18, prefix=40, prompt=50)]) == list(range(9, 18))
+    assert protected([RequestRows(new=18, prefix=40, prompt=50)], last=False) == list(range(10, 18))
+    assert protected([RequestRows(new=8, prefix=50, prompt=50)]) == list(range(8))
+
+
+def test_a_request_that_asked_for_bf16() -> None:
+    assert protected([RequestRows(3, 0, 900), RequestRows(4, 8, 12, bf16=True)], last=False) == [3, 4, 5, 6]
+
+
+def test_adjacent_ranges_are_joined() -> None:
+    rows = plan([RequestRows(1, 4, 5), RequestRows(1, 9, 10), RequestRows(6, 0, 9)], last_prompt_token=True)
+    assert rows.protected == ((0, 2),)
+
+
+def test_against_a_position_by_position_rule() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        requests, expected, row = [], [], 0
+        for _ in range(rng.randrange(1, 6)):
+            prompt, prefix = rng.randrange(1, 40), rng.randrange(0, 45)
+            decoding, bf16 = rng.random() < 0.2, rng.random() < 0.2
+            new = 1 if decoding else rng.randrange(1, 30)
+            requests.append(RequestRows(new, prefix, prompt, decoding, bf16))
+            for position in range(prefix, prefix + new):
+                if decoding or bf16 or position >= prompt - 1:
+                    expected.append(row)
+                row += 1
+        rows = plan(requests, last_prompt_token=True)
+        assert row_numbers(rows.protected).tolist() == expected
+        assert rows.total == row == rows.prefill + rows.decode
+        assert rows.protected_total == len(expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_eager_rows_overwrite_exactly_the_protected_rows(tokens: int) -> None:
+    rows = EagerRows(plan([RequestRows(tokens, 0, tokens)], last_prompt_token=True), torch.device("cpu"))
+    x = torch.randn(tokens, 4)
+    out = torch.full((tokens, 3), torch.nan)
+    seen = []
+
+    def high(chosen: torch.Tensor) -> torch.Tensor:
+        seen.append(chosen)
+        return torch.ones(len(chosen), 3)
+
+    rows.overwrite(out, x, high)
+    assert torch.equal(seen[0], x[-1:])
+    assert torch.equal(out[-1], torch.ones(3)) and bool(out[:-1].isnan().all())
