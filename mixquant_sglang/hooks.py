@@ -9,6 +9,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ def namespace_request(_result: None, req: Any, *_args: Any, **_kwargs: Any) -> N
 
 def plan_batch(forward_batch: Any, _cls: type, batch: Any, model_runner: Any, **_kwargs: Any) -> None:
     run = runtime.current()
-    if run is None or phase.phase_of(forward_batch.forward_mode.name) is not Phase.PREFILL:
+    if run is None or _phase_of(forward_batch.forward_mode) is Phase.DECODE:
         return
     requests = compat.request_rows(forward_batch, batch, lambda req: getattr(req, "mixquant_bf16", False))
     plan = run.plan_prefill(requests, torch.device(model_runner.device))
@@ -149,19 +150,27 @@ def plan_batch(forward_batch: Any, _cls: type, batch: Any, model_runner: Any, **
         batch.prefill_stats.mixquant = plan
 
 
+@cache
+def _phase_of(mode: Any) -> Phase:
+    return phase.phase_of(mode.name)
+
+
 def run_pass(original: Callable[..., Any], model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
     run = runtime.current()
     if run is None:
         return original(model_runner, forward_batch, *args, **kwargs)
-    mode = forward_batch.forward_mode.name
+    run.refresh_if_changed()
+    mode = forward_batch.forward_mode
+    if _phase_of(mode) is Phase.DECODE:
+        # The decode column holds outside of any scope.
+        if mode.name != "IDLE":
+            run.count_decode(len(forward_batch.input_ids))
+        return original(model_runner, forward_batch, *args, **kwargs)
     plan: PassPlan | None = getattr(forward_batch, _PLAN, None)
     if plan is None:
-        if phase.phase_of(mode) is Phase.PREFILL:
-            raise RuntimeError(f"mixquant: a {mode} batch reached the model without the facts of its requests")
-        plan = run.plan_decode(0 if forward_batch.input_ids is None else len(forward_batch.input_ids))
-    if mode != "IDLE" and not getattr(forward_batch, "split_index", 0):
-        run.count(plan)
-    run.refresh_if_changed()
+        raise RuntimeError(f"mixquant: a {mode.name} batch reached the model without the facts of its requests")
+    if not forward_batch.split_index:  # SPLIT_PREFILL runs one batch in several calls
+        run.count_prefill(plan)
     with phase.scope(plan.running):
         return original(model_runner, forward_batch, *args, **kwargs)
 

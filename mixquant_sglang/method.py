@@ -100,7 +100,7 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                     f"which are protected; keep it in BF16 with a recipe rule '{{match: {self.name}, prefill: bf16}}'"
                 )
             rows.overwrite(out, flat, lambda chosen: self._linear(Phase.DECODE, layer, chosen, bias))
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def apply_into(
         self, layer: torch.nn.Module, x: torch.Tensor, output: torch.Tensor, bias: torch.Tensor | None = None

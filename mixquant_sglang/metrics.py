@@ -32,6 +32,14 @@ class PassCounters:
         if self._series:
             self._series.add(phase, precision, tokens, protected)
 
+    def add_decode(self, precision: str, rows: int) -> None:
+        """Counts one decode pass: ``add`` without its generality, since decode steps are short."""
+        key = "decode", precision
+        self.passes[key] += 1
+        self.tokens[key] += rows
+        if self._series:
+            self._series.add("decode", precision, {key: rows}, 0)
+
     def attach(self, labels: Mapping[str, Any]) -> _Series:
         """Creates the Prometheus series, with SGLang's ``labels``, and carries over what was counted so far."""
         self._series = _Series(labels)

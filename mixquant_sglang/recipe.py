@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import yaml
@@ -66,8 +65,10 @@ def requested() -> str:
 
 def shipped() -> dict[str, Path]:
     """The recipes of this package: name -> file, in alphabetical order."""
-    files = (Path(str(entry)) for entry in resources.files("mixquant_sglang.configs").iterdir())
-    return {file.stem: file for file in sorted(files, key=lambda file: file.stem) if file.suffix == ".yaml"}
+    here = Path(__file__).resolve().parent
+    # In a wheel they lie inside the package; in a checkout, from whose root `python -m` imports us too, beside it.
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"), key=lambda file: file.stem)}
 
 
 def load(name_or_path: str) -> Recipe:

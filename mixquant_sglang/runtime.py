@@ -33,9 +33,8 @@ GRAPH_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class PassPlan:
-    """How a pass runs and what it counts for: tokens by (phase, precision)."""
+    """How a prefill pass runs and what it counts for: tokens by (phase, precision)."""
 
-    phase: Phase
     running: Pass
     precision: str
     tokens: dict[tuple[str, str], int]
@@ -86,16 +85,14 @@ class Runtime:
             tokens = {("prefill", high): prefill_high}
             tokens["prefill", precision] = tokens.get(("prefill", precision), 0) + rows.prefill - prefill_high
         tokens["decode", high] = rows.decode
-        return PassPlan(Phase.PREFILL, running, precision, tokens, protected)
+        return PassPlan(running, precision, tokens, protected)
 
-    def plan_decode(self, rows: int) -> PassPlan:
-        high = self.selection.decode
-        return PassPlan(Phase.DECODE, phase.DECODE_PASS, high, {("decode", high): rows})
+    def count_prefill(self, pass_plan: PassPlan) -> None:
+        self.counters.add("prefill", pass_plan.precision, pass_plan.tokens, pass_plan.protected_total)
 
-    def count(self, pass_plan: PassPlan) -> None:
-        self.counters.add(
-            pass_plan.phase.value, pass_plan.precision, pass_plan.tokens, protected=pass_plan.protected_total
-        )
+    def count_decode(self, rows: int) -> None:
+        """Once per decode step, so it does as little as it can."""
+        self.counters.add_decode(self.selection.decode, rows)
 
     # -- prefill CUDA graphs ---------------------------------------------------------------------------------------
 

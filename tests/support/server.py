@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -22,8 +23,6 @@ CPU_FLAGS = [
     "--attention-backend",
     "torch_native",
     "--disable-cuda-graph",
-    "--max-total-tokens",
-    "20000",
 ]
 
 
@@ -37,10 +36,11 @@ def launch(
     args: list[str], log: Path, *, env: dict[str, str] | None = None, pythonpath: list[Path] | None = None
 ) -> subprocess.Popen[bytes]:
     """``python -m sglang.launch_server ARGS`` in a process group of its own, output to ``log``."""
-    full = {**os.environ, "PYTHONWARNINGS": "ignore", "SGLANG_DISABLE_TELEMETRY": "1", **(env or {})}
+    full = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", **(env or {})}
     full.pop("MIXQUANT_RECIPE", None)
     full.update({key: value for key, value in (env or {}).items() if key == "MIXQUANT_RECIPE"})
-    full["PYTHONPATH"] = os.pathsep.join(map(str, pythonpath or []))
+    inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    full["PYTHONPATH"] = os.pathsep.join([*map(str, pythonpath or []), *inherited])
     command = [sys.executable, "-m", "sglang.launch_server", *args]
     with log.open("wb") as out:
         return subprocess.Popen(
@@ -49,10 +49,8 @@ def launch(
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait(timeout=30)
 
 
@@ -74,7 +72,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"{name}.log"
         args = ["--model-path", str(model), "--port", str(self.port), "--host", "127.0.0.1"]
-        args += [] if ON_GPU else CPU_FLAGS
+        args += ["--max-total-tokens", "20000", *([] if ON_GPU else CPU_FLAGS)]
         self.process = launch([*args, *flags], self.log, **kwargs)
 
     def __enter__(self) -> Server:
@@ -89,11 +87,9 @@ class Server:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 break
-            try:
+            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
                 if requests.get(self.url + "/health", timeout=5).status_code == 200:
                     return
-            except requests.ConnectionError:
-                pass
             time.sleep(1)
         text = self.log.read_text(errors="replace")
         kill(self.process)

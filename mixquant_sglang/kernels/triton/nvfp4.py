@@ -10,8 +10,6 @@ Both are bound by memory: 4 bytes for each activation, 2.5625 for each weight.
 Refused (ValueError): other dtypes, tensors that are not contiguous CUDA tensors, K not a multiple of 16 or over 32768.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -64,13 +62,12 @@ def unscaled(packed: torch.Tensor, block_scales: torch.Tensor, out: torch.Tensor
 
 def _require(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> None:
     if tensor.ndim != 2 or tensor.dtype != dtype or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} must be a contiguous {dtype} matrix, got {tensor.dtype} {list(tensor.shape)} {tensor.stride()}"
-        )
+        found = f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
+        raise ValueError(f"{name} must be a contiguous {dtype} matrix, got {found}")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _qdq_rows(x_ptr: Any, out_ptr: Any, k: Any, BLOCKS: tl.constexpr) -> None:
+def _qdq_rows(x_ptr: tl.tensor, out_ptr: tl.tensor, k: tl.tensor, BLOCKS: tl.constexpr) -> None:
     """One program for each row; the row stays in registers as [BLOCKS, 16]."""
     block = tl.arange(0, BLOCKS)[:, None]
     offset = tl.program_id(0).to(tl.int64) * k + block * 16 + tl.arange(0, 16)[None, :]
@@ -84,8 +81,7 @@ def _qdq_rows(x_ptr: Any, out_ptr: Any, k: Any, BLOCKS: tl.constexpr) -> None:
     exponent = (row_max >> 23) - 138 + ((row_max & 0x7FFFFF) > 0x280000).to(tl.int32)
     exponent = tl.where(row_max == 0, 0, tl.maximum(exponent, -126))
     finite = row_max < 0x7F800000
-    exponent = tl.where(finite, exponent, 0)
-    row_scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    row_scale = tl.where(finite, ((exponent + 127) << 23).to(tl.float32, bitcast=True), float("nan"))
     inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     magnitude = bits.to(tl.float32, bitcast=True) * inverse
     amax = block_max.to(tl.float32, bitcast=True) * inverse
@@ -94,23 +90,23 @@ def _qdq_rows(x_ptr: Any, out_ptr: Any, k: Any, BLOCKS: tl.constexpr) -> None:
     # where the scale is 0, so is the value, whatever the code; 2^-9 is the least scale otherwise
     encode = tl.div_rn(1.0, tl.maximum(scale, 0.001953125))
     value = _round_to_steps(tl.minimum(magnitude * encode[:, None], 6.0), 1, 126)  # E2M1: 2^(e-1), at least 2^-1
-    value = value * scale[:, None] * row_scale
-    value = tl.where(finite, value, float("nan"))
+    value = value * (scale * row_scale)[:, None]
     result = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     tl.store(out_ptr + offset, result.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _round_to_steps(x: Any, MANTISSA_BITS: tl.constexpr, LEAST_STEP: tl.constexpr) -> Any:
-    """x >= 0 to the nearest multiple, ties to even, of 2^(exponent(x) - MANTISSA_BITS), at least 2^(LEAST_STEP -
-    127)."""
+def _round_to_steps(x: tl.tensor, MANTISSA_BITS: tl.constexpr, LEAST_STEP: tl.constexpr) -> tl.tensor:
+    """x >= 0 to the nearest multiple, ties to even, of 2^(exponent(x) - MANTISSA_BITS) or 2^(LEAST_STEP - 127)."""
     step = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) - MANTISSA_BITS, LEAST_STEP)
     shift = (step << 23).to(tl.float32, bitcast=True) * 12582912.0  # 1.5 * 2^23
     return (x + shift) - shift
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _unpack_weights(packed_ptr: Any, scale_ptr: Any, out_ptr: Any, blocks: Any, BLOCKS: tl.constexpr) -> None:
+def _unpack_weights(
+    packed_ptr: tl.tensor, scale_ptr: tl.tensor, out_ptr: tl.tensor, blocks: tl.tensor, BLOCKS: tl.constexpr
+) -> None:
     """Each byte becomes one 32-bit word of two BF16: the low nibble in the low half, which is the even element."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     mask = block < blocks

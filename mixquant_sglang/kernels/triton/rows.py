@@ -9,8 +9,6 @@ are not matrices with contiguous rows, shapes and dtypes that do not fit togethe
 CUDA only.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -79,7 +77,14 @@ def _require_index(index: torch.Tensor, rows: int) -> None:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gather(x_ptr: Any, index_ptr: Any, out_ptr: Any, columns: Any, x_stride: Any, COLUMNS: tl.constexpr) -> None:
+def _gather(
+    x_ptr: tl.tensor,
+    index_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    columns: tl.tensor,
+    x_stride: tl.tensor,
+    COLUMNS: tl.constexpr,
+) -> None:
     slot = tl.program_id(0).to(tl.int64)
     row = tl.load(index_ptr + slot).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -90,12 +95,12 @@ def _gather(x_ptr: Any, index_ptr: Any, out_ptr: Any, columns: Any, x_stride: An
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _scatter(
-    out_ptr: Any,
-    rows_ptr: Any,
-    index_ptr: Any,
-    columns: Any,
-    out_stride: Any,
-    rows_stride: Any,
+    out_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    index_ptr: tl.tensor,
+    columns: tl.tensor,
+    out_stride: tl.tensor,
+    rows_stride: tl.tensor,
     COLUMNS: tl.constexpr,
 ) -> None:
     slot = tl.program_id(0).to(tl.int64)
@@ -106,7 +111,9 @@ def _scatter(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _scale(out_ptr: Any, scale_ptr: Any, columns: Any, out_stride: Any, COLUMNS: tl.constexpr) -> None:
+def _scale(
+    out_ptr: tl.tensor, scale_ptr: tl.tensor, columns: tl.tensor, out_stride: tl.tensor, COLUMNS: tl.constexpr
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = column < columns

@@ -1,0 +1,358 @@
+"""The promises, on real servers: stock SGLang, recipe bf16 and low-precision prefill, side by side.
+
+Three servers are started once: ``stock`` (no plugin loaded), ``control`` (recipe bf16) and ``low`` (recipe auto; small
+chunks, mixed batches, and a spy plugin that writes down what SGLang puts into each batch).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.support import plugins
+from tests.support.server import ON_GPU, Server
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+
+CHUNK = 128
+FLAGS = [
+    "--chunked-prefill-size",
+    str(CHUNK),
+    "--enable-mixed-chunk",
+    "--enable-cache-report",
+    "--random-seed",
+    "1",
+    "--sleep-on-idle",
+]
+BF16_POLICY = {"custom_params": {"mixquant": {"prefill": "bf16"}}}
+
+
+class Servers:
+    def __init__(self, stock: Server, control: Server, low: Server, spy: Path) -> None:
+        self.stock, self.control, self.low, self.spy = stock, control, low, spy
+
+    def batches(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.spy.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def servers(tiny_model: Path, logs: Path) -> Iterator[Servers]:
+    shim = plugins.write(logs, "cpu_shim", plugins.CPU_SHIM)
+    spy_plugin = plugins.write(logs, "spy", plugins.SPY)
+    spy_file = logs / "spy.jsonl"
+    mixquant = [*FLAGS, "--quantization", "mixquant"]
+    stock_env = {"SGLANG_PLUGINS": "cpu_shim"}
+    low_env = {"SPY_FILE": str(spy_file)}
+    with ExitStack() as running:
+        started = [
+            Server(tiny_model, logs, "stock", *FLAGS, env=stock_env, pythonpath=[shim]),
+            Server(tiny_model, logs, "control", *mixquant, "--mixquant-recipe", "bf16"),
+            Server(tiny_model, logs, "low", *mixquant, "--enable-metrics", env=low_env, pythonpath=[spy_plugin]),
+        ]
+        for server in started:
+            running.callback(server.__exit__)
+        for server in started:
+            server.wait()
+        yield Servers(*started, spy_file)
+
+
+def ids(rng: random.Random, n: int) -> list[int]:
+    return [rng.randrange(10, 2000) for _ in range(n)]
+
+
+def conversation(server: Server, seed: int, **more: Any) -> list[dict[str, Any]]:
+    """Four turns that grow one prompt, greedy, with the logprobs of every generated token."""
+    rng = random.Random(seed)
+    prompt, turns = ids(rng, 300), []
+    for length in (200, 7, 130, 0):
+        answer = server.generate(prompt, 24, return_logprob=True, **more)
+        turns.append(answer)
+        prompt = [*prompt, *answer["output_ids"], *ids(rng, length)]
+    return turns
+
+
+def outputs(turns: list[dict[str, Any]]) -> list[tuple[list[int], list[float], int]]:
+    return [
+        (
+            turn["output_ids"],
+            [entry[0] for entry in turn["meta_info"]["output_token_logprobs"]],
+            turn["meta_info"]["cached_tokens"],
+        )
+        for turn in turns
+    ]
+
+
+# -- identity ---
+
+
+def test_recipe_bf16_equals_stock_sglang_to_the_last_bit(servers: Servers) -> None:
+    """Tokens, logprobs and cache hits of greedy multi-turn runs."""
+    for seed in (1, 2):
+        stock = outputs(conversation(servers.stock, seed))
+        assert outputs(conversation(servers.control, seed)) == stock
+        assert all(cached > 0 for _, _, cached in stock[1:])
+        assert len({token for tokens, _, _ in stock for token in tokens}) > 8, "a model that repeats one token"
+
+
+def test_decode_equals_stock_sglang_to_the_last_bit_given_the_same_kv(servers: Servers) -> None:
+    """The low server, told to prefill in BF16, holds stock's KV; then its decode steps must be stock's."""
+    for seed in (3, 4):
+        # Whole chunks, so that a captured prefill graph (stock) and an eager pass (low) have equal GEMM shapes.
+        prompt = ids(random.Random(seed), 2 * CHUNK)
+        stock = servers.stock.generate(prompt, 32, return_logprob=True)
+        low = servers.low.generate(prompt, 32, return_logprob=True, sampling=BF16_POLICY)
+        assert outputs([low])[0][:2] == outputs([stock])[0][:2]
+
+
+def test_low_precision_prefill_is_really_another_computation(servers: Servers) -> None:
+    prompt = ids(random.Random(5), 300)
+    stock, low = (outputs([s.generate(prompt, 8, return_logprob=True)])[0] for s in (servers.stock, servers.low))
+    assert stock[1] != low[1]
+
+
+# -- the split ---
+
+
+class Counted:
+    """What the low server says it ran during the block, what SGLang put into its batches, and what the API said."""
+
+    def __init__(self, servers: Servers) -> None:
+        self.servers = servers
+
+    def __enter__(self) -> Counted:
+        self._batches, self._state = len(self.servers.batches()), self.servers.low.state()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        time.sleep(0.5)  # a pass that overlaps with the answer of the last one
+        before, after = self._state, self.servers.low.state()
+        self.batches = self.servers.batches()[self._batches :]
+
+        def grown(phase: str, precision: str) -> int:
+            return after["tokens"][phase].get(precision, 0) - before["tokens"][phase].get(precision, 0)
+
+        low = after["precision"]["prefill"]
+        self.low, self.high = grown("prefill", low), grown("prefill", "bf16")
+        self.decode, self.decode_low = grown("decode", "bf16"), grown("decode", low)
+        self.protected = after["protected_rows"] - before["protected_rows"]
+        self.passes = {phase: after["passes"][phase] - before["passes"][phase] for phase in after["passes"]}
+
+    def check(self, *, bf16_rids: frozenset[str] = frozenset()) -> None:
+        """The counters against a count, position by position, of what SGLang put into its batches."""
+        low = high = decode = mixed_decode = 0
+        for batch in self.batches:
+            for request in batch["requests"]:
+                if request["decoding"]:
+                    decode += 1
+                    mixed_decode += batch["mode"] == "MIXED"
+                    continue
+                for position in range(request["prefix"], request["prefix"] + request["new"]):
+                    keep = position >= request["prompt"] - 1 or request["rid"] in bf16_rids
+                    low, high = low + (not keep), high + keep
+        assert (self.low, self.high, self.decode, self.decode_low) == (low, high, decode, 0)
+        assert self.protected == high + mixed_decode
+        prefills = sum(batch["mode"] != "DECODE" for batch in self.batches)
+        assert self.passes == {"prefill": prefills, "decode": len(self.batches) - prefills}
+
+    def check_against_api(self, answers: list[dict[str, Any]]) -> None:
+        """The counters against what the clients were told, for requests that were neither retracted nor aborted."""
+        meta = [answer["meta_info"] for answer in answers]
+        assert self.low + self.high == sum(m["prompt_tokens"] - m["cached_tokens"] for m in meta)
+        assert self.high == len(answers)  # one last prompt token each
+        steps = sum(m["completion_tokens"] for m in meta)
+        # The first token comes from the prefill; overlap scheduling runs one more step before it sees the end.
+        assert steps - len(answers) <= self.decode <= steps
+
+
+def together(calls: list[Any]) -> list[Any]:
+    results: list[Any] = [None] * len(calls)
+
+    def run(i: int) -> None:
+        results[i] = calls[i]()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_split_of_chunked_prompts(servers: Servers) -> None:
+    rng = random.Random(10)
+    with Counted(servers) as counted:
+        answers = [servers.low.generate(ids(rng, n), 4) for n in (300, CHUNK, CHUNK + 1, 5)]
+    counted.check()
+    counted.check_against_api(answers)
+    assert counted.passes["prefill"] == 3 + 1 + 2 + 1
+
+
+def test_split_of_mixed_batches(servers: Servers) -> None:
+    rng = random.Random(11)
+    low = servers.low
+    with Counted(servers) as counted:
+        calls = [partial(low.generate, ids(rng, n), t) for n, t in ((40, 60), (30, 50), (700, 5), (650, 6))]
+        answers = together(calls)
+    counted.check()
+    counted.check_against_api(answers)
+    assert any(b["mode"] == "MIXED" and any(r["decoding"] for r in b["requests"]) for b in counted.batches)
+
+
+def test_split_of_cached_prompts_and_a_full_hit(servers: Servers) -> None:
+    rng = random.Random(12)
+    prompt = ids(rng, 200)
+    with Counted(servers) as counted:
+        answers = [servers.low.generate(p, 4) for p in (prompt, [*prompt, *ids(rng, 90)], prompt)]
+    counted.check()
+    counted.check_against_api(answers)
+    assert [a["meta_info"]["cached_tokens"] for a in answers] == [0, 200, 199]
+
+
+def test_split_of_an_aborted_request(servers: Servers) -> None:
+    low, rid = servers.low, "to-be-aborted"
+    prompt = ids(random.Random(13), 300)
+    with Counted(servers) as counted:
+
+        def long_request() -> Any:
+            params = {"max_new_tokens": 4000, "ignore_eos": True}
+            return low.post("/generate", {"input_ids": prompt, "rid": rid, "sampling_params": params}, ok=False)
+
+        def abort() -> None:
+            time.sleep(1.5)
+            requests.post(low.url + "/abort_request", json={"rid": rid}, timeout=60)
+
+        answer = together([long_request, abort])[0]
+        time.sleep(1)
+    counted.check()
+    assert counted.low + counted.high == 300 and counted.high == 1
+    assert 1 < counted.decode < 4000 and "abort" in answer.text
+
+
+def test_a_request_can_ask_for_bf16_prefill_and_gets_its_own_cache_namespace(servers: Servers) -> None:
+    prompt = ids(random.Random(14), 250)
+    low = servers.low
+    first = low.generate(prompt, 4)
+    with Counted(servers) as counted:
+        mine = low.generate(prompt, 4, rid="mine", sampling=BF16_POLICY)
+        again = low.generate(prompt, 4, rid="again", sampling=BF16_POLICY)
+    counted.check(bf16_rids=frozenset({"mine", "again"}))
+    assert counted.low == 0 and counted.high == 251
+    assert [a["meta_info"]["cached_tokens"] for a in (first, mine, again)] == [0, 0, 249]
+
+
+def test_policies_in_one_batch(servers: Servers) -> None:
+    rng = random.Random(15)
+    low = servers.low
+    with Counted(servers) as counted:
+        prompts = [ids(rng, n) for n in (60, 300, 45, 50)]
+        together(
+            [partial(low.generate, prompts[0], 30), partial(low.generate, prompts[1], 3, rid="b", sampling=BF16_POLICY)]
+            + [partial(low.generate, prompt, 20) for prompt in prompts[2:]]
+        )
+    counted.check(bf16_rids=frozenset({"b"}))
+
+
+# -- rows are independent ---
+
+
+def test_a_prompts_logits_alone_and_in_company(servers: Servers) -> None:
+    """In company they move by no more than BF16 rounding moves stock's: the GEMM library's doing, not ours."""
+    rng = random.Random(16)
+    prompt, company = ids(rng, 40), [ids(rng, 40) for _ in range(2)]
+    moved = {}
+    for server in (servers.stock, servers.low):
+        server.flush()
+        alone = server.generate(prompt, 1, return_logprob=True, top_logprobs_num=20)
+        server.flush()
+        batch = server.generate([prompt, *company], 1, return_logprob=True, top_logprobs_num=20)[0]
+        values = [
+            {token: value for value, token, _ in answer["meta_info"]["output_top_logprobs"][0]}
+            for answer in (alone, batch)
+        ]
+        shared = values[0].keys() & values[1].keys()
+        assert len(shared) >= 15
+        moved[server] = max(abs(values[0][token] - values[1][token]) for token in shared)
+    print(f"largest change of a logprob: stock {moved[servers.stock]:.2e}, low {moved[servers.low]:.2e}")
+    assert moved[servers.low] <= max(2 * moved[servers.stock], 0.02)
+
+
+# -- requests and surface ---
+
+
+@pytest.mark.parametrize("policy", [3, {}, {"prefill": "fp4"}, {"prefil": "bf16"}, {"prefill": "bf16", "decode": "x"}])
+def test_a_bad_policy_is_a_400_and_the_server_goes_on(servers: Servers, policy: Any) -> None:
+    custom = {"custom_params": {"mixquant": policy}}
+    body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2, **custom}}
+    answer = servers.low.post("/generate", body, ok=False)
+    assert answer.status_code == 400 and "allowed: {'prefill': 'bf16'}" in answer.text
+    chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, **custom}
+    answer = servers.low.post("/v1/chat/completions", chat, ok=False)
+    assert answer.status_code == 400 and "allowed: {'prefill': 'bf16'}" in answer.text
+    assert servers.low.post("/v1/chat/completions", {**chat, "custom_params": None})["choices"]
+
+
+def test_server_info(servers: Servers) -> None:
+    state = servers.low.state()
+    low = state["precision"]["prefill"]
+    assert state["recipe"] == "auto" and state["precision"] == {"prefill": low, "decode": "bf16"}
+    assert state["layers"] == {low: 16, "bf16": 1} and state["kernel"].keys() == {low}
+    assert 0.25 * 6.3e6 < state["extra_weight_bytes"] < 0.55 * 6.3e6
+    control = servers.control.state()
+    assert control["kernel"] == {} and control["extra_weight_bytes"] == control["protected_rows"] == 0
+    assert control["layers"] == {"bf16": 17} and control["tokens"]["prefill"].keys() == {"bf16"}
+    info = requests.get(servers.stock.url + "/server_info", timeout=60).json()
+    assert "mixquant" not in info["internal_states"][0]
+
+
+def test_metrics_say_what_server_info_says(servers: Servers) -> None:
+    text = requests.get(servers.low.url + "/metrics", timeout=60).text
+    state = servers.low.state()
+    for phase, by_precision in state["tokens"].items():
+        for precision, n in by_precision.items():
+            lines = [line for line in text.splitlines() if line.startswith("mixquant:forward_tokens_total")]
+            found = [line for line in lines if f'phase="{phase}"' in line and f'precision="{precision}"' in line]
+            assert len(found) == 1 and float(found[0].rsplit(" ", 1)[1]) == n and 'tp_rank="0"' in found[0]
+    for name in ("forward_passes_total", "protected_rows_total", "layers", "extra_weight_bytes", "info"):
+        assert f"mixquant:{name}{{" in text
+    assert "mixquant:" not in requests.get(servers.control.url + "/metrics", timeout=60).text
+
+
+def test_log_lines(servers: Servers) -> None:
+    text = servers.low.log.read_text()
+    low = servers.low.state()["precision"]["prefill"]
+    assert text.count(": recipe auto -> prefill ") == 1
+    assert "mixquant: linears by prefill precision: " in text and "stays BF16 (never quantised): lm_head" in text
+    assert f"#{low}-token: " in text and "#protected-row: 1, " in text
+    stock = servers.stock.log.read_text()
+    assert "mixquant" not in stock.replace("SGLANG_PLUGINS", "") or "Skipping plugin mixquant" in stock
+
+
+def test_weight_update_packs_again(servers: Servers, tiny_model: Path) -> None:
+    """Reloading the same checkpoint changes nothing; the packed weights are refreshed in place."""
+    low = servers.low
+    prompt = ids(random.Random(17), 100)
+    low.flush()
+    before = low.generate(prompt, 8, return_logprob=True)
+    answer = low.post("/update_weights_from_disk", {"model_path": str(tiny_model)})
+    assert answer["success"], answer
+    low.flush()
+    after = low.generate(prompt, 8, return_logprob=True)
+    assert outputs([before]) == outputs([after])
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
+def test_graphs_are_on(servers: Servers) -> None:
+    servers.low.generate(ids(random.Random(18), CHUNK), 8)
+    text = servers.low.log.read_text()
+    assert "cuda graph: True" in text
