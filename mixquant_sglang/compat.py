@@ -7,6 +7,7 @@ taken, and a hook none of whose targets exists ends the start with the version, 
 
 from __future__ import annotations
 
+import logging
 import os
 import pkgutil
 import sys
@@ -373,6 +374,13 @@ def allow_cpu() -> None:
     rotary._is_cpu = True
 
 
+def hush_unknown_method_warning() -> None:
+    """Drops SGLang's warning that a quantization method outside its own list "is not fully optimized yet"."""
+    logging.getLogger("sglang.srt.configs.model_config").addFilter(
+        lambda record: not str(record.msg).startswith(f"{NAME} quantization is not fully optimized")
+    )
+
+
 def provide_fp4_linear_method() -> None:
     """Hands SGLang's ModelOpt FP4 linear method to the native kernel, and refuses back ends that cannot serve it."""
     from sglang.srt.layers.quantization.fp4_utils import get_fp4_gemm_runner_backend
@@ -386,5 +394,11 @@ def provide_fp4_linear_method() -> None:
             "--fp4-gemm-backend marlin leaves activations in BF16; "
             "native nvfp4 needs one of SGLang's flashinfer back ends"
         )
+    # FlashInfer's fast mode moves up to 0.6% of the codes; the emulated kernel follows the exact one.
+    os.environ.setdefault("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", "1")
     config = ModelOptFp4Config(is_checkpoint_nvfp4_serialized=True, group_size=16, exclude_modules=[])
+    if getattr(ModelOptFp4LinearMethod(config), "quant_mode", "w4a4") != "w4a4":
+        raise MixQuantError(
+            "SGLANG_FLASHINFER_CUTEDSL_NVFP4_W4A16 leaves activations in BF16; unset it for native nvfp4"
+        )
     blackwell.fp4_linear_method = lambda: ModelOptFp4LinearMethod(config)

@@ -49,6 +49,7 @@ def register_config() -> None:
 
     from mixquant_sglang.config import MixQuantConfig
 
+    compat.hush_unknown_method_warning()
     quantization.QUANTIZATION_METHODS[compat.NAME] = MixQuantConfig
     cpu_methods = getattr(quantization, "CPU_QUANTIZATION_METHODS", None)
     if cpu_methods is not None:

@@ -44,7 +44,7 @@ class PackedLinear(ABC):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors())
+        return sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
 
 
 def copy_all(targets: tuple[torch.Tensor, ...], sources: tuple[torch.Tensor, ...]) -> None:

@@ -7,30 +7,30 @@ exponent and multiplies by a power of two, which makes the small format's subnor
 
 Both are bound by memory: 4 bytes for each activation, 2.5625 for each weight.
 
-Refused (ValueError): other dtypes, tensors that are not contiguous CUDA tensors, K not a multiple of 16 or over 32768.
+Refused (ValueError): other dtypes, tensors that are not contiguous CUDA tensors, K not a multiple of 16.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-_MAX_K = 32768
-_WEIGHT_BLOCKS = 512  # of 16 weights, for each program
+_ROW_BLOCKS = 256  # of 16 activations, at a time
+_WEIGHT_BLOCKS = 256  # of 16 weights, for each program
 
 
 def qdq_activations(x: torch.Tensor) -> torch.Tensor:
     """``formats.nvfp4.quantize_activations(x).dequantize()`` in one pass: bfloat16 [M, K] -> bfloat16 [M, K].
 
-    K a multiple of 16 up to 32768; M = 0 is fine. No synchronisation, fit for CUDA graphs. ValueError: see above.
+    K a positive multiple of 16; M = 0 is fine. No synchronisation, fit for CUDA graphs. ValueError: see above.
     """
     _require(x, torch.bfloat16, "x")
     m, k = x.shape
-    if k == 0 or k % 16 or k > _MAX_K:
-        raise ValueError(f"K must be a positive multiple of 16 up to {_MAX_K}, got {k}")
+    if k == 0 or k % 16:
+        raise ValueError(f"K must be a positive multiple of 16, got {k}")
     out = torch.empty_like(x)
     if m:
-        blocks = triton.next_power_of_2(k // 16)
-        warps = min(max(blocks // 64, 1), 16)
+        blocks = min(triton.next_power_of_2(k // 16), _ROW_BLOCKS)
+        warps = 8 if k > blocks * 16 else max(blocks // 64, 1)
         _qdq_rows[(m,)](x, out, k, BLOCKS=blocks, num_warps=warps, enable_fp_fusion=False)
     return out
 
@@ -68,31 +68,57 @@ def _require(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> None:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _qdq_rows(x_ptr: tl.tensor, out_ptr: tl.tensor, k: tl.tensor, BLOCKS: tl.constexpr) -> None:
-    """One program for each row; the row stays in registers as [BLOCKS, 16]."""
-    block = tl.arange(0, BLOCKS)[:, None]
-    offset = tl.program_id(0).to(tl.int64) * k + block * 16 + tl.arange(0, 16)[None, :]
-    mask = block * 16 < k
-    bits = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
-    sign = bits & -0x80000000
-    bits = bits & 0x7FFFFFFF
-
-    block_max = tl.max(bits, axis=1)  # of magnitudes, as integers: NaN and infinity are the largest
+    """One program for each row. The first chunk of BLOCKS blocks stays in registers; the others, which only wide rows
+    have, are read a second time, from the L1 cache."""
+    start = tl.program_id(0).to(tl.int64) * k
+    bits, block_max = _load_blocks(x_ptr + start, 0, k, BLOCKS)
     row_max = tl.max(block_max, axis=0)
+    for chunk in range(BLOCKS * 16, k, BLOCKS * 16):
+        _, chunk_max = _load_blocks(x_ptr + start, chunk, k, BLOCKS)
+        row_max = tl.maximum(row_max, tl.max(chunk_max, axis=0))
+
     exponent = (row_max >> 23) - 138 + ((row_max & 0x7FFFFF) > 0x280000).to(tl.int32)
     exponent = tl.where(row_max == 0, 0, tl.maximum(exponent, -126))
-    finite = row_max < 0x7F800000
-    row_scale = tl.where(finite, ((exponent + 127) << 23).to(tl.float32, bitcast=True), float("nan"))
     inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    magnitude = bits.to(tl.float32, bitcast=True) * inverse
-    amax = block_max.to(tl.float32, bitcast=True) * inverse
+    scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    scale = tl.where(row_max < 0x7F800000, scale, float("nan"))
 
+    _store_blocks(out_ptr + start, 0, k, bits, block_max, inverse, scale, BLOCKS)
+    for chunk in range(BLOCKS * 16, k, BLOCKS * 16):
+        bits, block_max = _load_blocks(x_ptr + start, chunk, k, BLOCKS)
+        _store_blocks(out_ptr + start, chunk, k, bits, block_max, inverse, scale, BLOCKS)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_blocks(row_ptr: tl.tensor, chunk: tl.tensor, k: tl.tensor, BLOCKS: tl.constexpr) -> tl.tensor:
+    """FP32 bits [BLOCKS, 16], and the largest magnitude of each block: as an integer, NaN and infinity are the largest."""
+    column = chunk + tl.arange(0, BLOCKS)[:, None] * 16
+    x = tl.load(row_ptr + column + tl.arange(0, 16)[None, :], mask=column < k, other=0.0)
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    return bits, tl.max(bits & 0x7FFFFFFF, axis=1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_blocks(
+    row_ptr: tl.tensor,
+    chunk: tl.tensor,
+    k: tl.tensor,
+    bits: tl.tensor,
+    block_max: tl.tensor,
+    inverse: tl.tensor,
+    row_scale: tl.tensor,
+    BLOCKS: tl.constexpr,
+) -> None:
+    amax = block_max.to(tl.float32, bitcast=True) * inverse
+    magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True) * inverse
     scale = _round_to_steps(tl.minimum(amax * 0.16666667163372040, 448.0), 3, 118)  # E4M3: 2^(e-3), at least 2^-9
     # where the scale is 0, so is the value, whatever the code; 2^-9 is the least scale otherwise
     encode = tl.div_rn(1.0, tl.maximum(scale, 0.001953125))
     value = _round_to_steps(tl.minimum(magnitude * encode[:, None], 6.0), 1, 126)  # E2M1: 2^(e-1), at least 2^-1
     value = value * (scale * row_scale)[:, None]
-    result = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    tl.store(out_ptr + offset, result.to(tl.bfloat16), mask=mask)
+    result = (value.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+    column = chunk + tl.arange(0, BLOCKS)[:, None] * 16
+    tl.store(row_ptr + column + tl.arange(0, 16)[None, :], result.to(tl.bfloat16), mask=column < k)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -1,0 +1,91 @@
+"""The hooks against the installed SGLang, and against their ledger."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixquant_sglang import compat, hooks
+from mixquant_sglang.errors import MixQuantError
+
+LEDGER = Path(__file__).resolve().parents[2] / "patches" / "README.md"
+
+
+def test_every_target_exists_here() -> None:
+    for hook in compat.HOOKS:
+        assert compat.target_of(hook) in hook.targets
+
+
+def test_ledger_and_code_name_the_same_hooks() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| [^|]* \| ([^|]*) \|", LEDGER.read_text(), re.MULTILINE)
+    listed = {handler: (kind, tuple(re.findall(r"`([\w.]+)`", targets))) for handler, kind, targets in rows}
+    assert listed == {hook.handler: (hook.kind, hook.targets) for hook in compat.HOOKS}
+
+
+def test_every_handler_exists_and_nothing_else_is_one() -> None:
+    for hook in compat.HOOKS:
+        assert callable(getattr(hooks, hook.handler))
+    assert len({hook.handler for hook in compat.HOOKS}) == len(compat.HOOKS)
+
+
+@pytest.mark.parametrize("hook", compat.HOOKS, ids=lambda hook: hook.handler)
+def test_a_missing_target_is_named_with_its_purpose(hook: compat.Hook, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pkgutil
+
+    resolve = pkgutil.resolve_name
+    gone = {target.rpartition(".")[0] for target in hook.targets}
+
+    def without(name: str) -> Any:
+        return object() if name in gone else resolve(name)
+
+    if all(target.endswith(".__init__") for target in hook.targets):
+        monkeypatch.setattr(pkgutil, "resolve_name", lambda name: (_ for _ in ()).throw(AttributeError(name)))
+    else:
+        monkeypatch.setattr(pkgutil, "resolve_name", without)
+    with pytest.raises(MixQuantError) as error:
+        compat.target_of(hook)
+    assert all(target in str(error.value) for target in hook.targets) and hook.why in str(error.value)
+    assert compat.sglang_version() in str(error.value) and "pip install" in str(error.value)
+
+
+def test_a_hook_that_did_not_take_effect_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
+
+    class Target:
+        @classmethod
+        def made(cls) -> None: ...
+
+    def other(result: Any, *args: Any) -> None: ...
+
+    hook = compat.Hook("plan_batch", "after", "scheduler", ("here.made",), "is a test")
+    monkeypatch.setattr(compat, "target_of", lambda hook: "here.made")
+    monkeypatch.setattr(compat.pkgutil, "resolve_name", lambda name: Target.made)
+    assert not compat.took_effect(hook)
+    wrapped = _wrap_fn(Target.__dict__["made"].__func__, hooks.plan_batch, HookType.AFTER)
+    Target.made = classmethod(_wrap_fn(wrapped, other, HookType.AFTER))  # somebody else's hook on top of ours
+    assert compat.took_effect(hook)
+    Target.made = classmethod(_wrap_fn(Target.__dict__["made"].__func__.__wrapped__, other, HookType.AFTER))
+    assert compat.took_effect(hook)
+
+
+def test_config_refuses_where_the_hooks_are_missing() -> None:
+    from mixquant_sglang.config import MixQuantConfig
+
+    with pytest.raises(SystemExit, match=r"the hook on .* is not in place.*--quantization mixquant"):
+        MixQuantConfig()
+
+
+def test_server_args_that_are_refused() -> None:
+    class Args:
+        tokenizer_worker_num = 1
+        disaggregation_mode = "null"
+
+    compat.check_server_args(Args())
+    for field, flag, _, _ in compat._REFUSED:
+        bad = Args()
+        setattr(bad, field, {"cuda_graph_backend_prefill": "full", "disaggregation_mode": "prefill"}.get(field, 2))
+        with pytest.raises(MixQuantError, match=re.escape(flag)):
+            compat.check_server_args(bad)
