@@ -74,7 +74,7 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def pack(self) -> None:
         """Packs the master weight; after the first time in place, since captured graphs hold the addresses."""
         assert self._layer is not None
-        weight: torch.Tensor = self._layer.weight.data  # type: ignore[assignment, union-attr]
+        weight: torch.Tensor = self._layer.weight.data  # type: ignore[assignment]
         for precision in sorted({*self.precision.values()} - {"bf16"}):
             packed = self._packed.get(precision)
             try:

@@ -1,0 +1,1 @@
+"""The number formats, in plain torch: quantise, dequantise, pack, scale layouts. No SGLang, no kernels."""

@@ -21,7 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
         "says": ["unknown recipe 'nvpf4'", "allowed: auto, bf16, fp8", "did you mean 'nvfp4'"],
         "flags": ["--mixquant-recipe", "nvpf4"],
     },
-    "bad YAML": {"says": ["recipe.yaml:2:", "not valid YAML"], "recipe": "version: 1\nprefill: [\n"},
+    "bad YAML": {"says": ["recipe.yaml:", "not valid YAML"], "recipe": "version: 1\nprefill: [\n"},
     "unknown key": {
         "says": ["recipe.yaml:2 prefil: unknown key", "did you mean 'prefill'"],
         "recipe": "version: 1\nprefil: {precision: fp8}\n",
@@ -46,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "tokenizer workers": {"says": ["--tokenizer-worker-num > 1"], "flags": ["--tokenizer-worker-num", "2"]},
     "DP attention": {
-        "says": ["--enable-dp-attention"],
+        "says": ["does not go with --enable-dp-attention"],
         "flags": ["--enable-dp-attention", "--dp-size", "2", "--tp-size", "2"],
     },
     "a launcher hook target is gone": {

@@ -121,6 +121,7 @@ def test_fp8_rows_quantise_alike_on_cpu_and_gpu(kind: str) -> None:
     same(gpu.data.view(torch.uint8)[finite.cuda()], cpu.data.view(torch.uint8)[finite])
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_activations_neither_synchronise_nor_break_a_graph() -> None:
     from mixquant_sglang.kernels.triton.nvfp4 import qdq_activations
     from mixquant_sglang.kernels.triton.rows import gather_rows, scale_rows_, scatter_rows_
@@ -138,8 +139,8 @@ def test_activations_neither_synchronise_nor_break_a_graph() -> None:
 
     passes()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         passes()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -31,7 +31,7 @@ def qdq_activations(x: torch.Tensor) -> torch.Tensor:
     if m:
         blocks = min(triton.next_power_of_2(k // 16), _ROW_BLOCKS)
         warps = 8 if k > blocks * 16 else max(blocks // 64, 1)
-        _qdq_rows[(m,)](x, out, k, BLOCKS=blocks, num_warps=warps, enable_fp_fusion=False)
+        _qdq_rows[(m,)](x, out, K=k, BLOCKS=blocks, num_warps=warps, enable_fp_fusion=False)
     return out
 
 
@@ -67,14 +67,14 @@ def _require(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> None:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _qdq_rows(x_ptr: tl.tensor, out_ptr: tl.tensor, k: tl.tensor, BLOCKS: tl.constexpr) -> None:
+def _qdq_rows(x_ptr: tl.tensor, out_ptr: tl.tensor, K: tl.constexpr, BLOCKS: tl.constexpr) -> None:
     """One program for each row. The first chunk of BLOCKS blocks stays in registers; the others, which only wide rows
     have, are read a second time, from the L1 cache."""
-    start = tl.program_id(0).to(tl.int64) * k
-    bits, block_max = _load_blocks(x_ptr + start, 0, k, BLOCKS)
+    start = tl.program_id(0).to(tl.int64) * K
+    bits, block_max = _load_blocks(x_ptr + start, 0, K, BLOCKS)
     row_max = tl.max(block_max, axis=0)
-    for chunk in range(BLOCKS * 16, k, BLOCKS * 16):
-        _, chunk_max = _load_blocks(x_ptr + start, chunk, k, BLOCKS)
+    for chunk in range(BLOCKS * 16, K, BLOCKS * 16):
+        _, chunk_max = _load_blocks(x_ptr + start, chunk, K, BLOCKS)
         row_max = tl.maximum(row_max, tl.max(chunk_max, axis=0))
 
     exponent = (row_max >> 23) - 138 + ((row_max & 0x7FFFFF) > 0x280000).to(tl.int32)
@@ -83,17 +83,19 @@ def _qdq_rows(x_ptr: tl.tensor, out_ptr: tl.tensor, k: tl.tensor, BLOCKS: tl.con
     scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
     scale = tl.where(row_max < 0x7F800000, scale, float("nan"))
 
-    _store_blocks(out_ptr + start, 0, k, bits, block_max, inverse, scale, BLOCKS)
-    for chunk in range(BLOCKS * 16, k, BLOCKS * 16):
-        bits, block_max = _load_blocks(x_ptr + start, chunk, k, BLOCKS)
-        _store_blocks(out_ptr + start, chunk, k, bits, block_max, inverse, scale, BLOCKS)
+    _store_blocks(out_ptr + start, 0, K, bits, block_max, inverse, scale, BLOCKS)
+    for chunk in range(BLOCKS * 16, K, BLOCKS * 16):
+        bits, block_max = _load_blocks(x_ptr + start, chunk, K, BLOCKS)
+        _store_blocks(out_ptr + start, chunk, K, bits, block_max, inverse, scale, BLOCKS)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _load_blocks(row_ptr: tl.tensor, chunk: tl.tensor, k: tl.tensor, BLOCKS: tl.constexpr) -> tl.tensor:
-    """FP32 bits [BLOCKS, 16], and the largest magnitude of each block: as an integer, NaN and infinity are the largest."""
+def _load_blocks(
+    row_ptr: tl.tensor, chunk: tl.tensor, K: tl.constexpr, BLOCKS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """FP32 bits [BLOCKS, 16], and each block's largest magnitude: compared as integers, NaN and infinity win."""
     column = chunk + tl.arange(0, BLOCKS)[:, None] * 16
-    x = tl.load(row_ptr + column + tl.arange(0, 16)[None, :], mask=column < k, other=0.0)
+    x = tl.load(row_ptr + column + tl.arange(0, 16)[None, :], mask=column < K, other=0.0)
     bits = x.to(tl.float32).to(tl.int32, bitcast=True)
     return bits, tl.max(bits & 0x7FFFFFFF, axis=1)
 
@@ -102,7 +104,7 @@ def _load_blocks(row_ptr: tl.tensor, chunk: tl.tensor, k: tl.tensor, BLOCKS: tl.
 def _store_blocks(
     row_ptr: tl.tensor,
     chunk: tl.tensor,
-    k: tl.tensor,
+    K: tl.constexpr,
     bits: tl.tensor,
     block_max: tl.tensor,
     inverse: tl.tensor,
@@ -118,7 +120,7 @@ def _store_blocks(
     value = value * (scale * row_scale)[:, None]
     result = (value.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
     column = chunk + tl.arange(0, BLOCKS)[:, None] * 16
-    tl.store(row_ptr + column + tl.arange(0, 16)[None, :], result.to(tl.bfloat16), mask=column < k)
+    tl.store(row_ptr + column + tl.arange(0, 16)[None, :], result.to(tl.bfloat16), mask=column < K)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

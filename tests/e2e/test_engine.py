@@ -1,0 +1,69 @@
+"""``sgl.Engine``: the same plugin without a command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.server import ON_GPU
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+
+ENGINE = """
+import json
+import os
+import sys
+
+import sglang as sgl
+
+CPU = {} if sys.argv[2] == "gpu" else {
+    "device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True
+}
+
+
+def engine():
+    return sgl.Engine(
+        model_path=sys.argv[1], quantization="mixquant", max_total_tokens=20000, log_level="error", **CPU
+    )
+
+
+if __name__ == "__main__":
+    os.environ["MIXQUANT_RECIPE"] = "no-such-recipe"
+    try:
+        engine()
+    except ValueError as error:
+        refused = f"{type(error).__name__}: {error}"
+    os.environ["MIXQUANT_RECIPE"] = "nvfp4-emulated"
+    running = engine()
+    params = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
+    answers = running.generate(input_ids=[list(range(20, 90)), list(range(40, 60))], sampling_params=params)
+    state = running.get_server_info()["internal_states"][0]["mixquant"]
+    running.shutdown()
+    print(json.dumps({"refused": refused, "tokens": [len(a["output_ids"]) for a in answers], "state": state}))
+"""
+
+
+def test_engine(tiny_model: Path, tmp_path: Path) -> None:
+    import json
+
+    script = tmp_path / "engine.py"
+    script.write_text(ENGINE)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, tiny_model, "gpu" if ON_GPU else "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["refused"].startswith("MixQuantError: unknown recipe 'no-such-recipe'")
+    assert said["tokens"] == [6, 6]
+    state = said["state"]
+    assert state["recipe"] == "nvfp4-emulated" and state["tokens"]["prefill"]["nvfp4"] >= 88
+    assert state["tokens"]["prefill"]["bf16"] == state["protected_rows"] >= 2
+    assert state["tokens"]["decode"].keys() == {"bf16"}

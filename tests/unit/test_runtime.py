@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import torch
+
+from mixquant_sglang import recipe
+from mixquant_sglang.kernels import Device, select
+from mixquant_sglang.phase import DECODE_PASS, Phase
+from mixquant_sglang.rows import GraphRows, RequestRows
+from mixquant_sglang.runtime import GRAPH_ROWS, PassPlan, Runtime
+
+CPU = torch.device("cpu")
+MIXED = [RequestRows(100, 0, 100), RequestRows(1, 40, 30, decoding=True)]
+
+
+def make(name: str = "nvfp4", bf16_below: int = 1, **changes: object) -> Runtime:
+    asked = replace(recipe.load(name), **changes)
+    return Runtime(asked, select(asked, Device("this CPU", None)), bf16_below=bf16_below)
+
+
+def tokens(plan: PassPlan) -> dict[tuple[str, str], int]:
+    return {key: n for key, n in plan.tokens.items() if n}
+
+
+def test_a_mixed_pass() -> None:
+    plan = make().plan_prefill(MIXED, CPU)
+    assert plan.running.column is Phase.PREFILL and plan.running.rows is not None and plan.running.rows.tokens == 101
+    assert tokens(plan) == {("prefill", "nvfp4"): 99, ("prefill", "bf16"): 1, ("decode", "bf16"): 1}
+    assert plan.protected == ((99, 101),) and plan.protected_total == 2 and plan.precision == "nvfp4"
+
+
+def test_a_middle_chunk_needs_no_rows() -> None:
+    plan = make().plan_prefill([RequestRows(128, 0, 300)], CPU)
+    assert plan.running.rows is None and tokens(plan) == {("prefill", "nvfp4"): 128}
+
+
+def test_a_pass_of_protected_rows_alone_is_bf16_whole() -> None:
+    plan = make().plan_prefill([RequestRows(1, 299, 300), RequestRows(1, 9, 5, decoding=True)], CPU)
+    assert plan.running is DECODE_PASS and plan.precision == "bf16" and plan.protected_total == 2
+    assert tokens(plan) == {("prefill", "bf16"): 1, ("decode", "bf16"): 1}
+
+
+def test_short_passes_stay_bf16_and_protect_nothing() -> None:
+    run = make(min_tokens=101)
+    plan = run.plan_prefill(MIXED, CPU)
+    assert plan.running is DECODE_PASS and plan.protected_total == 0
+    assert tokens(plan) == {("prefill", "bf16"): 100, ("decode", "bf16"): 1}
+    assert run.plan_prefill([RequestRows(101, 0, 900)], CPU).precision == "nvfp4"
+    # What SGLang bypasses counts all rows of the pass, decode rows too.
+    assert make(bf16_below=17).plan_prefill([RequestRows(16, 0, 900)], CPU).precision == "bf16"
+    assert make(bf16_below=17).plan_prefill([RequestRows(17, 0, 900)], CPU).precision == "nvfp4"
+
+
+def test_without_last_token_protection() -> None:
+    plan = make(protect_last_prompt_token=False).plan_prefill(MIXED, CPU)
+    assert plan.protected == ((100, 101),)
+    assert tokens(plan) == {("prefill", "nvfp4"): 100, ("decode", "bf16"): 1}
+
+
+def test_equal_phases_have_nothing_to_protect() -> None:
+    for name, precision in (("bf16", "bf16"), ("nvfp4-everywhere", "nvfp4")):
+        plan = make(name).plan_prefill(MIXED, CPU)
+        assert plan.running.column is Phase.PREFILL and plan.running.rows is None and plan.protected_total == 0
+        assert tokens(plan) == {("prefill", precision): 100, ("decode", precision): 1}
+
+
+def test_decode_only_low_precision() -> None:
+    plan = make("bf16", decode="nvfp4").plan_prefill(MIXED, CPU)
+    assert tokens(plan) == {("prefill", "bf16"): 99, ("prefill", "nvfp4"): 1, ("decode", "nvfp4"): 1}
+
+
+def test_which_passes_a_captured_graph_computes() -> None:
+    run = make()
+    many = [RequestRows(2, 0, 2) for _ in range(GRAPH_ROWS + 1)]
+    fits, too_many = run.plan_prefill(many[:-1], CPU), run.plan_prefill(many, CPU)
+    whole = run.plan_prefill([RequestRows(1, 299, 300)], CPU)
+    assert not run.can_replay(fits)  # no graphs were captured with an index buffer
+    run.graph_rows = GraphRows(GRAPH_ROWS, CPU)
+    assert run.can_replay(fits) and not run.can_replay(too_many) and not run.can_replay(whole)
+    run.graphs_are_stale("a.layer")
+    assert not run.can_replay(fits)
+    assert make("bf16").can_replay(make("bf16").plan_prefill(MIXED, CPU))
+
+
+def test_index_buffer() -> None:
+    rows = GraphRows(4, CPU)
+    rows.fill([(2, 4), (9, 10)])
+    assert rows.index.tolist() == [2, 3, 9, -1]
+    rows.fill([])
+    assert rows.index.tolist() == [-1] * 4
+    assert rows.of(3).index.tolist() == [-1] * 3 and rows.of(3).index.data_ptr() == rows.index.data_ptr()
+
+
+def test_counters_and_state() -> None:
+    run = make()
+    run.count_prefill(run.plan_prefill(MIXED, CPU))
+    run.count_decode(3)
+    state = run.state()
+    assert state["tokens"] == {"prefill": {"bf16": 1, "nvfp4": 99}, "decode": {"bf16": 4}}
+    assert state["passes"] == {"prefill": 1, "decode": 1} and state["protected_rows"] == 2
+    assert state["kernel"] == {"nvfp4": "emulated"} and state["precision"] == {"prefill": "nvfp4", "decode": "bf16"}
+
+
+def test_what_imports_what() -> None:
+    """`import mixquant_sglang` is cheap, and the numbers, recipes and rows know nothing of SGLang."""
+    light = "import sys, mixquant_sglang; assert not {'torch', 'sglang'} & sys.modules.keys()"
+    names = ["formats.nvfp4", "formats.fp8", "kernels", "kernels.emulated", "kernels.hopper", "kernels.blackwell"]
+    names += ["recipe", "matching", "phase", "rows", "runtime", "metrics"]
+    imports = ", ".join(f"mixquant_sglang.{name}" for name in names)
+    apart = f"import sys, {imports}; assert 'sglang' not in sys.modules"
+    for code in (light, apart):
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
