@@ -24,7 +24,8 @@ def sample(m: int, k: int) -> torch.Tensor:
     torch.manual_seed(m + k)
     x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
     x[:, ::37] *= 300  # outlier channels
-    x[m // 2] = 0
+    if m > 1:
+        x[m // 2] = 0
     return x
 
 
@@ -43,7 +44,7 @@ def test_codes_and_scales_of_a_row_are_the_same_alone_and_in_company(m: int, k: 
 @pytest.mark.parametrize(("m", "k"), [(7, 4096), (130, 12288)])
 def test_codes_and_scales_are_those_of_the_oracle(m: int, k: int) -> None:
     x = sample(m, k)
-    live = [i for i in range(m) if i != m // 2]  # the scale of an all-zero row means nothing
+    live = [i for i in range(m) if x[i].any()]  # the scale of an all-zero row means nothing
     oracle = fp8.quantize_activations(x)
     data, scales = codes(x)
     # sgl_kernel's SM90 build divides with -use_fast_math, so its scales may be off by their last bit.

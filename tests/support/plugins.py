@@ -28,6 +28,10 @@ def register():
 
 
 def note(forward_batch, _cls, batch, *args, **kwargs):
+    from sglang.srt.distributed import get_tensor_model_parallel_rank
+
+    if get_tensor_model_parallel_rank():
+        return  # every rank sees the same batches
     decoding = {id(req) for req in batch.decoding_reqs or ()}
     mode = forward_batch.forward_mode.name
     decode = mode == "DECODE"

@@ -73,6 +73,7 @@ class Server:
         self.log = folder / f"{name}.log"
         args = ["--model-path", str(model), "--port", str(self.port), "--host", "127.0.0.1"]
         args += ["--max-total-tokens", "20000", *([] if ON_GPU else CPU_FLAGS)]
+        args += os.environ.get("TEST_SERVER_FLAGS", "").split()  # by hand: --tp-size 2
         self.process = launch([*args, *flags], self.log, **kwargs)
 
     def __enter__(self) -> Server:
