@@ -272,9 +272,9 @@ def log_prefill(original: Callable[..., None], reporter: Any, *args: Any, **kwar
     plan: PassPlan | None = getattr(stats, "mixquant", None)
     if plan is None:
         return original(reporter, *args, **kwargs)
-    low = plan.tokens.get(("prefill", plan.precision), 0) if plan.precision != "bf16" else 0
+    rows = plan.tokens.get(("prefill", plan.precision), 0)
     label = reporter._graph_backend_label
-    reporter._graph_backend_label = f"#{plan.precision}-token: {low}, #protected-row: {plan.protected_total}, {label}"
+    reporter._graph_backend_label = f"#{plan.precision}-token: {rows}, #protected-row: {plan.protected_total}, {label}"
     try:
         return original(reporter, *args, **kwargs)
     finally:

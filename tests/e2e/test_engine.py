@@ -18,6 +18,8 @@ import os
 import sys
 
 import sglang as sgl
+import torch
+from safetensors.torch import load_file
 
 CPU = {} if sys.argv[2] == "gpu" else {
     "device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True
@@ -41,8 +43,29 @@ if __name__ == "__main__":
     params = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
     answers = running.generate(input_ids=[list(range(20, 90)), list(range(40, 60))], sampling_params=params)
     state = running.get_server_info()["internal_states"][0]["mixquant"]
+
+    def update(name, weight):
+        if hasattr(running, "begin_weight_update"):
+            running.begin_weight_update()
+        running.update_weights_from_tensor([(name, weight)])
+        if hasattr(running, "end_weight_update"):
+            running.end_weight_update()
+
+    def prompt_logprobs():
+        running.flush_cache()
+        ids = list(range(20, 60))
+        answer = running.generate(input_ids=ids, sampling_params=params, return_logprob=True, logprob_start_len=0)
+        return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = load_file(sys.argv[1] + "/model.safetensors")[name]
+    logprobs = [prompt_logprobs()]
+    for new in (torch.zeros_like(weight), weight):
+        update(name, new)
+        logprobs.append(prompt_logprobs())
     running.shutdown()
-    print(json.dumps({"refused": refused, "tokens": [len(a["output_ids"]) for a in answers], "state": state}))
+    tokens = [len(a["output_ids"]) for a in answers]
+    print(json.dumps({"refused": refused, "tokens": tokens, "state": state, "logprobs": logprobs}))
 """
 
 
@@ -67,3 +90,6 @@ def test_engine(tiny_model: Path, tmp_path: Path) -> None:
     assert state["recipe"] == "nvfp4-emulated" and state["tokens"]["prefill"]["nvfp4"] >= 88
     assert state["tokens"]["prefill"]["bf16"] == state["protected_rows"] >= 2
     assert state["tokens"]["decode"].keys() == {"bf16"}
+    # Prompt logprobs come from low-precision rows: stale packed weights would not have moved the first of them.
+    before, zeroed, restored = said["logprobs"]
+    assert restored == before and abs(zeroed[0] - before[0]) > 1e-3

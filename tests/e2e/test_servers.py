@@ -8,6 +8,7 @@ FP8 server, to compare rounding with.
 from __future__ import annotations
 
 import json
+import os
 import random
 import threading
 import time
@@ -35,6 +36,7 @@ FLAGS = [
     "1",
     "--sleep-on-idle",
 ]
+LOW_RECIPE = os.environ.get("TEST_LOW_RECIPE", "auto")  # by hand: nvfp4 on a GPU whose auto is fp8
 BF16_POLICY = {"custom_params": {"mixquant": {"prefill": "bf16"}}}
 
 
@@ -54,11 +56,12 @@ def servers(tiny_model: Path, logs: Path) -> Iterator[Servers]:
     mixquant = [*FLAGS, "--quantization", "mixquant"]
     stock_env = {"SGLANG_PLUGINS": "cpu_shim"}
     low_env = {"SPY_FILE": str(spy_file)}
+    low_flags = ["--enable-metrics", *(["--mixquant-recipe", LOW_RECIPE] if LOW_RECIPE != "auto" else [])]
     with ExitStack() as running:
         started = [
             Server(tiny_model, logs, "stock", *FLAGS, env=stock_env, pythonpath=[shim]),
             Server(tiny_model, logs, "control", *mixquant, "--mixquant-recipe", "bf16"),
-            Server(tiny_model, logs, "low", *mixquant, "--enable-metrics", env=low_env, pythonpath=[spy_plugin]),
+            Server(tiny_model, logs, "low", *mixquant, *low_flags, env=low_env, pythonpath=[spy_plugin]),
         ]
         if ON_GPU:
             flags = [*FLAGS, "--quantization", "w8a8_fp8"]
@@ -327,7 +330,7 @@ def test_sglang_frontend(servers: Servers) -> None:
 def test_server_info(servers: Servers) -> None:
     state = servers.low.state()
     low = state["precision"]["prefill"]
-    assert state["recipe"] == "auto" and state["precision"] == {"prefill": low, "decode": "bf16"}
+    assert state["recipe"] == LOW_RECIPE and state["precision"] == {"prefill": low, "decode": "bf16"}
     assert state["layers"] == {low: 16, "bf16": 1} and state["kernel"].keys() == {low}
     assert 0.25 * 6.3e6 < state["extra_weight_bytes"] < 0.55 * 6.3e6
     control = servers.control.state()
@@ -353,7 +356,7 @@ def test_metrics_say_what_server_info_says(servers: Servers) -> None:
 def test_log_lines(servers: Servers) -> None:
     text = servers.low.log.read_text()
     low = servers.low.state()["precision"]["prefill"]
-    assert text.count(": recipe auto -> prefill ") == 1
+    assert text.count(f": recipe {LOW_RECIPE} -> prefill ") == 1
     assert "mixquant: linears by prefill precision: " in text and "stays BF16 (never quantised): lm_head" in text
     assert f"#{low}-token: " in text and "#protected-row: 1, " in text
     stock = servers.stock.log.read_text()
