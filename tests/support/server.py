@@ -113,7 +113,9 @@ class Server:
         return requests.get(self.url + "/server_info", timeout=60).json()["internal_states"][0]["mixquant"]
 
     def flush(self) -> None:
-        self.post_empty("/flush_cache")
-
-    def post_empty(self, path: str) -> None:
-        assert requests.post(self.url + path, timeout=60).status_code == 200
+        """Empties the radix cache; SGLang refuses while its last pass is still under way."""
+        for _ in range(50):
+            if requests.post(self.url + "/flush_cache", timeout=60).status_code == 200:
+                return
+            time.sleep(0.2)
+        raise AssertionError("the server did not become idle")
