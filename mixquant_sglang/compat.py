@@ -11,8 +11,7 @@ import logging
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -31,8 +30,8 @@ ACTIVE_ENV = "MIXQUANT_ACTIVE"
 
 @dataclass(frozen=True)
 class Hook:
-    """``handler`` is a function of hooks.py.  ``process``: "launcher" hooks are set in every process that may parse
-    server arguments, "asked" hooks once it asked for mixquant, "scheduler" hooks in the scheduler processes."""
+    """``handler`` is the name of a function of hooks.py.  ``process``: "launcher" hooks are set in every process that
+    may parse server arguments, "asked" hooks once it asked for mixquant, "scheduler" hooks in the schedulers."""
 
     handler: str
     kind: str
@@ -172,6 +171,9 @@ HOOKS = (
 )
 
 
+_handlers: dict[str, Callable[..., Any]] = {}
+
+
 def sglang_version() -> str:
     return version("sglang")
 
@@ -202,7 +204,7 @@ def register_hooks(hooks: list[Hook]) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for hook in hooks:
-        HookRegistry.register(target_of(hook), handler_of(hook), HookType(hook.kind))
+        HookRegistry.register(target_of(hook), _handlers[hook.handler], HookType(hook.kind))
 
 
 def apply_hooks() -> None:
@@ -211,21 +213,20 @@ def apply_hooks() -> None:
     HookRegistry.apply_hooks()
 
 
-def handler_of(hook: Hook) -> Callable[..., Any]:
-    from mixquant_sglang import hooks
-
-    handler: Callable[..., Any] = getattr(hooks, hook.handler)
-    return handler
+def handler(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a function of hooks.py as the handler of the hook of its name."""
+    _handlers[function.__name__] = function
+    return function
 
 
 def took_effect(hook: Hook) -> bool:
     """Whether calling the target calls our handler: SGLang only logs a hook that it could not apply."""
     function: Any = pkgutil.resolve_name(target_of(hook))
-    handler = handler_of(hook)
-    while function is not None:
+    ours = _handlers.get(hook.handler)
+    while ours is not None and function is not None:
         function = getattr(function, "__func__", function)
         cells = getattr(function, "__closure__", None) or ()
-        if any(cell.cell_contents is handler for cell in cells):
+        if any(cell.cell_contents is ours for cell in cells):
             return True
         function = getattr(function, "__wrapped__", None)
     return False
@@ -242,73 +243,9 @@ def check_hooks_took_effect(*processes: str) -> None:
             )
 
 
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Turns a ``MixQuantError`` into the end of this process with that one line on stderr."""
-    try:
-        yield
-    except MixQuantError as error:
-        sys.stdout.flush()
-        raise SystemExit(f"mixquant: {error}") from None
-
-
 def is_scheduler_process() -> bool:
     """Whether this process was spawned to run a model for a launcher that asked for mixquant."""
     return os.environ.get(ACTIVE_ENV) == "1" and "sglang.srt.managers.scheduler" in sys.modules
-
-
-# -- flags -------------------------------------------------------------------------------------------------------------
-
-# Field of ServerArgs, how much of it is refused, and why.  What is not here was seen working or does not touch us.
-_REFUSED: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
-    (
-        "tokenizer_worker_num",
-        "--tokenizer-worker-num > 1",
-        lambda v: v > 1,
-        "SGLang does not load plugins in its tokenizer workers",
-    ),
-    (
-        "enable_dp_attention",
-        "--enable-dp-attention",
-        bool,
-        "it turns decode passes into prefill passes and mixes the rows of several ranks",
-    ),
-    ("attn_dp_size", "--attn-dp-size > 1", lambda v: v > 1, "it mixes the rows of several ranks"),
-    ("dp_size", "--dp-size > 1", lambda v: v > 1, "it has not been tested; start one server per replica"),
-    ("pp_size", "--pp-size > 1", lambda v: v > 1, "pipeline parallelism has not been tested"),
-    ("attn_cp_size", "--attn-cp-size > 1", lambda v: v > 1, "context parallelism reorders token rows"),
-    ("enable_prefill_cp", "--enable-prefill-cp", bool, "context parallelism reorders token rows"),
-    ("enable_two_batch_overlap", "--enable-two-batch-overlap", bool, "it splits the rows of a pass"),
-    ("enable_pdmux", "--enable-pdmux", bool, "it has not been tested"),
-    ("speculative_algorithm", "--speculative-algorithm", bool, "speculative decoding has not been tested"),
-    ("dllm_algorithm", "--dllm-algorithm", bool, "diffusion language models have no prefill to speak of"),
-    (
-        "disaggregation_mode",
-        "--disaggregation-mode",
-        lambda v: v not in (None, "null"),
-        "one server does both phases here; prefill/decode disaggregation has not been tested",
-    ),
-    ("enable_lora", "--enable-lora", bool, "LoRA has not been tested"),
-    ("lora_paths", "--lora-paths", bool, "LoRA has not been tested"),
-    ("cpu_offload_gb", "--cpu-offload-gb", bool, "packed weights would stay on the GPU"),
-    ("offload_group_size", "--offload-group-size", lambda v: v is not None and v > 0, "it has not been tested"),
-    ("use_ray", "--use-ray", bool, "SGLang does not load plugins in Ray actors"),
-    ("encoder_only", "--encoder-only", bool, "an encoder has no prefill"),
-    (
-        "cuda_graph_backend_prefill",
-        "--cuda-graph-backend-prefill full or tc_piecewise",
-        lambda v: v in ("full", "tc_piecewise"),
-        "row protection is tested with breakable prefill graphs and without; use 'breakable' or 'disabled'",
-    ),
-)
-
-
-def check_server_args(server_args: Any) -> None:
-    """Raises ``MixQuantError`` for a flag that mixquant refuses."""
-    for field, flag, refused, why in _REFUSED:
-        value = getattr(server_args, field, None)
-        if value is not None and refused(value):
-            raise MixQuantError(f"--quantization {NAME} does not go with {flag}: {why}")
 
 
 # -- facts of requests and batches -------------------------------------------------------------------------------------

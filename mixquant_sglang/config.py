@@ -21,6 +21,7 @@ from mixquant_sglang.kernels import select
 from mixquant_sglang.matching import RuleMatcher
 from mixquant_sglang.method import MixQuantLinearMethod
 from mixquant_sglang.phase import Phase
+from mixquant_sglang.refusals import refusing
 from mixquant_sglang.rows import GraphRows
 from mixquant_sglang.runtime import GRAPH_ROWS, Runtime
 
@@ -49,7 +50,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         self._names: dict[str, None] = {}
         self._matcher: RuleMatcher | None = None
-        with compat.refusing():
+        with refusing():
             compat.check_hooks_took_effect()
             self._recipe = recipe.load(recipe.requested())
             selection = select(self._recipe, compat.device())
@@ -74,7 +75,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         current = runtime.current()
         assert current is not None
         self._runtime = current
-        current.config = self
+        current.finish_load = self.finish_load
 
     @classmethod
     def get_name(cls) -> str:
@@ -106,7 +107,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             self._matcher = RuleMatcher(self._recipe.layers, {**FUSED, **self.packed_modules_mapping})
         self._names[prefix] = None
         selection = self._runtime.selection
-        with compat.refusing():
+        with refusing():
             prefill, decode = self._matcher.precisions(prefix, selection.prefill, selection.decode)
         if always_bf16(prefix) or (prefill, decode) == ("bf16", "bf16"):
             return UnquantizedLinearMethod()
@@ -115,15 +116,16 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
     def finish_load(self, model: torch.nn.Module, device: torch.device) -> None:
         """Checks the recipe against the layers that the model turned out to have, and reports what was packed."""
         run = self._runtime
-        with compat.refusing():
+        with refusing():
             if self._matcher is not None:
                 self._matcher.check_all_matched(self._names)
-            packed = [m for m in run.layers if {*m.precision.values()} != {"bf16"}]
+            methods = [m for m in run.layers if isinstance(m, MixQuantLinearMethod)]
+            packed = [m for m in methods if {*m.precision.values()} != {"bf16"}]
             if run.selection.kernels and not packed:
                 raise MixQuantError(
                     f"recipe {self._recipe.name} wants {' and '.join(run.selection.kernels)}, but no layer of this "
                     "model can take it; "
-                    + ("; ".join(f"{m.name}: {m.refusal}" for m in run.layers[:3]) or "see the rules")
+                    + ("; ".join(f"{m.name}: {m.refusal}" for m in methods[:3]) or "see the rules")
                 )
         run.split = any(m.split for m in packed)
         total = 0
@@ -145,7 +147,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 stays.setdefault(reason, []).append(name)
             elif type(module).__name__ == "FusedMoE":
                 stays.setdefault("MoE experts, never quantised by this version", []).append(name)
-        run.config = None  # nothing asks it any more
+        run.finish_load = None
         if run.selection.kernels:
             extra = run.extra_weight_bytes
             logger.info(
@@ -161,3 +163,14 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 logger.info("mixquant: stays BF16 (%s): %s", reason, shown)
         if run.split and device.type == "cuda":
             run.graph_rows = GraphRows(GRAPH_ROWS, device)
+
+
+def register() -> None:
+    """Lets SGLang's model config and loader find ``MixQuantConfig`` under the name."""
+    from sglang.srt.layers import quantization
+
+    compat.hush_unknown_method_warning()
+    quantization.QUANTIZATION_METHODS[compat.NAME] = MixQuantConfig
+    cpu_methods = getattr(quantization, "CPU_QUANTIZATION_METHODS", None)
+    if cpu_methods is not None:
+        cpu_methods[compat.NAME] = MixQuantConfig

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from mixquant_sglang import __version__, compat, phase, recipe, runtime
+from mixquant_sglang.compat import handler
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.phase import Phase
+from mixquant_sglang.refusals import check_server_args, refusing
 from mixquant_sglang.runtime import PassPlan
 
 REQUEST_KEY = "mixquant"
@@ -39,6 +41,7 @@ class _RecipeFlag(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+@handler
 def add_recipe_flag(_result: None, parser: argparse.ArgumentParser) -> None:
     global _command_line
     _command_line = True
@@ -52,9 +55,10 @@ def add_recipe_flag(_result: None, parser: argparse.ArgumentParser) -> None:
 
 
 def _refusing() -> AbstractContextManager[None]:
-    return compat.refusing() if _command_line else nullcontext()
+    return refusing() if _command_line else nullcontext()
 
 
+@handler
 def resolve_server_args(original: Callable[..., None], server_args: Any, *args: Any, **kwargs: Any) -> None:
     global _dtype_asked
     asked = server_args.quantization == compat.NAME
@@ -64,20 +68,18 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
             raise MixQuantError(f"--mixquant-recipe needs --quantization {compat.NAME}")
         if asked:
             recipe.load(recipe.requested())
-            compat.check_server_args(server_args)
+            check_server_args(server_args)
             for hook in compat.HOOKS:
                 compat.target_of(hook)
             _dtype_asked = server_args.dtype
             _prepare_launcher()
         original(server_args, *args, **kwargs)
         if asked:
-            compat.check_server_args(server_args)
+            check_server_args(server_args)
             os.environ[compat.ACTIVE_ENV] = "1"
 
 
 def _prepare_launcher() -> None:
-    from mixquant_sglang.plugin import register_config
-
     waiting = [hook for hook in compat.hooks_of("asked") if not compat.took_effect(hook)]
     compat.register_hooks(waiting)
     compat.apply_hooks()
@@ -85,6 +87,14 @@ def _prepare_launcher() -> None:
     register_config()
 
 
+def register_config() -> None:
+    # Imported late: it needs SGLang's layers, which an idle plugin must not load.
+    from mixquant_sglang import config
+
+    config.register()
+
+
+@handler
 def check_checkpoint(model_config: Any) -> None:
     """Refuses quantised checkpoints, and those of another dtype unless ``--dtype bfloat16`` asks for the cast."""
     if model_config.quantization != compat.NAME:
@@ -110,6 +120,7 @@ def check_checkpoint(model_config: Any) -> None:
             )
 
 
+@handler
 def check_request(_result: None, sampling_params: Any, *_args: Any) -> None:
     """Raises ``ValueError``, which SGLang answers with 400, for a bad ``custom_params.mixquant``."""
     custom = sampling_params.custom_params
@@ -132,6 +143,7 @@ def check_request(_result: None, sampling_params: Any, *_args: Any) -> None:
 # -- scheduler: requests and passes ------------------------------------------------------------------------------------
 
 
+@handler
 def namespace_request(_result: None, req: Any, *_args: Any, **_kwargs: Any) -> None:
     custom = req.sampling_params.custom_params
     req.mixquant_bf16 = isinstance(custom, dict) and REQUEST_KEY in custom
@@ -139,6 +151,7 @@ def namespace_request(_result: None, req: Any, *_args: Any, **_kwargs: Any) -> N
         req.extra_key = f"{req.extra_key or ''}|mixquant=bf16"
 
 
+@handler
 def plan_batch(forward_batch: Any, _cls: type, batch: Any, model_runner: Any, **_kwargs: Any) -> None:
     run = runtime.current()
     if run is None or _phase_of(forward_batch.forward_mode) is Phase.DECODE:
@@ -155,6 +168,7 @@ def _phase_of(mode: Any) -> Phase:
     return phase.phase_of(mode.name)
 
 
+@handler
 def run_pass(original: Callable[..., Any], model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
     run = runtime.current()
     if run is None:
@@ -178,6 +192,7 @@ def run_pass(original: Callable[..., Any], model_runner: Any, forward_batch: Any
 # -- scheduler: prefill CUDA graphs ------------------------------------------------------------------------------------
 
 
+@handler
 def capture_prefill(
     original: Callable[..., Any], runner: Any, forward_batch: Any, num_tokens: int, *args: Any, **kwargs: Any
 ) -> Any:
@@ -194,6 +209,7 @@ def capture_prefill(
         return original(runner, forward_batch, num_tokens, *args, **kwargs)
 
 
+@handler
 def can_replay_prefill(original: Callable[..., bool], runner: Any, forward_batch: Any) -> bool:
     if not original(runner, forward_batch):
         return False
@@ -201,6 +217,7 @@ def can_replay_prefill(original: Callable[..., bool], runner: Any, forward_batch
     return run is None or run.can_replay(getattr(forward_batch, _PLAN))
 
 
+@handler
 def load_prefill_rows(_runner: Any, forward_batch: Any, **_kwargs: Any) -> None:
     run = runtime.current()
     if run is not None and run.graph_rows is not None:
@@ -210,10 +227,11 @@ def load_prefill_rows(_runner: Any, forward_batch: Any, **_kwargs: Any) -> None:
 # -- scheduler: weights ------------------------------------------------------------------------------------------------
 
 
+@handler
 def finish_load(_result: None, model_runner: Any) -> None:
     run = runtime.current()
-    if run is not None and run.config is not None:
-        run.config.finish_load(model_runner.model, torch.device(model_runner.device))
+    if run is not None and run.finish_load is not None:
+        run.finish_load(model_runner.model, torch.device(model_runner.device))
         _publish_metrics()
 
 
@@ -223,14 +241,17 @@ def _weights_changed() -> None:
         run.weights_changed()
 
 
+@handler
 def weights_from_tensor(_result: Any, *_args: Any, **_kwargs: Any) -> None:
     _weights_changed()
 
 
+@handler
 def weights_from_distributed(_result: Any, *_args: Any, **_kwargs: Any) -> None:
     _weights_changed()
 
 
+@handler
 def weights_resumed(_result: Any, *_args: Any, **_kwargs: Any) -> None:
     _weights_changed()
 
@@ -238,12 +259,14 @@ def weights_resumed(_result: Any, *_args: Any, **_kwargs: Any) -> None:
 # -- scheduler: what users see -----------------------------------------------------------------------------------------
 
 
+@handler
 def add_internal_state(result: Any, *_args: Any) -> None:
     run = runtime.current()
     if run is not None:
         result.internal_state["mixquant"] = run.state()
 
 
+@handler
 def attach_metrics(context: Any, *_args: Any, **_kwargs: Any) -> None:
     global _labels
     if context.collector is not None and context.current_scheduler_metrics_enabled:
@@ -255,7 +278,7 @@ def _publish_metrics() -> None:
     """Once SGLang's labels are known and the model is loaded, whichever comes last."""
     global _labels
     run = runtime.current()
-    if run is None or run.config is not None or _labels is None:
+    if run is None or run.finish_load is not None or _labels is None:
         return
     run.counters.attach(_labels).describe(
         version=__version__,
@@ -267,6 +290,7 @@ def _publish_metrics() -> None:
     _labels = None
 
 
+@handler
 def log_prefill(original: Callable[..., None], reporter: Any, *args: Any, **kwargs: Any) -> None:
     stats = kwargs.get("prefill_stats", args[1] if len(args) > 1 else None)
     plan: PassPlan | None = getattr(stats, "mixquant", None)

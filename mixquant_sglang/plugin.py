@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import sys
 
-from mixquant_sglang import compat
+from mixquant_sglang import compat, hooks
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.refusals import refusing
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +21,10 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Called by SGLang's ``load_plugins``, once per process, before server arguments are parsed."""
     if compat.is_scheduler_process():
-        with compat.refusing():
+        with refusing():
             compat.allow_cpu()
             compat.register_hooks(compat.hooks_of("asked", "scheduler"))
-            register_config()
+            hooks.register_config()
         return
     try:
         compat.register_hooks(compat.hooks_of("launcher"))
@@ -41,16 +42,3 @@ def offer_name() -> None:
 
     if compat.NAME not in server_args.QUANTIZATION_CHOICES:
         server_args.add_quantization_method_choices([compat.NAME])
-
-
-def register_config() -> None:
-    """Lets SGLang's model config and loader find ``MixQuantConfig`` under the name."""
-    from sglang.srt.layers import quantization
-
-    from mixquant_sglang.config import MixQuantConfig
-
-    compat.hush_unknown_method_warning()
-    quantization.QUANTIZATION_METHODS[compat.NAME] = MixQuantConfig
-    cpu_methods = getattr(quantization, "CPU_QUANTIZATION_METHODS", None)
-    if cpu_methods is not None:
-        cpu_methods[compat.NAME] = MixQuantConfig

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,10 +19,6 @@ from mixquant_sglang.metrics import PassCounters
 from mixquant_sglang.phase import Pass, Phase
 from mixquant_sglang.recipe import Recipe
 from mixquant_sglang.rows import EagerRows, GraphRows, RequestRows, RowPlan, plan
-
-if TYPE_CHECKING:
-    from mixquant_sglang.config import MixQuantConfig
-    from mixquant_sglang.method import MixQuantLinearMethod
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +41,17 @@ class PassPlan:
         return sum(stop - start for start, stop in self.protected)
 
 
+class Layer(Protocol):
+    """What the runtime asks of a linear method."""
+
+    name: str
+
+    @property
+    def extra_bytes(self) -> int: ...
+
+    def pack(self) -> None: ...
+
+
 class Runtime:
     def __init__(self, recipe: Recipe, selection: Selection, *, bf16_below: int = 1) -> None:
         """``bf16_below``: passes with fewer rows stay BF16 whatever the recipe says, because SGLang bypasses the linear
@@ -52,12 +59,12 @@ class Runtime:
         self.recipe = recipe
         self.selection = selection
         self.counters = PassCounters()
-        self.layers: list[MixQuantLinearMethod] = []
+        self.layers: list[Layer] = []
         self.precisions: Counter[str] = Counter()
         self.graph_rows: GraphRows | None = None
         self.graphs_stale = False
         self.split = selection.prefill != selection.decode  # whether rows can need protection
-        self.config: MixQuantConfig | None = None  # until the model is loaded
+        self.finish_load: Callable[[torch.nn.Module, torch.device], None] | None = None  # until the model is loaded
         self._bf16_below = bf16_below
         self._dirty = False
 
@@ -117,8 +124,8 @@ class Runtime:
     def refresh_if_changed(self) -> None:
         if self._dirty:
             self._dirty = False
-            for method in self.layers:
-                method.pack()
+            for layer in self.layers:
+                layer.pack()
             logger.info("mixquant: packed %d layers again after a weight update", len(self.layers))
 
     def graphs_are_stale(self, name: str) -> None:
@@ -132,7 +139,7 @@ class Runtime:
 
     @property
     def extra_weight_bytes(self) -> int:
-        return sum(method.extra_bytes for method in self.layers)
+        return sum(layer.extra_bytes for layer in self.layers)
 
     # -- what users see --------------------------------------------------------------------------------------------
 

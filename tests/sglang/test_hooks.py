@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mixquant_sglang import compat, hooks
+from mixquant_sglang import compat, hooks, refusals
 from mixquant_sglang.errors import MixQuantError
 
 LEDGER = Path(__file__).resolve().parents[2] / "patches" / "README.md"
@@ -83,9 +83,9 @@ def test_server_args_that_are_refused() -> None:
         tokenizer_worker_num = 1
         disaggregation_mode = "null"
 
-    compat.check_server_args(Args())
-    for field, flag, _, _ in compat._REFUSED:
+    refusals.check_server_args(Args())
+    for field, flag, _, _ in refusals._REFUSED:
         bad = Args()
         setattr(bad, field, {"cuda_graph_backend_prefill": "full", "disaggregation_mode": "prefill"}.get(field, 2))
         with pytest.raises(MixQuantError, match=re.escape(flag)):
-            compat.check_server_args(bad)
+            refusals.check_server_args(bad)
