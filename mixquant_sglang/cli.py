@@ -8,7 +8,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
-from mixquant_sglang import __version__, recipe
+from mixquant_sglang import __version__, planner, recipe
 from mixquant_sglang.errors import MixQuantError
 
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flashinfer-python", "transformers")
@@ -22,8 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="versions, GPU, hooks, kernels: what will happen here and why")
     doctor.add_argument("--recipe", default=None, metavar="NAME|FILE", help="look at this recipe alone")
     commands.add_parser("recipes", help="the shipped recipes")
+    planner.add_arguments(commands.add_parser("plan", help="predict times, gain and memory of a model on a GPU"))
     args = parser.parse_args(argv)
     try:
+        if args.command == "plan":
+            return planner.run(args)
         return _doctor(args.recipe) if args.command == "doctor" else _recipes()
     except MixQuantError as error:
         print(f"mixquant: {error}", file=sys.stderr)

@@ -20,6 +20,8 @@ SPY = """
 import json
 import os
 
+import torch.distributed
+
 
 def register():
     from sglang.srt.plugins.hook_registry import HookRegistry
@@ -28,9 +30,7 @@ def register():
 
 
 def note(forward_batch, _cls, batch, *args, **kwargs):
-    from sglang.srt.distributed import get_tensor_model_parallel_rank
-
-    if get_tensor_model_parallel_rank():
+    if torch.distributed.get_rank():
         return  # every rank sees the same batches
     decoding = {id(req) for req in batch.decoding_reqs or ()}
     mode = forward_batch.forward_mode.name

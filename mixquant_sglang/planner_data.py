@@ -1,0 +1,365 @@
+"""What the planner knows: GPUs, the rates that their kernels reach, and the shapes of models; each with its source.
+
+Every rate is a fraction of a datasheet peak, so that a GPU without a measurement can borrow one. Tags in the comments:
+
+- [datasheet] NVIDIA's data sheet or architecture white paper, dense (no sparsity) figures;
+- [H200] measured by this project on an H200: SGLang 0.5.17, torch 2.11.0, Qwen3-8B's dimensions, FA3, CUDA graphs on;
+- [public] measured by others and published, named beside it;
+- [assumed] nobody measured it for us: carried over from the GPU named, or a guess that says so.
+
+Refused, each with its reason: unknown names, and configs of MoE, MLA, hybrid, multi-modal or quantised models.
+Nothing here was chosen by looking at Mix-Quant's RTX 5090 figures; they are a test of the planner, not its input.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.recipe import did_you_mean, nearest, show
+
+Curve = tuple[tuple[int, float], ...]  # (rows M, fraction of peak), M rising; between them linear in log M
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Fractions of datasheet peaks (``gemm`` and ``attention``: of FLOP/s; others: of bytes/s) and microseconds."""
+
+    gemm: Mapping[str, Curve]  # precision -> curve; attention and everything emulated runs at BF16
+    attention: float
+    copy: float  # elementwise kernels and the operands of a GEMM
+    weights: float  # weights read by a decode step
+    protected: float  # BF16 weights read for the protected rows of a prefill pass
+    protected_linear_us: float  # ... and per linear: gathering the rows and putting them back
+    kv: float  # KV cache read by decode attention
+    quantise: Mapping[str, float]  # native activation quantisation
+    qdq: float  # emulated: quantise and dequantise activations in one pass
+    dequantise: float  # emulated: packed weights to BF16, just in time
+    layer_us: float  # prefill, per layer and pass: launches, graph breaks around attention
+    decode_layer_us: float  # decode, per layer: what a step takes beyond reading weights and KV
+    decode_doubling_us: float  # decode, per layer, for each doubling of the batch
+    low_linear_us: float  # decode in low precision, per linear: the activation's quantiser
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """``tflops``: dense peak with FP32 accumulation, by precision (none for nvfp4 before Blackwell). ``bandwidth``,
+    ``link``: bytes/s, ``link`` to the other GPUs of the host, one way. ``memory``: bytes. ``chunk``: prefill tokens of
+    a pass, as SGLang 0.5.17 chooses by memory (srt/server_args.py). ``origin``: one line for the user."""
+
+    name: str
+    aliases: tuple[str, ...]
+    capability: tuple[int, int]
+    tflops: Mapping[str, float]
+    bandwidth: float
+    memory: float
+    link: float
+    chunk: int
+    rates: Rates
+    origin: str
+
+
+H200_RATES = Rates(
+    gemm={
+        # [H200] the four linears of a layer, medians on random data (GEMM table of the project's notes): 0.282, 1.074,
+        # 4.651 and 9.17 ms at M = 512, 2048, 8192, 16384, over 989.4 TFLOP/s
+        "bf16": ((512, 0.708), (2048, 0.744), (8192, 0.687), (16384, 0.697)),
+        # [H200] sgl_kernel.fp8_scaled_mm: 0.169, 0.587, 2.373, 5.15 ms, over 1978.9 TFLOP/s
+        "fp8": ((512, 0.591), (2048, 0.680), (8192, 0.673), (16384, 0.620)),
+    },
+    # [H200] FA3, causal: 33 ms for 36 layers at 8192 tokens (0.61); what is left of bench_one_batch at 32768 says 0.57
+    attention=0.59,
+    copy=0.89,  # [H200] copy bandwidth 4.27 of 4.8 TB/s
+    weights=0.81,  # [H200] a step of 5.10 ms at batch 1; cuBLAS at M = 1 reads 3.2 to 3.9 TB/s
+    protected=0.756,  # [H200] 3.76 to 3.90 ms for 13.9 GB, BF16 linears of 1 to 64 rows in a graph
+    # [H200] mixquant fp8 against SGLang's FP8 server, 512 tokens: 19.30 - 14.06 ms, less the 3.83 ms, over 144 linears
+    protected_linear_us=9.8,
+    kv=0.79,  # [H200] slope of the decode step between contexts of 2k and 32k tokens: 3.8 TB/s
+    # [H200] fp8: sgl_per_token_quant_fp8, 0.278 ms for a layer at M = 8192, 2.2 TB/s at 3 bytes an element
+    # [assumed] nvfp4: no Blackwell GPU at hand; the rate of our own qdq kernel on the H200
+    quantise={"fp8": 0.45, "nvfp4": 0.72},
+    qdq=0.72,  # [H200] our Triton kernel, 3.3 to 3.6 TB/s at 4 bytes an element
+    dequantise=0.77,  # [H200] our Triton kernel, 3.7 TB/s at 2.5625 bytes a weight
+    layer_us=28.0,  # [H200] what servers take at 512 tokens beyond the kernels above, mean of BF16 and FP8
+    decode_layer_us=33.0,  # [H200] 5.10 ms at batch 1, less weights and KV, over 36 layers
+    decode_doubling_us=3.0,  # [H200] 5.56 and 7.02 ms at batch 8 and 64, less KV: 0.32 and 0.65 ms, so 0.107 a doubling
+    low_linear_us=2.8,  # [H200] SGLang's FP8 server: 3.70 ms at batch 1, less weights and the rest, over 144 linears
+)
+
+# [public] B200, Llama-3.1-8B's N=6144 K=4096: BF16 and NVFP4 ("noquant") from vllm-project/vllm#20646, before its
+# tuning, so NVFP4 is on the safe side (sgl-project/sglang#22091 shows 0.57 to 0.65 at M=44100, if that is a B200); FP8
+# from #19566 (M=512 and 16384) and #18778 (M=1024).
+# [public] NVFP4 quantiser: the same table with and without it, 27 us for 86 MB at M=8192, so 0.40 of 8 TB/s.
+# [assumed] Everything else: the H200's fractions and overheads.
+_SM100_RATES = replace(
+    H200_RATES,
+    gemm={
+        "bf16": ((512, 0.571), (2048, 0.602), (8192, 0.632), (16384, 0.605)),
+        "fp8": ((512, 0.420), (1024, 0.574), (16384, 0.544)),
+        "nvfp4": ((512, 0.243), (1024, 0.322), (2048, 0.379), (4096, 0.405), (8192, 0.420), (16384, 0.434)),
+    },
+    quantise={"fp8": 0.45, "nvfp4": 0.40},
+)
+
+# RTX 5090. GeForce halves the BF16 rate with FP32 accumulation, so that neither power nor memory holds BF16 GEMMs back
+# and the boost clock exceeds the white paper's 2.41 GHz: fractions above 1.
+# [public] BF16: vllm-project/vllm#38338, M=4096: 221 (N=6144 K=4096), 185 (4096, 4096), 233 (28672, 4096), and 215
+#   (8192, 28672) for a down projection; weighted by the FLOPs of a Qwen3-8B layer: 221.6 of 209.5. At M=2048 there is
+#   only #34424's 181 for N=6144, a seventh of a layer's FLOPs, so the curve is flat.
+# [public] FP8: pytorch/pytorch#155991, CUTLASS row-wise, N=K=4096: 266.6, 339.3, 388.9 at M=256, 1024, 4096 of 419.
+# [assumed] NVFP4: raw MMA rate of a 5090 (mmapeak, main-horse.github.io/posts/5090-mm-perf: 1474 of 1676, 0.88) times
+#   the fraction that CUTLASS reaches in FP8 at the same M (0.81 and 0.93).
+# [public] attention: FlashAttention-2 on a 5090, 190.6 TFLOP/s (gau-nernst, "Speed-of-Light Flash Attention for 5090"),
+#   0.91; not causal, at 400 W.
+# [assumed] Everything else: the H200's fractions and overheads.
+_RTX5090_RATES = replace(
+    H200_RATES,
+    gemm={
+        "bf16": ((4096, 1.058),),
+        "fp8": ((256, 0.636), (1024, 0.810), (4096, 0.928)),
+        "nvfp4": ((1024, 0.712), (4096, 0.817)),
+    },
+    attention=0.91,
+)
+
+# RTX PRO 6000: the same silicon and power as an RTX 5090 with BF16 and FP8 at full rate, so that power does limit them.
+# [assumed] BF16 and FP8 0.80, attention 0.75: between the 5090 and the H200; NVFP4: as the 5090. No measurement at all.
+_RTXPRO_RATES = replace(
+    _RTX5090_RATES,
+    gemm={"bf16": ((4096, 0.80),), "fp8": ((1024, 0.70), (4096, 0.80)), "nvfp4": ((1024, 0.712), (4096, 0.817))},
+    attention=0.75,
+)
+
+_FROM_H200 = "GEMM, attention, memory and overhead rates measured on an H200 by this project"
+_CARRIED = "memory rates and overheads carried over from our H200"
+
+# Peaks and bandwidths: [datasheet]. Links: NVLink 4 and 5, one way; the RTX cards PCIe 5.0 x16.
+GPUS: tuple[Gpu, ...] = (
+    Gpu(
+        name="H100",
+        aliases=("H100 SXM", "H100 SXM5", "H100 80GB HBM3"),
+        capability=(9, 0),
+        tflops={"bf16": 989.4, "fp8": 1978.9},
+        bandwidth=3.35e12,
+        memory=80e9,
+        link=450e9,
+        chunk=8192,
+        rates=H200_RATES,
+        origin=f"peaks from the H100 SXM data sheet; {_FROM_H200} (the same chip), carried over as fractions",
+    ),
+    Gpu(
+        name="H200",
+        aliases=("H200 SXM",),
+        capability=(9, 0),
+        tflops={"bf16": 989.4, "fp8": 1978.9},
+        bandwidth=4.8e12,
+        memory=141e9,
+        link=450e9,
+        chunk=8192,
+        rates=H200_RATES,
+        origin=f"peaks from the H200 data sheet; {_FROM_H200}",
+    ),
+    Gpu(
+        name="B200",
+        aliases=("B200 SXM", "GB200"),
+        capability=(10, 0),
+        tflops={"bf16": 2250.0, "fp8": 4500.0, "nvfp4": 9000.0},
+        bandwidth=8.0e12,
+        memory=180e9,
+        link=900e9,
+        chunk=16384,
+        rates=_SM100_RATES,
+        origin=f"peaks from the DGX B200 data sheet; GEMM rates published by vLLM developers; {_CARRIED}",
+    ),
+    Gpu(
+        name="GB300",
+        aliases=("B300",),
+        capability=(10, 3),
+        tflops={"bf16": 2500.0, "fp8": 5000.0, "nvfp4": 15000.0},  # GB300 NVL72 data sheet over 72
+        bandwidth=8.0e12,
+        memory=279e9,
+        link=900e9,
+        chunk=16384,
+        rates=_SM100_RATES,
+        origin=f"peaks from the GB300 NVL72 data sheet; GEMM fractions assumed equal to the B200's; {_CARRIED}",
+    ),
+    Gpu(
+        name="RTX 5090",
+        aliases=("5090", "GeForce RTX 5090"),
+        capability=(12, 0),
+        tflops={"bf16": 209.5, "fp8": 419.0, "nvfp4": 1676.0},  # RTX Blackwell white paper, FP32 accumulation
+        bandwidth=1.792e12,
+        memory=32e9,
+        link=64e9,
+        chunk=2048,
+        rates=_RTX5090_RATES,
+        origin="peaks from the RTX Blackwell white paper; BF16 and FP8 GEMM and attention rates published by 5090 "
+        f"owners; NVFP4 GEMM rate derived from these; {_CARRIED}",
+    ),
+    Gpu(
+        name="RTX PRO 6000",
+        aliases=("RTX PRO 6000 Blackwell", "RTX PRO 6000 Blackwell Workstation Edition"),
+        capability=(12, 0),
+        tflops={"bf16": 503.8, "fp8": 1007.6, "nvfp4": 2015.2},  # RTX PRO Blackwell white paper
+        bandwidth=1.792e12,
+        memory=96e9,
+        link=64e9,
+        chunk=8192,
+        rates=_RTXPRO_RATES,
+        origin=f"peaks from the RTX PRO Blackwell white paper; all GEMM and attention rates assumed; {_CARRIED}",
+    ),
+)
+
+LINK = 0.75  # [assumed] share of the link's peak that an all-reduce gets
+ALL_REDUCE_US = 12.0  # [assumed] latency of one all-reduce, two per layer under tensor parallelism
+ATTENTION_TILE = 128  # keys by which a causal kernel overshoots the diagonal, on average half a tile of rows each way
+MEMORY_SHARE = 0.9  # [assumed] what SGLang gives to weights and KV pool, about --mem-fraction-static
+
+
+@dataclass(frozen=True)
+class Host:
+    """Milliseconds beside the GPU's: once per prefill, and in every decode step."""
+
+    request_ms: float
+    step_ms: float
+
+
+# [H200] client times less those of bench_one_batch: 50.03 - 45.5 and 34.30 - 29.6 ms at 2048 tokens. Decode is
+# scheduled while the GPU runs, so a step has none. [assumed] Other hosts: the same.
+SERVER = Host(request_ms=4.6, step_ms=0.0)
+# [H200] sglang.bench_one_batch: no HTTP, but each step waits for the CPU: what its decode steps after 2k, 8k and 32k
+# tokens take beyond the server's, 0.8 to 1.2 ms, mean over BF16 and FP8.
+BENCH_ONE_BATCH = Host(request_ms=0.0, step_ms=1.1)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A dense decoder's shape, as in its config.json."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+
+# Each from the model's config.json on the Hugging Face Hub.
+MODELS: tuple[Model, ...] = (
+    Model("Qwen3-0.6B", 1024, 3072, 28, 16, 8, 128, 151936, True),
+    Model("Qwen3-1.7B", 2048, 6144, 28, 16, 8, 128, 151936, True),
+    Model("Qwen3-4B", 2560, 9728, 36, 32, 8, 128, 151936, True),
+    Model("Qwen3-8B", 4096, 12288, 36, 32, 8, 128, 151936, False),
+    Model("Qwen3-14B", 5120, 17408, 40, 40, 8, 128, 151936, False),
+    Model("Qwen3-32B", 5120, 25600, 64, 64, 8, 128, 151936, False),
+    Model("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128, 128256, False),
+    Model("Llama-3.1-70B", 8192, 28672, 80, 64, 8, 128, 128256, False),
+    Model("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128256, True),
+    Model("Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128, 128256, True),
+)
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name or alias; case, spaces, dashes and ``NVIDIA`` do not count. MixQuantError lists them."""
+    known = {_plain(alias): gpu for gpu in GPUS for alias in (gpu.name, *gpu.aliases)}
+    found = known.get(_plain(name).removeprefix("nvidia"))
+    if found:
+        return found
+    names = [gpu.name for gpu in GPUS]
+    near = [known[word].name for word in nearest(_plain(name), known)]
+    raise MixQuantError(f"--gpu: unknown GPU {show(name)}; known: {', '.join(names)}{did_you_mean(near)}")
+
+
+def find_model(name: str) -> Model:
+    """A known name, with or without its owner, or a directory with a config.json. MixQuantError lists what is known."""
+    path = Path(name)
+    try:
+        is_dir = path.is_dir()
+    except OSError:  # a name that no file system takes
+        is_dir = False
+    if is_dir or path.name == "config.json":
+        return _read_config(path if path.name == "config.json" else path / "config.json")
+    known = {model.name.lower(): model for model in MODELS}
+    word = name.rpartition("/")[2].lower()
+    for suffix in ("", "-instruct", "-base"):
+        if word.endswith(suffix) and word.removesuffix(suffix) in known:
+            return known[word.removesuffix(suffix)]
+    names = [model.name for model in MODELS]
+    raise MixQuantError(
+        f"MODEL: {show(name)} is neither a directory with a config.json nor a known model; known: {', '.join(names)}"
+        f"{did_you_mean(nearest(word, names))}"
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+_SIZES = {
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "vocab": "vocab_size",
+}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "moe_num_experts")
+
+
+def _read_config(path: Path) -> Model:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        names = ", ".join(model.name for model in MODELS)
+        raise MixQuantError(f"MODEL: {path}: no such file; allowed: a directory that holds one, or {names}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise MixQuantError(f"MODEL: {path}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise MixQuantError(f"MODEL: {path}: must be a JSON object")
+    kind = str(config.get("model_type", ""))
+    experts = [key for key in _EXPERTS if config.get(key)]
+    if experts or "moe" in kind.lower():
+        why = experts[0] if experts else f"model_type {show(kind)}"
+        raise MixQuantError(f"MODEL: {path}: {why}: is a mixture of experts; `plan` knows dense models only")
+    layer_types = config.get("layer_types")
+    attention = {str(layer) for layer in layer_types} if isinstance(layer_types, list) else set()
+    attention.discard("full_attention")
+    for key, what in (
+        ("kv_lora_rank", "latent attention"),
+        ("text_config", "a multi-modal model"),
+        ("quantization_config", "a quantised checkpoint"),
+    ):
+        if config.get(key):
+            raise MixQuantError(f"MODEL: {path}: {key}: is {what}; `plan` knows dense BF16 language models only")
+    if attention:
+        raise MixQuantError(f"MODEL: {path}: layer_types: {', '.join(sorted(attention))}; allowed: full_attention")
+    sizes = {name: _size(path, config, key) for name, key in _SIZES.items()}
+    heads, hidden = sizes["heads"], sizes["hidden"]
+    kv_heads = _size(path, config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise MixQuantError(f"MODEL: {path}: num_key_value_heads: {kv_heads} does not divide {heads} attention heads")
+    return Model(
+        name=path.resolve().parent.name,
+        kv_heads=kv_heads,
+        head_dim=_size(path, config, "head_dim", hidden // heads),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        **sizes,
+    )
+
+
+def _size(path: Path, config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise MixQuantError(f"MODEL: {path}: {key}: is missing; `plan` needs the shape of a Llama-like decoder")
+    most = 1000 if key == "num_hidden_layers" else 2**24
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise MixQuantError(f"MODEL: {path}: {key}: must be an integer from 1 to {most}, is {show(str(value))}")
+    return value
