@@ -161,7 +161,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             for reason, names in stays.items():
                 shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
                 logger.info("mixquant: stays BF16 (%s): %s", reason, shown)
-        if run.split and device.type == "cuda":
+        if run.split and self._recipe.protect_last_prompt_token and device.type == "cuda":
             run.graph_rows = GraphRows(GRAPH_ROWS, device)
 
 

@@ -67,6 +67,7 @@ class Runtime:
         self.finish_load: Callable[[torch.nn.Module, torch.device], None] | None = None  # until the model is loaded
         self._bf16_below = bf16_below
         self._dirty = False
+        self._captured = False
 
     # -- how a pass runs -------------------------------------------------------------------------------------------
 
@@ -105,15 +106,17 @@ class Runtime:
 
     def captured_pass(self, tokens: int) -> Pass:
         """The pass that a prefill graph of ``tokens`` rows is captured with."""
+        self._captured = True
         return Pass(Phase.PREFILL, self.graph_rows.of(tokens) if self.graph_rows else None)
 
     def can_replay(self, pass_plan: PassPlan) -> bool:
         """Whether a captured prefill graph computes what ``pass_plan`` asks for."""
         if not self.split:
             return True
-        if self.graphs_stale or pass_plan.running.column is Phase.DECODE or self.graph_rows is None:
+        if self.graphs_stale or pass_plan.running.column is Phase.DECODE:
             return False
-        return pass_plan.protected_total <= self.graph_rows.capacity
+        # Without protection of the last prompt token most passes protect nothing, so graphs are captured without slots.
+        return pass_plan.protected_total <= (self.graph_rows.capacity if self.graph_rows else 0)
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -129,7 +132,7 @@ class Runtime:
             logger.info("mixquant: packed %d layers again after a weight update", len(self.layers))
 
     def graphs_are_stale(self, name: str) -> None:
-        if not self.graphs_stale and self.graph_rows is not None:
+        if self._captured and not self.graphs_stale:
             self.graphs_stale = True
             logger.warning(
                 "mixquant: the new weights of %s exceed the scale that captured prefill graphs hold; "

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mixquant_sglang import phase, recipe
-from mixquant_sglang.kernels import select
+from mixquant_sglang.kernels import Device, select
 from mixquant_sglang.phase import DECODE_PASS, Pass, Phase
 from mixquant_sglang.rows import EagerRows, GraphRows, RequestRows, plan
 from mixquant_sglang.runtime import Runtime
@@ -24,7 +24,7 @@ def make(name: str, device: str, **changes: object) -> tuple[Runtime, torch.nn.M
     from mixquant_sglang.method import MixQuantLinearMethod
 
     asked = replace(recipe.load(name), **changes)
-    run = Runtime(asked, select(asked, compat.device()))
+    run = Runtime(asked, select(asked, Device("this CPU", None) if device == "cpu" else compat.device()))
     method = MixQuantLinearMethod(run, "model.layers.0.x", run.selection.prefill, run.selection.decode)
     layer = torch.nn.Module()
     method.create_weights(layer, K, [N], K, N, torch.bfloat16, weight_loader=None)

@@ -78,8 +78,12 @@ def test_which_passes_a_captured_graph_computes() -> None:
     fits, too_many = run.plan_prefill(many[:-1], CPU), run.plan_prefill(many, CPU)
     whole = run.plan_prefill([RequestRows(1, 299, 300)], CPU)
     assert not run.can_replay(fits)  # no graphs were captured with an index buffer
+    assert run.can_replay(run.plan_prefill([RequestRows(128, 0, 300)], CPU))
     run.graph_rows = GraphRows(GRAPH_ROWS, CPU)
     assert run.can_replay(fits) and not run.can_replay(too_many) and not run.can_replay(whole)
+    run.graphs_are_stale("a.layer")
+    assert run.can_replay(fits)  # nothing was captured that could be stale
+    run.captured_pass(8)
     run.graphs_are_stale("a.layer")
     assert not run.can_replay(fits)
     assert make("bf16").can_replay(make("bf16").plan_prefill(MIXED, CPU))

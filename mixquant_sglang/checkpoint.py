@@ -1,0 +1,417 @@
+"""``mixquant quantize MODEL OUT``: a BF16 checkpoint becomes an NVFP4 one, as compressed-tensors writes it (W4A4).
+
+Each linear of a transformer block gets ``weight_packed`` uint8 [N, K/2] and ``weight_scale`` float8_e4m3fn [N, K/16]
+of ``formats.nvfp4``, ``weight_global_scale`` and ``input_global_scale`` float32 [1]; everything else is copied byte by
+byte, shard by shard, under the same names. The values are those of ``NVFP4Tensor(weight_packed, weight_scale, 1/g)``
+with g = ``weight_global_scale``: compressed-tensors decompresses to the same BF16 numbers, all of them.
+
+g is 448*6/max|w| in FP32, compressed-tensors' ``generate_gparam``; layers that an engine fuses into one GEMM (q, k, v;
+gate, up) share the maximum. compressed-tensors computes ``e2m1 * (scale / g)`` and we ``(e2m1 * scale) * (1/g)``; for
+one g in forty some number differs in BF16, and then g goes down by an ulp until none does.
+
+``input_global_scale`` is 448*6/max|input| with ``--calibration``. Without, it is 1.0: block scales then reach inputs up
+to 2688, are exact to E4M3 for blocks whose maximum is at least 0.094, and zero under 0.006. It is for other engines:
+mixquant scales each token by itself and does not read it.
+
+Kept as they are: embeddings, lm_head, norms, routers, kv_b_proj, vision and audio towers, draft layers, what
+``--ignore`` names, linears whose K is no multiple of 16, and every name that is not in ``LINEARS``. Refused
+(MixQuantError): quantised or integer checkpoints, NaN or infinity, ``--ignore`` that matches nothing or splits a group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from mixquant_sglang import __version__
+from mixquant_sglang import checkpoint_files as files
+from mixquant_sglang.checkpoint_files import DTYPES, Bytes, Progress, Source
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.recipe import REGEX, did_you_mean, nearest, show
+
+LINEARS = re.compile(r"(?:[qkvo]|qkv|q_[ab]|out|gate|up|gate_up|down)_proj|kv_a_proj_with_mqa|w[123]")
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
+# not blocks of the language model itself; "mtp": draft layers
+OUTSIDE = re.compile(
+    r"(?:^|.*\.)(?:visual|vision_(?:tower|model|encoder)|audio_tower|multi_modal_projector|mm_projector|mtp)\."
+)
+WINDOW = 1.0
+
+_WEIGHT = ".weight"
+_QUANTISED = re.compile(r".*\.(weight_(packed|scale|scale_inv|scale_2|global_scale)|qweight|qzeros|weight\.absmax)$")
+_CALIBRATION_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each linear. ``quantised``: module -> the modules with which it shares its scales, itself among
+    them; ``kept``: other modules with a matrix for a weight -> why they stay as they are."""
+
+    quantised: dict[str, tuple[str, ...]]
+    kept: dict[str, str]
+
+    @classmethod
+    def of(cls, source: Source, ignore: Sequence[str]) -> Plan:
+        if "quantization_config" in source.config or (source.folder / "hf_quant_config.json").exists():
+            raise MixQuantError(f"{source.folder}: is quantised already (quantization_config); give its BF16 original")
+        if scale := next((name for name in source.tensors if _QUANTISED.match(name)), None):
+            raise MixQuantError(f"{source.folder}: is quantised already ({scale}); give its BF16 original")
+        shapes = {
+            name.removesuffix(_WEIGHT): stored.shape
+            for name, stored in source.tensors.items()
+            if name.endswith(_WEIGHT) and len(stored.shape) == 2
+        }
+        # experts in one tensor: no linear for us, but an engine has to hear that they are not quantised
+        packed = {name.rpartition(".")[0] for name, stored in source.tensors.items() if len(stored.shape) == 3}
+        ignored = _ignored([*shapes, "lm_head"], ignore)
+        config = source.config.get("text_config", source.config)
+        layers = config.get("num_hidden_layers", 1 << 30)
+        quantised, kept = [], dict.fromkeys(sorted(p for p in packed if p.endswith("experts")), "experts in one tensor")
+        for module, (_, k) in shapes.items():
+            if not _is_linear(module, layers):
+                kept[module] = "never quantised"
+            elif module in ignored:
+                kept[module] = f"--ignore {ignored[module]}"
+            elif k % nvfp4.BLOCK or not k:
+                kept[module] = f"K = {k} is not a multiple of {nvfp4.BLOCK}"
+            else:
+                quantised.append(module)
+        if not quantised:
+            raise MixQuantError(f"{source.folder}: has no linear to quantise among {len(shapes)} matrices")
+        for module in quantised:
+            if (dtype := source.tensors[module + _WEIGHT].dtype) not in DTYPES:
+                raise MixQuantError(f"{source.folder}: {module}{_WEIGHT} is {dtype}; allowed: {', '.join(DTYPES)}")
+        return cls({module: _group(module, shapes, kept) for module in quantised}, kept)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a folder with a BF16 checkpoint in safetensors")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; an interrupted one is finished")
+    parser.add_argument("--scales", choices=nvfp4.SCALE_MODES, default="absmax", help="block scales (default: absmax)")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='lines of {"text": ...} or {"messages": [...]}: runs the whole model over them (transformers) for its '
+        f"input scales; without: {WINDOW}, which mixquant itself does not need",
+    )
+    parser.add_argument(
+        "--ignore",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATTERN",
+        help="modules to leave as they are: names, or re:REGEX",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+
+
+def run(args: argparse.Namespace) -> int:
+    again = "the same command goes on where it stopped"
+    try:
+        plan = quantize_checkpoint(
+            args.model,
+            args.out,
+            scales=args.scales,
+            ignore=args.ignore,
+            device=args.device,
+            calibration=args.calibration,
+        )
+    except KeyboardInterrupt:
+        print(f"\nmixquant: interrupted; {again}", file=sys.stderr)
+        return 130
+    except OSError as error:
+        raise MixQuantError(f"{error}; {again}") from error
+    reasons: dict[str, list[str]] = {}
+    for module, reason in plan.kept.items():
+        reasons.setdefault(reason, []).append(module)
+    for reason, modules in reasons.items():
+        more = f" and {len(modules) - 4} more" if len(modules) > 4 else ""
+        print(f"kept as it is ({reason}): {', '.join(modules[:4])}{more}")
+    print(f"{args.out}: {len(plan.quantised)} linears in NVFP4, {args.scales} scales")
+    return 0
+
+
+def quantize_checkpoint(
+    model: Path,
+    out: Path,
+    *,
+    scales: str = "absmax",
+    ignore: Sequence[str] = (),
+    device: str = "cpu",
+    calibration: Path | None = None,
+) -> Plan:
+    """Writes ``out``, or finishes it; returns what was done. Holds one linear, or two of a fused group, and the
+    temporaries of ``nvfp4.quantize`` in memory; the whole model only while it calibrates."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MixQuantError("--device cuda: this machine has no CUDA device that torch can use; use --device cpu")
+    if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
+        raise MixQuantError(f"{out}: lies in MODEL; name a folder outside of {model}")
+    if out.exists() and not out.is_dir():
+        raise MixQuantError(f"{out}: is not a folder")
+    source = Source.open(model)
+    plan = Plan.of(source, ignore)
+    samples = _samples(calibration) if calibration else None
+    settings = {
+        "mixquant": __version__,
+        "scales": scales,
+        "ignore": list(ignore),
+        "device": device,  # the order of sums in "search" may depend on it
+        "calibration": hashlib.sha256(json.dumps(samples).encode()).hexdigest() if samples else None,
+    }
+    with files.locked(out):
+        progress = Progress.of(out, settings, source)
+        if samples and not progress.input_amax:
+            progress.input_amax = _calibrate(source.folder, samples, plan, device)
+            progress.save()
+        _write(source, plan, progress, scales, device)
+    return plan
+
+
+def encode_scale(amax: float) -> torch.Tensor:
+    """``weight_global_scale`` float32 [1] for a weight, or a fused group, of largest magnitude ``amax``; see the
+    top."""
+    g = _full_range(amax) if amax else torch.ones(1)
+    while not _reads_alike(g):
+        g = torch.nextafter(g, torch.zeros(1))
+    return g
+
+
+def _reads_alike(g: torch.Tensor) -> bool:
+    """Whether every product of an element and a block scale decompresses to the same BF16 number in either order."""
+    packed = torch.tensor([[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]], dtype=torch.uint8)
+    scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None]
+    ours = nvfp4.NVFP4Tensor(packed.expand(127, 8), scales, g.reciprocal()[0]).dequantize()
+    one = torch.ones((1, 1)).to(torch.float8_e4m3fn)
+    elements = nvfp4.NVFP4Tensor(packed, one, torch.ones(())).unscaled(torch.float32)
+    return torch.equal(ours, (elements * (scales.float() / g)).bfloat16())
+
+
+def _is_linear(module: str, layers: int) -> bool:
+    block = re.search(r"(?:^|\.)layers\.(\d+)\.", module)
+    leaf = module.rpartition(".")[2]
+    return bool(block and int(block[1]) < layers and LINEARS.fullmatch(leaf) and not OUTSIDE.match(module))
+
+
+def _ignored(modules: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:
+    """Module -> the first pattern that matches it; ``re:`` matches from the start, as in compressed-tensors."""
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        try:
+            regex = re.compile(pattern.removeprefix(REGEX)) if pattern.startswith(REGEX) else None
+        except re.error as error:
+            raise MixQuantError(f"--ignore {show(pattern)}: is no regular expression: {error}") from None
+        matching = [module for module in modules if (regex.match(module) if regex else module == pattern)]
+        if not matching:
+            hint = did_you_mean(nearest(pattern.removeprefix(REGEX), modules))
+            raise MixQuantError(f"--ignore {show(pattern)}: matches no module with a matrix{hint}")
+        found = dict.fromkeys(matching, pattern) | found
+    return found
+
+
+def _group(module: str, shapes: Collection[str], kept: dict[str, str]) -> tuple[str, ...]:
+    """The members that exist of the fused layer to which ``module`` belongs; MixQuantError if some are kept."""
+    parent, dot, leaf = module.rpartition(".")
+    leaves = next((group for group in FUSED if leaf in group), (leaf,))
+    members = tuple(name for name in (f"{parent}{dot}{other}" for other in leaves) if name in shapes)
+    for member in members:
+        if member in kept:
+            raise MixQuantError(
+                f"{module} and {member} are one fused layer in an engine, but only {member} would stay BF16 "
+                f"({kept[member]}); ignore all of {', '.join(members)}, or none"
+            )
+    return members
+
+
+def _write(source: Source, plan: Plan, progress: Progress, scales: str, device: str) -> None:
+    out = progress.out
+    shapes = {shard: dict(_shapes(source, plan, shard)) for shard in source.shards}
+    weights: dict[tuple[str, ...], torch.Tensor] = {}
+    total = sum(stored.nbytes for stored in source.tensors.values())
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for shard in source.shards:
+            if shard in progress.finished:
+                bar.update(sum(stored.nbytes for stored in source.tensors.values() if stored.shard == shard))
+                continue
+            pieces = _pieces(source, plan, shard, weights, progress.input_amax, scales, device, bar.update)
+            bar.set_description(shard)
+            files.write_shard(out / shard, shapes[shard], pieces)
+            progress.finish(shard)
+    for relative in source.small_files():
+        files.publish(out / relative, [(source.folder / relative).read_bytes()])
+    if source.sharded:
+        size = sum((out / shard).stat().st_size for shard in source.shards)
+        where = {name: shard for shard in source.shards for name in sorted(shapes[shard])}
+        files.publish(out / files.INDEX, [_pretty({"metadata": {"total_size": size}, "weight_map": where})])
+    config = {**source.config, "quantization_config": _quantization_config(plan)}
+    files.publish(out / "config.json", [_pretty(config)])
+    (out / files.PROGRESS).unlink()
+
+
+def _shapes(source: Source, plan: Plan, shard: str) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    for name, stored in source.tensors.items():
+        module = name.removesuffix(_WEIGHT)
+        if stored.shard == shard and module in plan.quantised and name.endswith(_WEIGHT):
+            n, k = stored.shape
+            yield f"{module}.weight_packed", ("U8", (n, k // 2))
+            yield f"{module}.weight_scale", ("F8_E4M3", (n, k // nvfp4.BLOCK))
+            yield f"{module}.weight_global_scale", ("F32", (1,))
+            yield f"{module}.input_global_scale", ("F32", (1,))
+        elif stored.shard == shard:
+            yield name, (stored.dtype, stored.shape)
+
+
+def _pieces(
+    source: Source,
+    plan: Plan,
+    shard: str,
+    weights: dict[tuple[str, ...], torch.Tensor],
+    inputs: dict[str, float],
+    scales: str,
+    device: str,
+    tick: Callable[[int], object],
+) -> Iterator[tuple[str, Bytes]]:
+    """The bytes of one shard of the result; ``weights`` remembers the global scales of groups across shards."""
+    for name, stored in source.tensors.items():
+        if stored.shard != shard:
+            continue
+        module = name.removesuffix(_WEIGHT)
+        if module in plan.quantised and name.endswith(_WEIGHT):
+            group = plan.quantised[module]
+            weight = source.read(name).to(device)
+            if group not in weights:
+                others = (member + _WEIGHT for member in group if member != module)
+                amax = max((_amax(source, other, source.read(other).to(device)) for other in others), default=0.0)
+                weights[group] = encode_scale(max(amax, _amax(source, name, weight)))
+            quantised = nvfp4.quantize(weight, scales=scales, tensor_scale=weights[group].reciprocal()[0])
+            yield f"{module}.weight_packed", files.bytes_of(quantised.packed)
+            yield f"{module}.weight_scale", files.bytes_of(quantised.block_scales)
+            yield f"{module}.weight_global_scale", files.bytes_of(weights[group])
+            yield f"{module}.input_global_scale", files.bytes_of(_input_scale(inputs.get(module)))
+            del weight, quantised
+        else:
+            for chunk in source.chunks(name):
+                if stored.dtype in DTYPES:
+                    _amax(source, name, torch.frombuffer(chunk, dtype=DTYPES[stored.dtype]))
+                yield name, chunk
+        tick(stored.nbytes)
+
+
+def _amax(source: Source, name: str, x: torch.Tensor) -> float:
+    if not x.numel():
+        return 0.0
+    low, high = (float(bound) for bound in torch.aminmax(x))  # they propagate NaN
+    if not max(abs(low), abs(high)) < float("inf"):
+        file = source.folder / source.tensors[name].shard
+        raise MixQuantError(f"{file}: {name} contains NaN or infinity; check the checkpoint, or download it again")
+    return max(abs(low), abs(high))
+
+
+def _input_scale(amax: float | None) -> torch.Tensor:
+    return _full_range(amax) if amax else torch.full((1,), WINDOW)
+
+
+def _full_range(amax: float) -> torch.Tensor:
+    return (nvfp4.E4M3_MAX * nvfp4.E2M1_MAX / torch.tensor([amax], dtype=torch.float32)).clamp_(max=2.0**126)
+
+
+def _quantization_config(plan: Plan) -> dict[str, Any]:
+    """As llm-compressor's scheme NVFP4, in the keys that each compressed-tensors since 0.10 reads."""
+    weights = {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": nvfp4.BLOCK,
+        "symmetric": True,
+        "dynamic": False,
+        "observer": "minmax",
+        "observer_kwargs": {},
+        "actorder": None,
+        "block_structure": None,
+    }
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": {**weights, "dynamic": "local"},
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        # a tied lm_head is a Linear without a tensor of its own; embeddings are none
+        "ignore": list(dict.fromkeys(["lm_head", *(name for name in plan.kept if "embed" not in name)])),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    samples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            sample = json.loads(line)
+        except ValueError as error:
+            raise MixQuantError(f"{path}:{number}: is not JSON: {error}") from None
+        text = sample.get("text", sample.get("messages")) if isinstance(sample, dict) else None
+        if not isinstance(text, str | list) or not text:
+            raise MixQuantError(f'{path}:{number}: a line is {{"text": "..."}} or {{"messages": [...]}}')
+        samples.append(sample)
+    if not samples:
+        raise MixQuantError(f"{path}: has no samples")
+    return samples
+
+
+def _calibrate(folder: Path, samples: list[dict[str, Any]], plan: Plan, device: str) -> dict[str, float]:
+    """Module -> the largest magnitude of its inputs over the samples' first 2048 tokens each, shared over its group."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = model.to(device).eval()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if missing := [module for module in plan.quantised if module not in linears]:
+        raise MixQuantError(
+            f"--calibration: transformers has no linear {missing[0]} in {type(model).__name__} (it holds experts in "
+            "one tensor, or names layers in its own way); leave --calibration out"
+        )
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            amax = inputs[0].abs().amax().float()
+            seen[name] = torch.maximum(seen.get(name, amax), amax)
+
+        return hook
+
+    for name in plan.quantised:
+        linears[name].register_forward_pre_hook(note(name))
+    with torch.inference_mode():
+        for sample in tqdm(samples, desc="calibration", disable=None):
+            text = sample.get("text")
+            if text is None:
+                text = tokenizer.apply_chat_template(sample["messages"], tools=sample.get("tools"), tokenize=False)
+            ids = tokenizer(text, add_special_tokens="text" in sample, return_tensors="pt").input_ids
+            model.base_model(input_ids=ids[:, :_CALIBRATION_TOKENS].to(device), use_cache=False)
+    found = {name: max(float(seen[member]) for member in group) for name, group in plan.quantised.items()}
+    if bad := next((name for name, amax in found.items() if not 0 <= amax < float("inf")), None):
+        raise MixQuantError(f"--calibration: the input of {bad} is NaN or infinity; check the checkpoint")
+    return found
+
+
+def _pretty(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
