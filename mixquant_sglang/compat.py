@@ -314,7 +314,7 @@ def allow_cpu() -> None:
 def hush_unknown_method_warning() -> None:
     """Drops SGLang's warning that a quantization method outside its own list "is not fully optimized yet"."""
     logging.getLogger("sglang.srt.configs.model_config").addFilter(
-        lambda record: not str(record.msg).startswith(f"{NAME} quantization is not fully optimized")
+        lambda record: not record.getMessage().startswith(f"{NAME} quantization is not fully optimized")
     )
 
 

@@ -359,6 +359,7 @@ def test_log_lines(servers: Servers) -> None:
     assert text.count(f": recipe {LOW_RECIPE} -> prefill ") == 1
     assert "mixquant: linears by prefill precision: " in text and "stays BF16 (never quantised): lm_head" in text
     assert f"#{low}-token: " in text and "#protected-row: 1, " in text
+    assert "is not fully optimized" not in text
     stock = servers.stock.log.read_text()
     assert "mixquant" not in stock.replace("SGLANG_PLUGINS", "") or "Skipping plugin mixquant" in stock
 
