@@ -18,6 +18,7 @@ from mixquant_sglang import __version__, compat, phase, recipe, runtime
 from mixquant_sglang.compat import handler
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.phase import Phase
+from mixquant_sglang.recipe import Recipe
 from mixquant_sglang.refusals import check_server_args, refusing
 from mixquant_sglang.runtime import PassPlan
 
@@ -27,6 +28,7 @@ _PLAN = "_mixquant_plan"  # attribute of the ForwardBatch between init_new and M
 _command_line = False  # server arguments came from a command line, so a refusal ends the process with one line
 _flag_given = False
 _dtype_asked: str | None = None
+_recipe: Recipe | None = None
 _labels: Mapping[str, Any] | None = None
 
 
@@ -60,14 +62,16 @@ def _refusing() -> AbstractContextManager[None]:
 
 @handler
 def resolve_server_args(original: Callable[..., None], server_args: Any, *args: Any, **kwargs: Any) -> None:
-    global _dtype_asked
+    global _dtype_asked, _recipe
+    if getattr(server_args, "_resolution_finished", False):  # 0.5.23 asks again wherever the arguments arrive
+        return original(server_args, *args, **kwargs)
     asked = server_args.quantization == compat.NAME
     os.environ.pop(compat.ACTIVE_ENV, None)
     with _refusing():
         if _flag_given and not asked:
             raise MixQuantError(f"--mixquant-recipe needs --quantization {compat.NAME}")
         if asked:
-            recipe.load(recipe.requested())
+            _recipe = recipe.load(recipe.requested())
             check_server_args(server_args)
             for hook in compat.HOOKS:
                 compat.target_of(hook)
@@ -132,10 +136,9 @@ def check_request(_result: None, sampling_params: Any, *_args: Any) -> None:
             f"custom_params.{REQUEST_KEY} is {policy!r}; "
             "allowed: {'prefill': 'bf16'}, which prefills this request in BF16"
         )
-    asked = recipe.load(recipe.requested())
-    if asked.decode != "bf16":
+    if _recipe is not None and _recipe.decode != "bf16":
         raise ValueError(
-            f"custom_params.{REQUEST_KEY}: this server's recipe {asked.name} has decode {asked.decode}, "
+            f"custom_params.{REQUEST_KEY}: this server's recipe {_recipe.name} has decode {_recipe.decode}, "
             "so it has no BF16 path for a request's prefill"
         )
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.server import ON_GPU
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(2400)]
 
 ENGINE = """
 import json

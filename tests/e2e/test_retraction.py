@@ -13,7 +13,7 @@ from tests.e2e.test_servers import FLAGS, Counted, Servers, ids, together
 from tests.support import plugins
 from tests.support.server import Server
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ import requests
 from tests.support import plugins
 from tests.support.server import ON_GPU, Server
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(2400)]
 
 CHUNK = 128
 FLAGS = [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from mixquant_sglang import compat, hooks, refusals
+from mixquant_sglang import compat, hooks, recipe, refusals
 from mixquant_sglang.errors import MixQuantError
 
 LEDGER = Path(__file__).resolve().parents[2] / "patches" / "README.md"
@@ -89,3 +90,26 @@ def test_server_args_that_are_refused() -> None:
         setattr(bad, field, {"cuda_graph_backend_prefill": "full", "disaggregation_mode": "prefill"}.get(field, 2))
         with pytest.raises(MixQuantError, match=re.escape(flag)):
             refusals.check_server_args(bad)
+
+
+def test_a_recipe_without_bf16_decode_has_no_bf16_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Params:
+        custom_params: ClassVar = {"mixquant": {"prefill": "bf16"}}
+
+    monkeypatch.setattr(hooks, "_recipe", recipe.load("nvfp4"))
+    hooks.check_request(None, Params())
+    monkeypatch.setattr(hooks, "_recipe", recipe.load("nvfp4-everywhere"))
+    with pytest.raises(ValueError, match="nvfp4-everywhere has decode nvfp4"):
+        hooks.check_request(None, Params())
+
+
+def test_arguments_that_are_already_resolved_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Args:
+        quantization = "mixquant"
+        tokenizer_worker_num = 2
+        _resolution_finished = True
+
+    calls = []
+    monkeypatch.setenv(compat.ACTIVE_ENV, "1")
+    hooks.resolve_server_args(calls.append, Args())
+    assert len(calls) == 1 and os.environ[compat.ACTIVE_ENV] == "1"

@@ -16,7 +16,7 @@ import requests
 import torch
 
 ON_GPU = torch.cuda.is_available()
-START_LIMIT_S = 420
+START_LIMIT_S = 900  # a new environment on a cold disk takes minutes to import
 CPU_FLAGS = [
     "--device",
     "cpu",
