@@ -78,7 +78,7 @@ def test_engine(tiny_model: Path, tmp_path: Path) -> None:
         [sys.executable, "-W", "ignore", script, tiny_model, "gpu" if ON_GPU else "cpu"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
         cwd=tmp_path,
     )
