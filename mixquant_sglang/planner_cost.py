@@ -1,0 +1,243 @@
+"""What a prefill and a decode step cost by roofline: the arithmetic of ``mixquant plan`` (its maths: planner.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from mixquant_sglang import planner_data as data
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.planner_data import Gpu, Model
+
+MOST_TOKENS = 50_000_000  # of one prefill: what a second of planning can walk through
+_WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}  # per element, block scales included
+_PARTS = ("linears", "attention", "elementwise", "quantise", "dequantise", "protected", "all_reduce", "fixed")
+_INPUT_BYTES = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Tokens of each of ``batch`` requests: ``input_len`` in the prompt, ``cached`` of them in the radix cache (but one
+    is computed in any case, as SGLang does), ``output_len`` generated; ``tp`` GPUs; ``chunk`` prefill tokens per pass,
+    None for what SGLang chooses on the GPU. MixQuantError for values that make no sense."""
+
+    input_len: int
+    cached: int = 0
+    output_len: int = 1
+    batch: int = 1
+    tp: int = 1
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"input_len": 1, "cached": 0, "output_len": 1, "batch": 1, "tp": 1, "chunk": 64}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not bound <= value <= MOST_TOKENS:
+                raise MixQuantError(
+                    f"--{name.replace('_', '-')}: {str(value)[:20]} is out of range; allowed: {bound} to {MOST_TOKENS}"
+                )
+        if self.cached > self.input_len:
+            raise MixQuantError(
+                f"--cached: {self.cached} tokens are more than the prompt has; allowed: 0 to --input-len, "
+                f"which is {self.input_len}"
+            )
+        if self.new * self.batch > MOST_TOKENS:
+            raise MixQuantError(
+                f"--input-len, --batch: {self.new} x {self.batch} tokens to prefill; allowed: at most {MOST_TOKENS}"
+            )
+
+    @property
+    def new(self) -> int:
+        return max(1, self.input_len - self.cached)
+
+    def passes(self, gpu: Gpu) -> Iterator[tuple[int, float]]:
+        """(token rows, visible keys summed over them) of each prefill pass; requests fill the chunks in turn."""
+        chunk = self.chunk or gpu.chunk
+        left, at = self.new * self.batch, 0
+        while left:
+            rows, pairs = min(chunk, left), 0.0
+            todo = rows
+            while todo:
+                begin = at % self.new
+                take = min(todo, self.new - begin)
+                keys = self.input_len - self.new + begin
+                pairs += take * (keys + (take + min(take, data.ATTENTION_TILE)) / 2)
+                at, todo = at + take, todo - take
+            left -= rows
+            yield rows, pairs
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``count`` linears [n, k] of one rank and what executes them: a precision and its kernel by phase."""
+
+    name: str
+    n: int
+    k: int
+    count: int
+    prefill: str
+    decode: str
+    prefill_emulated: bool
+    decode_emulated: bool
+
+    def packed_bytes(self, precision: str) -> int:
+        """Of one linear; exact: nvfp4 N*K/2 codes + N*K/16 scales + one FP32, fp8 N*K + an FP32 per output channel."""
+        n, k = self.n, self.k
+        return {"bf16": 2 * n * k, "fp8": n * k + 4 * n, "nvfp4": n * k // 2 + n * k // 16 + 4}[precision]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on a GPU and a model: which linears run how."""
+
+    recipe: str
+    describe: str
+    linears: tuple[Linear, ...]
+    protect: bool
+    min_tokens: int
+    keeps_bf16: bool  # the BF16 master stays beside the packed weights
+
+    @property
+    def extra_weight_bytes(self) -> int:
+        """Bytes per GPU beside the BF16 weights; below zero where they are replaced (stock-fp8)."""
+        extra = 0
+        for linear in self.linears:
+            for precision in {linear.prefill, linear.decode} - {"bf16"}:
+                extra += linear.count * linear.packed_bytes(precision)
+            if not self.keeps_bf16:
+                extra -= linear.count * linear.packed_bytes("bf16")
+        return extra
+
+
+class Cost:
+    """Seconds become milliseconds here; bytes and FLOPs are those of one of ``tp`` GPUs."""
+
+    def __init__(self, gpu: Gpu, model: Model, tp: int) -> None:
+        self.gpu, self.model, self.tp, self.rates = gpu, model, tp, gpu.rates
+
+    def prefill(self, plan: Plan, work: Workload) -> tuple[dict[str, float], float, float]:
+        parts = dict.fromkeys(_PARTS, 0.0)
+        flops = moved = 0.0
+        for rows, pairs in work.passes(self.gpu):
+            low = rows >= plan.min_tokens
+            for linear in plan.linears:
+                precision, emulated = (linear.prefill, linear.prefill_emulated) if low else ("bf16", False)
+                ms, bytes_ = self._linear(linear, precision, emulated, rows, self.rates.copy)
+                parts["linears"] += ms
+                quantise, dequantise = self._conversions(linear, precision, emulated, rows)
+                parts["quantise"] += quantise
+                parts["dequantise"] += dequantise
+                flops += 2.0 * rows * linear.n * linear.k * linear.count
+                moved += bytes_
+                if low and plan.protect and linear.prefill != linear.decode:
+                    weights = linear.count * linear.n * linear.k * _WEIGHT_BYTES[linear.decode]
+                    parts["protected"] += self._memory(weights, self.rates.protected)
+                    parts["protected"] += linear.count * self.rates.protected_linear_us / 1e3
+                    moved += weights
+            attention = 4.0 * pairs * self.model.heads / self.tp * self.model.head_dim * self.model.layers
+            parts["attention"] += attention / (self._peak("bf16") * self.rates.attention) * 1e3
+            elementwise = rows * self._elementwise_bytes()
+            parts["elementwise"] += self._memory(elementwise, self.rates.copy)
+            flops, moved = flops + attention, moved + elementwise
+            parts["fixed"] += self.model.layers * self.rates.layer_us / 1e3
+            parts["all_reduce"] += self._all_reduce(rows)
+            head = (
+                2.0 * self.model.vocab * self.model.hidden / self.tp
+            )  # for few rows, so the weights are what it costs
+            parts["linears"] += self._memory(head, self.rates.weights)
+            moved += head
+        return parts, flops, moved
+
+    def decode(self, plan: Plan, batch: int, context: float) -> tuple[float, float, float]:
+        head = Linear("lm_head", self.model.vocab // self.tp, self.model.hidden, 1, "bf16", "bf16", False, False)
+        ms = flops = moved = 0.0
+        for linear in (*plan.linears, head):
+            time, bytes_ = self._linear(linear, linear.decode, linear.decode_emulated, batch, self.rates.weights)
+            ms, moved = ms + time, moved + bytes_
+            flops += 2.0 * batch * linear.n * linear.k * linear.count
+            if linear.decode != "bf16":
+                ms += sum(self._conversions(linear, linear.decode, linear.decode_emulated, batch))
+                ms += linear.count * self.rates.low_linear_us / 1e3
+        kv = batch * context * kv_bytes(self.model, self.tp)
+        flops += 4.0 * batch * context * self.model.heads / self.tp * self.model.head_dim * self.model.layers
+        ms += self._memory(kv, self.rates.kv) + self._all_reduce(batch)
+        ms += self.model.layers * (self.rates.decode_layer_us + self.rates.decode_doubling_us * math.log2(batch)) / 1e3
+        return ms, flops, moved + kv
+
+    def _linear(self, linear: Linear, precision: str, emulated: bool, rows: int, memory: float) -> tuple[float, float]:
+        run = "bf16" if emulated else precision
+        n, k = linear.n, linear.k
+        moved = linear.count * (rows * k * _INPUT_BYTES[run] + n * k * _WEIGHT_BYTES[run] + rows * n * 2.0)
+        flops = linear.count * 2.0 * rows * n * k
+        compute = flops / (self._peak(run) * _at(self.rates.gemm[run], rows)) * 1e3
+        return max(compute, self._memory(moved, memory)), moved
+
+    def _conversions(self, linear: Linear, precision: str, emulated: bool, rows: int) -> tuple[float, float]:
+        """(activation quantiser, weight dequantiser), milliseconds."""
+        if precision == "bf16":
+            return 0.0, 0.0
+        elements = linear.count * rows * linear.k
+        if not emulated:
+            return self._memory(elements * (2 + _INPUT_BYTES[precision]), self.rates.quantise[precision]), 0.0
+        weights = linear.count * linear.n * linear.k * (_WEIGHT_BYTES[precision] + 2)
+        return self._memory(elements * 4.0, self.rates.qdq), self._memory(weights, self.rates.dequantise)
+
+    def _elementwise_bytes(self) -> float:
+        """Per token row: two norms with residual, rope with q and k norms, the KV write, SiLU times up; all in BF16."""
+        q, kv = self.model.heads * self.model.head_dim / self.tp, self._kv_width()
+        norms = 2 * 4 * self.model.hidden
+        return self.model.layers * 2.0 * (norms + 2 * (q + kv) + 4 * kv + 3 * self.model.intermediate / self.tp)
+
+    def _kv_width(self) -> float:
+        return max(1, self.model.kv_heads // self.tp) * self.model.head_dim
+
+    def _all_reduce(self, rows: int) -> float:
+        if self.tp == 1:
+            return 0.0
+        wire = 2.0 * (self.tp - 1) / self.tp * rows * self.model.hidden * 2 / (self.gpu.link * data.LINK)
+        return 2 * self.model.layers * (wire * 1e3 + data.ALL_REDUCE_US / 1e3)
+
+    def _peak(self, precision: str) -> float:
+        return self.gpu.tflops[precision] * 1e12
+
+    def _memory(self, bytes_: float, fraction: float) -> float:
+        return bytes_ / (self.gpu.bandwidth * fraction) * 1e3
+
+
+def _at(curve: data.Curve, rows: int) -> float:
+    """The fraction at ``rows``: linear in log(rows) between the points, constant beyond them."""
+    if rows <= curve[0][0]:
+        return curve[0][1]
+    for (low, left), (high, right) in pairwise(curve):
+        if rows <= high:
+            return left + (right - left) * math.log(rows / low) / math.log(high / low)
+    return curve[-1][1]
+
+
+def linear_shapes(model: Model, tp: int) -> list[tuple[str, int, int]]:
+    """(name within a layer, N, K) of one rank's four linears, as SGLang fuses them."""
+    if model.heads % tp or model.intermediate % tp or (model.kv_heads % tp and tp % model.kv_heads):
+        raise MixQuantError(
+            f"--tp: {tp} does not divide {model.name} ({model.heads} heads, {model.kv_heads} KV heads, intermediate "
+            f"size {model.intermediate}); allowed: a divisor of these"
+        )
+    q, kv = model.heads // tp * model.head_dim, max(1, model.kv_heads // tp) * model.head_dim
+    inner = model.intermediate // tp
+    return [
+        ("self_attn.qkv_proj", q + 2 * kv, model.hidden),
+        ("self_attn.o_proj", model.hidden, q),
+        ("mlp.gate_up_proj", 2 * inner, model.hidden),
+        ("mlp.down_proj", model.hidden, inner),
+    ]
+
+
+def kv_bytes(model: Model, tp: int) -> int:
+    """BF16 keys and values of one token on one GPU."""
+    return model.layers * 2 * max(1, model.kv_heads // tp) * model.head_dim * 2
+
+
+def bf16_bytes(model: Model, tp: int) -> int:
+    linears = model.layers * sum(n * k for _, n, k in linear_shapes(model, tp))
+    return 2 * (linears + (1 if model.tied else 2) * model.vocab * model.hidden // tp)
