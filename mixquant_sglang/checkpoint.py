@@ -35,6 +35,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mixquant_sglang import __version__
 from mixquant_sglang import checkpoint_files as files
+from mixquant_sglang.calibration import input_amax, read_samples
 from mixquant_sglang.checkpoint_files import DTYPES, Bytes, Progress, Source
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
@@ -50,7 +51,6 @@ WINDOW = 1.0
 
 _WEIGHT = ".weight"
 _QUANTISED = re.compile(r".*\.(weight_(packed|scale|scale_inv|scale_2|global_scale)|qweight|qzeros|weight\.absmax)$")
-_CALIBRATION_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def quantize_checkpoint(
         raise MixQuantError(f"{out}: is not a folder")
     source = Source.open(model)
     plan = Plan.of(source, ignore)
-    samples = _samples(calibration) if calibration else None
+    samples = read_samples(calibration) if calibration else None
     settings = {
         "mixquant": __version__,
         "scales": scales,
@@ -173,7 +173,7 @@ def quantize_checkpoint(
     with files.locked(out):
         progress = Progress.of(out, settings, source)
         if samples and not progress.input_amax:
-            progress.input_amax = _calibrate(source.folder, samples, plan, device)
+            progress.input_amax = input_amax(source.folder, samples, plan.quantised, device)
             progress.save()
         _write(source, plan, progress, scales, device)
     return plan
@@ -356,61 +356,6 @@ def _quantization_config(plan: Plan) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-
-
-def _samples(path: Path) -> list[dict[str, Any]]:
-    samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            sample = json.loads(line)
-        except ValueError as error:
-            raise MixQuantError(f"{path}:{number}: is not JSON: {error}") from None
-        text = sample.get("text", sample.get("messages")) if isinstance(sample, dict) else None
-        if not isinstance(text, str | list) or not text:
-            raise MixQuantError(f'{path}:{number}: a line is {{"text": "..."}} or {{"messages": [...]}}')
-        samples.append(sample)
-    if not samples:
-        raise MixQuantError(f"{path}: has no samples")
-    return samples
-
-
-def _calibrate(folder: Path, samples: list[dict[str, Any]], plan: Plan, device: str) -> dict[str, float]:
-    """Module -> the largest magnitude of its inputs over the samples' first 2048 tokens each, shared over its group."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    model = model.to(device).eval()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    if missing := [module for module in plan.quantised if module not in linears]:
-        raise MixQuantError(
-            f"--calibration: transformers has no linear {missing[0]} in {type(model).__name__} (it holds experts in "
-            "one tensor, or names layers in its own way); leave --calibration out"
-        )
-    seen: dict[str, torch.Tensor] = {}
-
-    def note(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            amax = inputs[0].abs().amax().float()
-            seen[name] = torch.maximum(seen.get(name, amax), amax)
-
-        return hook
-
-    for name in plan.quantised:
-        linears[name].register_forward_pre_hook(note(name))
-    with torch.inference_mode():
-        for sample in tqdm(samples, desc="calibration", disable=None):
-            text = sample.get("text")
-            if text is None:
-                text = tokenizer.apply_chat_template(sample["messages"], tools=sample.get("tools"), tokenize=False)
-            ids = tokenizer(text, add_special_tokens="text" in sample, return_tensors="pt").input_ids
-            model.base_model(input_ids=ids[:, :_CALIBRATION_TOKENS].to(device), use_cache=False)
-    found = {name: max(float(seen[member]) for member in group) for name, group in plan.quantised.items()}
-    if bad := next((name for name, amax in found.items() if not 0 <= amax < float("inf")), None):
-        raise MixQuantError(f"--calibration: the input of {bad} is NaN or infinity; check the checkpoint")
-    return found
 
 
 def _pretty(value: object) -> bytes:

@@ -515,7 +515,7 @@ def test_calibration(tmp_path: Path, micro_model: Path) -> None:
     unfinished_out = tmp_path / "unfinished"
     unfinished(micro_model, unfinished_out, calibration=file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_calibrate", None)  # it is not run again
+        patch.setattr(checkpoint, "input_amax", None)  # it is not run again
         quantize_checkpoint(micro_model, unfinished_out, calibration=file)
     assert contents(unfinished_out) == contents(tmp_path / "out")
 

@@ -1,0 +1,76 @@
+"""The largest input of each linear over a file of samples, for ``mixquant quantize --calibration``.
+
+Runs the whole model with transformers, so it needs the memory for it; refuses models whose linears transformers names
+differently, samples that are not ``{"text": ...}`` or ``{"messages": [...]}``, and inputs that are NaN or infinite.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from mixquant_sglang.errors import MixQuantError
+
+TOKENS = 2048  # of each sample
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    samples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            sample = json.loads(line)
+        except ValueError as error:
+            raise MixQuantError(f"{path}:{number}: is not JSON: {error}") from None
+        text = sample.get("text", sample.get("messages")) if isinstance(sample, dict) else None
+        if not isinstance(text, str | list) or not text:
+            raise MixQuantError(f'{path}:{number}: a line is {{"text": "..."}} or {{"messages": [...]}}')
+        samples.append(sample)
+    if not samples:
+        raise MixQuantError(f"{path}: has no samples")
+    return samples
+
+
+def input_amax(
+    folder: Path, samples: list[dict[str, Any]], quantised: Mapping[str, tuple[str, ...]], device: str
+) -> dict[str, float]:
+    """Module -> the largest magnitude of its inputs over the samples' first 2048 tokens each, shared over its group."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = model.to(device).eval()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if missing := [module for module in quantised if module not in linears]:
+        raise MixQuantError(
+            f"--calibration: transformers has no linear {missing[0]} in {type(model).__name__} (it holds experts in "
+            "one tensor, or names layers in its own way); leave --calibration out"
+        )
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            amax = inputs[0].abs().amax().float()
+            seen[name] = torch.maximum(seen.get(name, amax), amax)
+
+        return hook
+
+    for name in quantised:
+        linears[name].register_forward_pre_hook(note(name))
+    with torch.inference_mode():
+        for sample in tqdm(samples, desc="calibration", disable=None):
+            text = sample.get("text")
+            if text is None:
+                text = tokenizer.apply_chat_template(sample["messages"], tools=sample.get("tools"), tokenize=False)
+            ids = tokenizer(text, add_special_tokens="text" in sample, return_tensors="pt").input_ids
+            model.base_model(input_ids=ids[:, :TOKENS].to(device), use_cache=False)
+    found = {name: max(float(seen[member]) for member in group) for name, group in quantised.items()}
+    if bad := next((name for name, amax in found.items() if not 0 <= amax < float("inf")), None):
+        raise MixQuantError(f"--calibration: the input of {bad} is NaN or infinity; check the checkpoint")
+    return found
