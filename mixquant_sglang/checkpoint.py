@@ -3,7 +3,7 @@
 Each linear of a transformer block gets ``weight_packed`` uint8 [N, K/2] and ``weight_scale`` float8_e4m3fn [N, K/16]
 of ``formats.nvfp4``, ``weight_global_scale`` and ``input_global_scale`` float32 [1]; everything else is copied byte by
 byte, shard by shard, under the same names. The values are those of ``NVFP4Tensor(weight_packed, weight_scale, 1/g)``
-with g = ``weight_global_scale``: compressed-tensors decompresses to the same BF16 numbers, all of them.
+with g = ``weight_global_scale``: compressed-tensors 0.20 decompresses to the same BF16 numbers, all of them.
 
 g is 448*6/max|w| in FP32, compressed-tensors' ``generate_gparam``; layers that an engine fuses into one GEMM (q, k, v;
 gate, up) share the maximum. compressed-tensors computes ``e2m1 * (scale / g)`` and we ``(e2m1 * scale) * (1/g)``; for

@@ -10,11 +10,13 @@ import tracemalloc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from mixquant_sglang import checkpoint, checkpoint_files
@@ -193,7 +195,11 @@ def test_global_scale_is_compressed_tensors_own() -> None:
         moved += not torch.equal(g, theirs)
         state = {"weight_packed": packed, "weight_scale": scales, "weight_global_scale": g}
         read_by_them = decompressed({f"x.{key}": value for key, value in state.items()}, config, "x")
-        assert torch.equal(read_by_them, nvfp4.NVFP4Tensor(packed, scales, 1 / g[0]).dequantize())
+        ours = nvfp4.NVFP4Tensor(packed, scales, 1 / g[0]).dequantize()
+        if Version(version("compressed-tensors")) >= Version("0.20"):
+            assert torch.equal(read_by_them, ours)
+        else:  # releases before round the scale on the way: a BF16 step apart for some g
+            assert torch.allclose(read_by_them.float(), ours.float(), rtol=2**-7, atol=0)
     assert 0 < moved < 25
     assert checkpoint.encode_scale(0.0).tolist() == [1.0]
     for extreme in (1e-40, 3e-38, 3.3e38):
