@@ -268,6 +268,21 @@ def request_rows(forward_batch: Any, batch: Any, wants_bf16: Callable[[Any], boo
     ]
 
 
+def most_prefill_rows(model_runner: Any) -> int:
+    """Token rows of the largest prefill pass that the scheduler makes."""
+    args = model_runner.server_args
+    chunk = args.chunked_prefill_size
+    return int(chunk if chunk is not None and chunk > 0 else args.max_prefill_tokens)
+
+
+def forward_method(op: Any) -> Callable[..., Any]:
+    """What a ``MultiPlatformOp`` (0.5.17) or ``BaseFusedOp`` (0.5.23, which looks it up when first called) runs."""
+    if op._forward_method is None:
+        op._forward_method = op._resolve_forward_method()
+    method: Callable[..., Any] = op._forward_method
+    return method
+
+
 # -- the machine -------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +293,13 @@ def device() -> Device:
     if not torch.cuda.is_available():
         return Device("this CPU", None)
     return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+
+
+def kernel_versions() -> dict[str, str]:
+    """Of what SGLang ships its GEMMs in; needs a GPU."""
+    import sgl_kernel
+
+    return {"sgl_kernel": str(sgl_kernel.__version__)}
 
 
 def bf16_below() -> int:

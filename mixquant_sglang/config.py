@@ -15,9 +15,9 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
-from mixquant_sglang import __version__, compat, recipe, runtime
+from mixquant_sglang import __version__, compat, fusion, recipe, runtime
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels import select
+from mixquant_sglang.kernels import gemm, select
 from mixquant_sglang.matching import RuleMatcher
 from mixquant_sglang.method import MixQuantLinearMethod
 from mixquant_sglang.phase import Phase
@@ -113,8 +113,10 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             return UnquantizedLinearMethod()
         return MixQuantLinearMethod(self._runtime, prefix, prefill, decode)
 
-    def finish_load(self, model: torch.nn.Module, device: torch.device) -> None:
-        """Checks the recipe against the layers that the model turned out to have, and reports what was packed."""
+    def finish_load(self, model: torch.nn.Module, device: torch.device, most_rows: int) -> None:
+        """Checks the recipe against the layers that the model turned out to have, and reports what was packed.
+
+        ``most_rows``: token rows of the largest prefill pass."""
         run = self._runtime
         with refusing():
             if self._matcher is not None:
@@ -158,9 +160,24 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 100 * extra / max(total, 1),
                 total / 2**20,
             )
+            if device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+                logger.info("mixquant: memory peaked %.1f MiB above the loaded size while loading", peak / 2**20)
             for reason, names in stays.items():
                 shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
                 logger.info("mixquant: stays BF16 (%s): %s", reason, shown)
+        fp8 = {m.shape for m in packed if m.runs("fp8", "native")}
+        if fp8:
+            rows = [2**e for e in range(8, max(gemm.bucket(most_rows).bit_length(), 9))]
+            with refusing():
+                gemm.use(gemm.load_or_tune(sorted(fp8), rows, device, compat.kernel_versions()))
+        if self._recipe.fuse:
+            fused = fusion.fuse(model)
+            if fused:
+                logger.info(
+                    "mixquant: prefill quantises activations inside %s",
+                    " and ".join(f"{n} {kind}" for kind, n in fused.items()),
+                )
         if run.split and self._recipe.protect_last_prompt_token and device.type == "cuda":
             run.graph_rows = GraphRows(GRAPH_ROWS, device)
 

@@ -234,7 +234,7 @@ def load_prefill_rows(_runner: Any, forward_batch: Any, **_kwargs: Any) -> None:
 def finish_load(_result: None, model_runner: Any) -> None:
     run = runtime.current()
     if run is not None and run.finish_load is not None:
-        run.finish_load(model_runner.model, torch.device(model_runner.device))
+        run.finish_load(model_runner.model, torch.device(model_runner.device), compat.most_prefill_rows(model_runner))
         _publish_metrics()
 
 

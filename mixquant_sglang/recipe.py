@@ -50,6 +50,7 @@ class Recipe:
     source: str
     prefill: str
     min_tokens: int
+    fuse: bool  # quantise activations inside the norms and activations before the linears
     decode: str
     protect_last_prompt_token: bool
     kernel: str
@@ -127,12 +128,13 @@ def _parse(name: str, file: str, text: str) -> Recipe:
     version = root.integer("version", 0)
     if version != 1:
         raise root.error("version", f"{version} is not a version that this release reads; allowed: 1")
-    prefill = root.section("prefill", ("precision", "min_tokens"))
+    prefill = root.section("prefill", ("precision", "min_tokens", "fuse"))
     return Recipe(
         name=name,
         source=file,
         prefill=prefill.choice("precision", PREFILL_PRECISIONS, "auto"),
         min_tokens=prefill.integer("min_tokens", 1, least=1),
+        fuse=prefill.boolean("fuse", True),
         decode=root.section("decode", ("precision",)).choice("precision", PRECISIONS, "bf16"),
         protect_last_prompt_token=root.section("protect", ("last_prompt_token",)).boolean("last_prompt_token", True),
         kernel=root.choice("kernel", KERNELS, "auto"),

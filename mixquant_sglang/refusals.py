@@ -53,6 +53,12 @@ _REFUSED: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("lora_paths", "--lora-paths", bool, "LoRA has not been tested"),
     ("cpu_offload_gb", "--cpu-offload-gb", bool, "packed weights would stay on the GPU"),
     ("offload_group_size", "--offload-group-size", lambda v: v is not None and v > 0, "it has not been tested"),
+    (
+        "enable_deterministic_inference",
+        "--enable-deterministic-inference",
+        bool,
+        "the low-precision GEMMs sum in an order that depends on the number of rows",
+    ),
     ("use_ray", "--use-ray", bool, "SGLang does not load plugins in Ray actors"),
     ("encoder_only", "--encoder-only", bool, "an encoder has no prefill"),
     (

@@ -6,14 +6,18 @@ Per request these are a suffix of its new rows, because token positions only gro
 * generated tokens that are prefilled again after a retraction (positions from ``prompt`` on);
 * everything, if the request is a decode row of a MIXED batch or asked for BF16 prefill.
 
-``plan`` says which rows from facts of the requests alone.  ``EagerRows`` and ``GraphRows`` then overwrite these rows of
-a linear's output: the former with an index made for this pass, the latter with one persistent index buffer that a
-captured CUDA graph reads and that is refilled before each replay (-1 marks an unused slot).
+``plan`` says which rows from facts of the requests alone.  ``EagerRows`` then are an index made for this pass,
+``GraphRows`` a persistent index buffer that captured CUDA graphs read and that is refilled before each replay (-1 marks
+an unused slot).
+
+Nothing of such a row can be left out.  The first generated token depends on the last prompt token's row of every
+linear, and later tokens read its keys and values; so each of its products takes the high path, and only a pass without
+protected rows, a middle chunk of a long prompt for one, skips that work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -72,20 +76,29 @@ def row_numbers(ranges: Iterable[tuple[int, int]]) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
-
-
 class Rows(Protocol):
-    """What a linear method asks of the protected rows of the running pass."""
+    """What a linear asks of the protected rows of the running pass of ``tokens`` rows."""
 
-    tokens: int
+    @property
+    def tokens(self) -> int: ...
 
-    def overwrite(self, out: torch.Tensor, x: torch.Tensor, high: Linear) -> None:
-        """``out[rows] = high(x[rows])`` in place; x [T, K], out [T, N], both contiguous."""
+    @property
+    def index(self) -> torch.Tensor:
+        """int64 [R]: their row numbers; -1 marks an unused slot, after all used ones."""
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """int32 [tokens], the inverse: where a row is in ``index``, -1 if it is not protected."""
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, K], contiguous -> its protected rows [R, K]."""
+
+    def scatter(self, out: torch.Tensor, rows: torch.Tensor) -> None:
+        """Puts ``rows`` [R, N] in their places of ``out`` [T, N], contiguous."""
 
 
 class EagerRows:
-    """Rows of one pass that runs eagerly: an int64 index [R], R > 0, made when the first layer asks for it."""
+    """Rows of one pass that runs eagerly: R > 0, none unused; the tensors are made when the first layer asks."""
 
     def __init__(self, row_plan: RowPlan, device: torch.device) -> None:
         self.tokens = row_plan.total
@@ -96,19 +109,30 @@ class EagerRows:
     def index(self) -> torch.Tensor:
         return row_numbers(self._ranges).to(self._device, non_blocking=True)
 
-    def overwrite(self, out: torch.Tensor, x: torch.Tensor, high: Linear) -> None:
-        out.index_copy_(0, self.index, high(x.index_select(0, self.index)))
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        slots = torch.full((self.tokens,), -1, dtype=torch.int32, device=self._device)
+        slots[self.index] = torch.arange(len(self.index), dtype=torch.int32, device=self._device)
+        return slots
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, self.index)
+
+    def scatter(self, out: torch.Tensor, rows: torch.Tensor) -> None:
+        out.index_copy_(0, self.index, rows)
 
 
 class GraphRows:
-    """The index buffer, int64 [capacity] on the GPU, that captured prefill graphs read; -1 marks an unused slot.
+    """The buffers on the GPU that captured prefill graphs read: ``capacity`` row numbers, and their inverse.
 
-    A graph captured for T token rows reads the first ``min(capacity, T)`` slots, so every graph shares this buffer.
+    A graph captured for T token rows reads the first ``min(capacity, T)`` row numbers and the first T slots, so all
+    graphs share these buffers.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
         self.index = torch.full((capacity,), -1, dtype=torch.int64, device=device)
+        self._slots: list[torch.Tensor] = []  # the last is the largest; graphs may hold the addresses of the others
 
     def fill(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Loads the rows of the pass about to be replayed, on the current stream; at most ``capacity`` of them."""
@@ -116,19 +140,32 @@ class GraphRows:
         numbers = row_numbers(ranges)
         staged[: len(numbers)] = numbers
         self.index.copy_(staged, non_blocking=True)
+        used = self.index[: len(numbers)]
+        for slots in self._slots:
+            slots.fill_(-1)
+            fits = used[: int((numbers < len(slots)).sum())]
+            slots[fits] = torch.arange(len(fits), dtype=torch.int32, device=slots.device)
 
     def of(self, tokens: int) -> CapturedRows:
-        return CapturedRows(tokens, self.index[: min(self.capacity, tokens)])
+        if not self._slots or len(self._slots[-1]) < tokens:
+            self._slots.append(torch.full((tokens,), -1, dtype=torch.int32, device=self.index.device))
+        return CapturedRows(tokens, self.index[: min(self.capacity, tokens)], self._slots[-1][:tokens])
 
 
+@dataclass(frozen=True, eq=False)
 class CapturedRows:
-    """Protected rows as a graph of ``tokens`` rows sees them: kernels that read the index when they run."""
+    """Protected rows as a graph of ``tokens`` rows sees them: kernels that read the buffers when they run."""
 
-    def __init__(self, tokens: int, index: torch.Tensor) -> None:
-        self.tokens = tokens
-        self.index = index
+    tokens: int
+    index: torch.Tensor
+    slots: torch.Tensor
 
-    def overwrite(self, out: torch.Tensor, x: torch.Tensor, high: Linear) -> None:
-        from mixquant_sglang.kernels.triton.rows import gather_rows, scatter_rows_
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        from mixquant_sglang.kernels.triton.rows import gather_rows
 
-        scatter_rows_(out, high(gather_rows(x, self.index)), self.index)
+        return gather_rows(x, self.index)
+
+    def scatter(self, out: torch.Tensor, rows: torch.Tensor) -> None:
+        from mixquant_sglang.kernels.triton.rows import scatter_rows_
+
+        scatter_rows_(out, rows, self.index)

@@ -64,7 +64,8 @@ class Runtime:
         self.graph_rows: GraphRows | None = None
         self.graphs_stale = False
         self.split = selection.prefill != selection.decode  # whether rows can need protection
-        self.finish_load: Callable[[torch.nn.Module, torch.device], None] | None = None  # until the model is loaded
+        # (model, its device, rows of the largest prefill pass); None once the model is loaded
+        self.finish_load: Callable[[torch.nn.Module, torch.device, int], None] | None = None
         self._bf16_below = bf16_below
         self._dirty = False
         self._captured = False

@@ -12,12 +12,16 @@ from typing import ClassVar
 
 import torch
 
+from mixquant_sglang.kernels import activations
+
 
 class PackedLinear(ABC):
     """Low-precision copy of a weight [N, K] and ``x @ weight.T`` in that precision."""
 
     precision: ClassVar[str]
     kernel: ClassVar[str]
+    # The format that ``multiply`` takes (kernels/activations.py); None where the kernel quantises activations itself.
+    activation_format: ClassVar[str | None] = None
 
     @abstractmethod
     def __init__(self, weight: torch.Tensor, *, scales: str) -> None:
@@ -32,9 +36,14 @@ class PackedLinear(ABC):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The packed tensors, always in the same order, shapes and dtypes for one weight shape."""
 
-    @abstractmethod
+    def multiply(self, operand: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
+        """Quantised activations [M, K] of the format ``activation_format``, M >= 0, and BF16 [N] -> BF16 [M, N]."""
+        raise NotImplementedError(f"{type(self).__name__} quantises activations itself")
+
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """BF16 [M, K] contiguous, M >= 0, and BF16 [N] -> BF16 [M, N].  Row i depends on ``x[i]`` alone."""
+        assert self.activation_format is not None, "a kernel without an activation format has its own matmul"
+        return self.multiply(activations.quantize(x, self.activation_format).operand, bias)
 
     @abstractmethod
     def refresh(self, weight: torch.Tensor) -> bool:

@@ -22,6 +22,7 @@ from mixquant_sglang.kernels.base import PackedLinear, copy_all
 class EmulatedNVFP4(PackedLinear):
     precision = "nvfp4"
     kernel = "emulated"
+    activation_format = "qdq"
 
     def __init__(self, weight: torch.Tensor, *, scales: str = "search") -> None:
         self._scales = scales
@@ -35,19 +36,18 @@ class EmulatedNVFP4(PackedLinear):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self._packed.packed, self._packed.block_scales, self._packed.tensor_scale
 
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if x.is_cuda:
+    def multiply(self, operand: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
+        (xq,) = operand
+        if xq.is_cuda:
             from mixquant_sglang.kernels.triton import nvfp4 as triton_nvfp4
 
-            xq = triton_nvfp4.qdq_activations(x)
             wq = triton_nvfp4.unscaled(self._packed.packed, self._packed.block_scales)
-            out = x.new_empty(x.shape[0], wq.shape[0])
+            out = xq.new_empty(xq.shape[0], wq.shape[0])
             # cuBLAS applies alpha to its FP32 accumulator; beta = 0 means that the first argument is never read.
             torch.addmm(out, xq, wq.t(), beta=0, alpha=self._alpha, out=out)
             return out if bias is None else out.add_(bias)
-        xq = nvfp4.quantize_activations(x).dequantize(torch.float32)
-        total = xq @ self._packed.unscaled(torch.float32).t() * self._alpha
-        return _finish(total, bias, x.dtype)
+        total = xq.float() @ self._packed.unscaled(torch.float32).t() * self._alpha
+        return _finish(total, bias, xq.dtype)
 
     def refresh(self, weight: torch.Tensor) -> bool:
         # Captured graphs hold alpha by value, so the tensor scale stays as long as the new weights fit into its range.

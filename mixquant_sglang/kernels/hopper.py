@@ -1,4 +1,4 @@
-"""FP8 on tensor cores (SM89 and newer) through SGLang's own kernels, which the package ``sgl_kernel`` holds.
+"""FP8 on tensor cores (SM89 and newer), through whichever GEMM of well-kept libraries is fastest (``gemm.py``).
 
     y[m, n] = sx[m] * sw[n] * sum_k xq[m, k] wq[n, k],   xq, wq in E4M3
 
@@ -11,12 +11,14 @@ from __future__ import annotations
 import torch
 
 from mixquant_sglang.formats import fp8
+from mixquant_sglang.kernels import gemm
 from mixquant_sglang.kernels.base import PackedLinear, copy_all
 
 
 class NativeFP8(PackedLinear):
     precision = "fp8"
     kernel = "native"
+    activation_format = "fp8"
 
     def __init__(self, weight: torch.Tensor, *, scales: str = "search") -> None:
         packed = fp8.quantize(weight)
@@ -30,18 +32,11 @@ class NativeFP8(PackedLinear):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self._weight, self._scales
 
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        import sgl_kernel
-
-        if x.shape[0] == 0:
-            return x.new_empty(0, self._weight.shape[0])
-        xq = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-        x_scales = x.new_empty(x.shape[0], 1, dtype=torch.float32)
-        sgl_kernel.sgl_per_token_quant_fp8(x, xq, x_scales)
-        out: torch.Tensor = sgl_kernel.fp8_scaled_mm(
-            xq, self._weight.t(), x_scales, self._scales[:, None], out_dtype=x.dtype, bias=bias
-        )
-        return out
+    def multiply(self, operand: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
+        codes, scales = operand
+        if codes.shape[0] == 0:
+            return codes.new_empty(0, self._weight.shape[0], dtype=torch.bfloat16)
+        return gemm.scaled_mm(codes, self._weight, scales, self._scales, bias)
 
     def refresh(self, weight: torch.Tensor) -> bool:
         fresh = fp8.quantize(weight)

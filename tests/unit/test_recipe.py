@@ -17,7 +17,7 @@ from mixquant_sglang.recipe import LayerRule, Recipe
 FULL = r"""# a comment
 version: 1
 description: everything said
-prefill: {precision: nvfp4, min_tokens: 32}
+prefill: {precision: nvfp4, min_tokens: 32, fuse: false}
 decode:
   precision: fp8
 protect: {last_prompt_token: false}
@@ -55,6 +55,7 @@ def test_every_key(tmp_path: Path) -> None:
         source=str(file),
         prefill="nvfp4",
         min_tokens=32,
+        fuse=False,
         decode="fp8",
         protect_last_prompt_token=False,
         kernel="emulated",
@@ -77,6 +78,7 @@ def test_defaults(tmp_path: Path, rest: str) -> None:
         source=str(file),
         prefill="auto",
         min_tokens=1,
+        fuse=True,
         decode="bf16",
         protect_last_prompt_token=True,
         kernel="auto",
@@ -221,7 +223,7 @@ MISTAKES = {
         "version: 1\nprefill:\n  precision: fp8\n  min_token: 4",
         4,
         "prefill.min_token",
-        ["unknown key; allowed: precision, min_tokens; did you mean 'min_tokens'?"],
+        ["unknown key; allowed: precision, min_tokens, fuse; did you mean 'min_tokens'?"],
     ),
     "unknown key in a flow mapping over lines": (
         "version: 1\nprotect: {\n  last_token: true}",
@@ -261,7 +263,7 @@ MISTAKES = {
         "version: 1\nprefill: nvfp4",
         2,
         "prefill",
-        ["must be a mapping, is text ('nvfp4'); allowed: precision, min_tokens"],
+        ["must be a mapping, is text ('nvfp4'); allowed: precision, min_tokens, fuse"],
     ),
     "empty section": ("version: 1\ndecode:\nkernel: auto", 2, "decode", ["must be a mapping, is empty; allowed: prec"]),
     "layers as a mapping": (

@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import random
 
-import pytest
 import torch
 
-from mixquant_sglang.rows import EagerRows, RequestRows, plan, row_numbers
+from mixquant_sglang.rows import EagerRows, GraphRows, RequestRows, plan, row_numbers
 
 
 def protected(requests: list[RequestRows], last: bool = True) -> list[int]:
@@ -77,17 +76,31 @@ def test_against_a_position_by_position_rule() -> None:
         assert rows.protected_total == len(expected)
 
 
-@pytest.mark.parametrize("tokens", [1, 7])
-def test_eager_rows_overwrite_exactly_the_protected_rows(tokens: int) -> None:
-    rows = EagerRows(plan([RequestRows(tokens, 0, tokens)], last_prompt_token=True), torch.device("cpu"))
-    x = torch.randn(tokens, 4)
-    out = torch.full((tokens, 3), torch.nan)
-    seen = []
+def test_eager_rows_gather_and_scatter_exactly_the_protected_rows() -> None:
+    requests = [RequestRows(3, 0, 3), RequestRows(4, 0, 90), RequestRows(2, 0, 1, decoding=True)]
+    rows = EagerRows(plan(requests, last_prompt_token=True), torch.device("cpu"))
+    assert rows.tokens == 9 and rows.index.tolist() == [2, 7, 8]
+    assert rows.slots.tolist() == [-1, -1, 0, -1, -1, -1, -1, 1, 2] and rows.slots.dtype is torch.int32
+    x = torch.randn(9, 4)
+    assert torch.equal(rows.gather(x), x[[2, 7, 8]])
+    out = torch.full((9, 5), torch.nan)
+    rows.scatter(out, torch.ones(3, 5))
+    assert torch.equal(out[[2, 7, 8]], torch.ones(3, 5)) and bool(out[[0, 1, 3, 4, 5, 6]].isnan().all())
 
-    def high(chosen: torch.Tensor) -> torch.Tensor:
-        seen.append(chosen)
-        return torch.ones(len(chosen), 3)
 
-    rows.overwrite(out, x, high)
-    assert torch.equal(seen[0], x[-1:])
-    assert torch.equal(out[-1], torch.ones(3)) and bool(out[:-1].isnan().all())
+def test_graph_rows_share_one_index_and_keep_its_inverse() -> None:
+    rows = GraphRows(4, torch.device("cpu"))
+    large, small = rows.of(16), rows.of(8)
+    assert large.index.data_ptr() == small.index.data_ptr() and large.slots.data_ptr() == small.slots.data_ptr()
+    rows.fill([(2, 4), (7, 8)])
+    assert large.index.tolist() == [2, 3, 7, -1] and small.slots.tolist() == [-1, -1, 0, 1, -1, -1, -1, 2]
+    rows.fill([(15, 16)])
+    assert large.index.tolist() == [15, -1, -1, -1] and large.slots.tolist() == [-1] * 15 + [0]
+    # A graph of more rows than any before gets a longer buffer; the older graphs keep theirs.
+    larger = rows.of(32)
+    rows.fill([(5, 6), (20, 21)])
+    assert larger.slots.tolist() == [-1] * 5 + [0] + [-1] * 14 + [1] + [-1] * 11
+    assert large.slots.tolist() == [-1] * 5 + [0] + [-1] * 10
+    rows.fill([])
+    assert larger.index.tolist() == [-1] * 4 and set(larger.slots.tolist()) == set(large.slots.tolist()) == {-1}
+    assert rows.of(3).index.tolist() == [-1] * 3

@@ -89,15 +89,6 @@ def test_which_passes_a_captured_graph_computes() -> None:
     assert make("bf16").can_replay(make("bf16").plan_prefill(MIXED, CPU))
 
 
-def test_index_buffer() -> None:
-    rows = GraphRows(4, CPU)
-    rows.fill([(2, 4), (9, 10)])
-    assert rows.index.tolist() == [2, 3, 9, -1]
-    rows.fill([])
-    assert rows.index.tolist() == [-1] * 4
-    assert rows.of(3).index.tolist() == [-1] * 3 and rows.of(3).index.data_ptr() == rows.index.data_ptr()
-
-
 def test_counters_and_state() -> None:
     run = make()
     run.count_prefill(run.plan_prefill(MIXED, CPU))

@@ -28,7 +28,11 @@ MESSAGES = [
 
 
 @pytest.mark.parametrize(
-    "name", ["scripts/install", "scripts/demo", "scripts/test", "scripts/make_tiny_model", ".ci/run"]
+    "name",
+    [
+        *(f"scripts/{name}" for name in ("install", "demo", "test", "make_tiny_model", "bench_prefill", "bench_agent")),
+        ".ci/run",
+    ],
 )
 def test_shell_scripts_parse_and_have_the_run_bit(name: str) -> None:
     script = ROOT / name
@@ -98,3 +102,150 @@ def test_make_tiny_model_spares_a_folder_that_is_none_of_its_own(tmp_path: Path)
     assert run.returncode != 0
     assert "no checkpoint" in run.stderr
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# -- the benchmarks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Siblings in scripts/ can be imported, as they can import each other."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+
+
+def event(ids: list[int], completion: int, cached: int = 4) -> bytes:
+    """A chunk of /generate as SGLang streams it."""
+    meta = {"prompt_tokens": 10, "completion_tokens": completion, "cached_tokens": cached}
+    return b"data: " + json.dumps({"output_ids": ids, "meta_info": meta}).encode() + b"\n\n"
+
+
+def test_a_workload_depends_on_its_seed_only(scripts: None) -> None:
+    from bench_agent import Shape, make_workload, workload_of
+
+    shape = Shape(agents=3, turns=2, system_tokens=7, tool_tokens=(5, 9), output_tokens=(2, 4), vocab=50)
+    work = make_workload(shape, "a")
+    assert work == make_workload(shape, "a")
+    assert work != make_workload(shape, "b")
+    assert len({workload_of(shape, 0, *which).system for which in ((0, 1), (1, 1), (0, 8))}) == 3
+    assert [len(turns) for turns in work.agents] == [2, 2, 2]
+    assert len(json.loads(b"[" + work.system + b"]")) == 7
+    for turn in (turn for turns in work.agents for turn in turns):
+        tool = json.loads(b"[" + turn.tool + b"]")
+        assert len(tool) == turn.tool_tokens and 5 <= len(tool) <= 9 and 2 <= turn.output_tokens <= 4
+        assert all(10 <= token < 50 for token in tool)
+    assert work.longest(7) == 7 + max(sum(t.tool_tokens + t.output_tokens for t in turns) for turns in work.agents)
+
+
+@pytest.mark.parametrize("percent, expected", [(0, 1), (50, 2.5), (95, 3.85), (100, 4)])
+def test_percentiles_lie_between_ranks(scripts: None, percent: float, expected: float) -> None:
+    from bench_agent import percentile
+
+    assert percentile([4, 1, 3, 2], percent) == pytest.approx(expected)
+    assert percentile([5.0], percent) == 5
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+def test_a_stream_is_read_whichever_way_it_counts(scripts: None, incremental: bool) -> None:
+    from bench_agent import read_stream
+
+    chunks = [event([7], 1), event([8, 9], 3), event([6], 4)]
+    if not incremental:
+        # The second holds a token that its count does not: the list grew before it was sent.
+        chunks = [event([7], 1), event([7, 8, 9], 2), event([7, 8, 9, 6], 4)]
+    cut = len(chunks[2]) - 1  # an event counts when its end is there
+    reads = [(1.5, chunks[0]), (2.5, chunks[1]), (3.0, chunks[2][:cut]), (3.5, chunks[2][cut:] + b"data: [DONE]\n\n")]
+    answer = read_stream(1.0, reads)
+    assert answer.ids == [7, 8, 9, 6]
+    assert (answer.ttft, answer.latency) == (0.5, 2.5)
+    assert answer.gaps == [(1.0, 2), (1.0, 1)]
+    assert (answer.prompt_tokens, answer.cached_tokens) == (10, 4)
+
+
+def test_a_stream_that_is_an_error_says_so(scripts: None) -> None:
+    from bench_agent import read_stream
+
+    with pytest.raises(RuntimeError, match="too long"):
+        read_stream(0.0, [(1.0, b'data: {"error": {"message": "too long"}}\n\ndata: [DONE]\n\n')])
+    with pytest.raises(RuntimeError, match="without a token"):
+        read_stream(0.0, [(1.0, b"data: [DONE]\n\n")])
+
+
+def test_measures_weigh_gaps_by_tokens(scripts: None) -> None:
+    from bench_agent import Answer, summarise, table
+
+    answers = [
+        Answer([1, 2, 3, 4], 10, 0, ttft=0.1, latency=0.5, gaps=[(0.3, 3)]),
+        Answer([1, 2], 30, 20, ttft=0.3, latency=0.8, gaps=[(0.5, 1)]),
+    ]
+    found = summarise(answers, wall_s=2)
+    assert found["ttft_p50_ms"] == pytest.approx(200)
+    assert found["itl_mean_ms"] == pytest.approx(200)  # three of 100, one of 500
+    assert found["itl_p95_ms"] == pytest.approx(440)
+    assert found["latency_p50_ms"] == pytest.approx(650)
+    assert found["output_tokens_per_s"] == 3
+    assert found["cache_hit_rate"] == 0.5
+    faster = {key: value * 2 if "per_s" in key else value / 2 for key, value in found.items()}
+    assert table({"one": found, "two": faster}).splitlines()[-1].count("(2.000x)") == 7
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        ("--output-tokens 1 4", "--output-tokens"),
+        ("--tool-tokens 9 5", "--tool-tokens"),
+        ("--turns 0", "--turns"),
+        ("--agents 4 --concurrency 8", "cannot fill concurrency 8"),
+        ("--kv-tokens 2100", "--kv-tokens"),
+        ("--arms fp8 elsewhere/fp8.yaml", "--arms"),
+        ("--model nowhere", "config.json"),
+    ],
+)
+def test_bench_agent_refuses_what_it_cannot_measure(
+    scripts: None, wrong: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench_agent import parse
+
+    with pytest.raises(SystemExit):
+        parse(["--logs", str(tmp_path), *wrong.split()])
+    assert reason in capsys.readouterr().err
+
+
+def test_bench_agent_fills_in_levels(scripts: None, tmp_path: Path) -> None:
+    from bench_agent import parse
+
+    args, shapes = parse(["--logs", str(tmp_path), "--rounds", "1", "--concurrency", "4", "1"])
+    assert {n: shape.agents for n, shape in shapes.items()} == {1: 4, 4: 8}
+    assert shapes[1].vocab == 150000  # of 151936
+    assert (args.model_path / "config.json").is_file()
+
+
+def test_the_pass_timer_is_found_as_a_plugin_and_writes_what_is_read(
+    scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib.metadata import entry_points
+    from types import SimpleNamespace
+
+    import bench_passes
+    import torch
+    from bench_servers import Arm, make_plugin, parse_passes
+
+    monkeypatch.syspath_prepend(make_plugin(tmp_path / "plugin"))
+    (entry,) = entry_points(group="sglang.srt.plugins", name="bench_passes")
+    assert entry.value == "bench_passes:register"
+
+    file = tmp_path / "passes"
+    monkeypatch.setenv(bench_passes.FILE_ENV, str(file))
+    monkeypatch.setattr(bench_passes, "_ended", None)
+
+    def forward(runner: str, batch: Any, extra: int) -> int:
+        return extra
+
+    for mode, rows in (("EXTEND", 5), ("DECODE", 64), ("MIXED", 3)):
+        batch = SimpleNamespace(forward_mode=SimpleNamespace(name=mode), input_ids=torch.zeros(rows))
+        assert bench_passes.time_pass(forward, "runner", batch, 7) == 7
+    arm = Arm.__new__(Arm)
+    arm.passes_file = file
+    assert arm.pass_seconds(0, 8) > 0  # waits for the thread that writes
+    text = file.read_text()
+    assert [(mode, rows) for mode, rows, _ in parse_passes(text)] == [("EXTEND", 5), ("MIXED", 3)]
+    assert len(parse_passes(text[:-1])) == 1  # the last line is not there yet
