@@ -2,16 +2,16 @@
 
     out[index[r], n] = sum_k rows[r, k] weight[n, k] + bias[n]     for every r with index[r] >= 0
 
-The weights are read once whatever the number of rows, so this is bound by memory: 2 bytes for each weight. Rows are
-taken 16 at a time, and a group without a row in it returns at once: a pass that protects nothing, such as a middle
-chunk of a long prompt, pays for launches alone. cuBLAS reads the weights as fast, but has no early return and needs a second
-kernel to put the rows in their places.
+The weights are read once whatever the number of rows, so this is bound by memory: 2 bytes for each weight. Whether
+there are none, up to 16 or more rows is seen when the kernel runs. Without any it returns at once: a pass that protects
+nothing, such as a middle chunk of a long prompt, pays for launches alone. cuBLAS reads the weights as fast, but has no
+early return and needs a second kernel to put the rows in their places.
 
-FP32 accumulation in an order that depends on the shape of the weight alone, one rounding to BF16: no row depends on the
-others, nor on how many there are. Used row numbers must come first in ``index`` and must differ.
+FP32 accumulation along K in steps that depend on the weight's shape alone, one rounding to BF16: no row depends on the
+others. Used row numbers must come first in ``index`` and must differ.
 
-Refused (ValueError): shapes and dtypes that do not fit together, K not a multiple of 16, tensors that are not row
-major. CUDA only.
+Refused (ValueError): shapes and dtypes that do not fit together, more than 64 slots, K not a multiple of 16, tensors
+that are not row major. CUDA only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS = 16  # in a group: the least that tensor cores take
+FEW = 16  # rows: the least that tensor cores take
+MOST = 64
 
 
 def linear_rows_(
@@ -41,15 +42,14 @@ def linear_rows_(
             )
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (n,) or not bias.is_contiguous()):
         raise ValueError(f"bias must be contiguous bfloat16 [{n}], got {bias.dtype} {list(bias.shape)}")
-    if index.dtype != torch.int64 or index.ndim != 1 or not index.is_contiguous():
-        raise ValueError(f"index must be contiguous int64 [R], got {index.dtype} {list(index.shape)}")
+    if index.dtype != torch.int64 or index.ndim != 1 or len(index) > MOST or not index.is_contiguous():
+        raise ValueError(f"index must be contiguous int64 [R], R up to {MOST}, got {index.dtype} {list(index.shape)}")
     if k % 16 or k == 0:
         raise ValueError(f"K must be a positive multiple of 16, got {k}")
     if len(index) == 0 or n == 0:
         return
     block_n, block_k, stages = _tiles(n, k, _shared_memory(weight.device))
-    groups = triton.cdiv(len(index), ROWS)
-    _linear_rows[(groups, triton.cdiv(n, block_n))](
+    _linear_rows[(triton.cdiv(n, block_n),)](
         out,
         index,
         rows,
@@ -61,9 +61,11 @@ def linear_rows_(
         rows.stride(0),
         weight.stride(0),
         K=k,
-        ROWS=ROWS,
+        FEW=FEW,
+        MANY=max(FEW, triton.next_power_of_2(len(index))),
         BLOCK_N=block_n,
-        BLOCK_K=block_k,
+        FEW_K=block_k,
+        MANY_K=min(block_k, 64),
         HAS_BIAS=bias is not None,
         num_warps=4,
         num_stages=stages,
@@ -76,8 +78,7 @@ def _tiles(n: int, k: int, shared_memory: int) -> tuple[int, int, int]:
     block_n, block_k = (64, 128) if n >= 6144 else (32, 256)
     while block_k > 16 and k % block_k:
         block_k //= 2
-    tile = 2 * block_k * (block_n + ROWS)
-    return block_n, block_k, max(2, min(5, shared_memory // (tile + 1024) - 1))
+    return block_n, block_k, max(2, min(5, shared_memory // (2 * block_k * (block_n + FEW))))
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -97,25 +98,57 @@ def _linear_rows(
     rows_stride: tl.tensor,
     weight_stride: tl.tensor,
     K: tl.constexpr,
+    FEW: tl.constexpr,
+    MANY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FEW_K: tl.constexpr,
+    MANY_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+) -> None:
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if MANY > FEW and tl.load(index_ptr + FEW, mask=slots > FEW, other=-1) >= 0:
+        _rows(
+            out_ptr, index_ptr, rows_ptr, weight_ptr, bias_ptr, slots, n, N, out_stride, rows_stride, weight_stride,
+            K, MANY, BLOCK_N, MANY_K, HAS_BIAS,
+        )  # fmt: skip
+    elif tl.load(index_ptr) >= 0:
+        _rows(
+            out_ptr, index_ptr, rows_ptr, weight_ptr, bias_ptr, slots, n, N, out_stride, rows_stride, weight_stride,
+            K, FEW, BLOCK_N, FEW_K, HAS_BIAS,
+        )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows(
+    out_ptr: tl.tensor,
+    index_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    slots: tl.tensor,
+    n: tl.tensor,
+    N: tl.tensor,
+    out_stride: tl.tensor,
+    rows_stride: tl.tensor,
+    weight_stride: tl.tensor,
+    K: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ) -> None:
-    """Groups of rows are the fast dimension of the grid: the second to read a tile of weights finds it in L2."""
-    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if tl.load(index_ptr + tl.program_id(0) * ROWS) >= 0:
-        row = tl.load(index_ptr + slot, mask=slot < slots, other=-1)
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        column = tl.arange(0, BLOCK_K)
-        weight = weight_ptr + n[:, None].to(tl.int64) * weight_stride + column[None, :]
-        x = rows_ptr + slot[None, :].to(tl.int64) * rows_stride + column[:, None]
-        total = tl.zeros((BLOCK_N, ROWS), dtype=tl.float32)
-        for start in range(0, K, BLOCK_K):
-            w_tile = tl.load(weight + start, mask=n[:, None] < N, other=0.0, eviction_policy="evict_first")
-            x_tile = tl.load(x + start, mask=row[None, :] >= 0, other=0.0, eviction_policy="evict_last")
-            total = tl.dot(w_tile, x_tile, total)
-        if HAS_BIAS:
-            total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        target = out_ptr + row[None, :] * out_stride + n[:, None]
-        tl.store(target, total.to(tl.bfloat16), mask=(row[None, :] >= 0) & (n[:, None] < N))
+    """The first ROWS slots, for the BLOCK_N columns ``n`` of out."""
+    slot = tl.arange(0, ROWS)
+    row = tl.load(index_ptr + slot, mask=slot < slots, other=-1)
+    column = tl.arange(0, BLOCK_K)
+    weight = weight_ptr + n[:, None].to(tl.int64) * weight_stride + column[None, :]
+    x = rows_ptr + slot[None, :].to(tl.int64) * rows_stride + column[:, None]
+    total = tl.zeros((BLOCK_N, ROWS), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        w_tile = tl.load(weight + start, mask=n[:, None] < N, other=0.0, eviction_policy="evict_first")
+        x_tile = tl.load(x + start, mask=row[None, :] >= 0, other=0.0, eviction_policy="evict_last")
+        total = tl.dot(w_tile, x_tile, total)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    target = out_ptr + row[None, :] * out_stride + n[:, None]
+    tl.store(target, total.to(tl.bfloat16), mask=(row[None, :] >= 0) & (n[:, None] < N))
