@@ -268,6 +268,22 @@ def request_rows(forward_batch: Any, batch: Any, wants_bf16: Callable[[Any], boo
     ]
 
 
+def reads_all_rows(forward_batch: Any) -> bool:
+    """Whether SGLang looks at more of an extend batch's final hidden states than the last one of each request.
+
+    ``LogitsProcessor._get_pruned_states`` takes that one alone unless input logprobs are asked for.
+    """
+    if forward_batch.capture_hidden_mode is not None and forward_batch.capture_hidden_mode.need_capture():
+        return True
+    for name in ("is_prefill_only", "return_pooled_hidden_states", "multi_item_delimiter_indices"):
+        if getattr(forward_batch, name, None):
+            return True
+    if not forward_batch.return_logprob:
+        return False
+    starts, sizes = forward_batch.extend_logprob_start_lens_cpu, forward_batch.extend_seq_lens_cpu
+    return any(start < size - 1 for start, size in zip(starts, sizes, strict=True))
+
+
 def most_prefill_rows(model_runner: Any) -> int:
     """Token rows of the largest prefill pass that the scheduler makes."""
     args = model_runner.server_args
@@ -281,6 +297,14 @@ def forward_method(op: Any) -> Callable[..., Any]:
         op._forward_method = op._resolve_forward_method()
     method: Callable[..., Any] = op._forward_method
     return method
+
+
+def tensor_parallel(layer: Any) -> tuple[int, int]:
+    """(rank, ranks) by which SGLang slices the weight of a linear: attributes in 0.5.17, a group in 0.5.23."""
+    if hasattr(layer, "tp_rank"):
+        return int(layer.tp_rank), int(layer.tp_size)
+    group = getattr(layer, "tp_group", None)
+    return (0, 1) if group is None else (int(group.rank_in_group), int(group.world_size))
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from mixquant_sglang import __version__, compat, fusion, recipe, runtime
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels import gemm, select
+from mixquant_sglang.kernels.verify import verify
 from mixquant_sglang.matching import RuleMatcher
 from mixquant_sglang.method import MixQuantLinearMethod
 from mixquant_sglang.phase import Phase
+from mixquant_sglang.prefill_weights import PrefillWeights
 from mixquant_sglang.refusals import refusing
 from mixquant_sglang.rows import GraphRows
 from mixquant_sglang.runtime import GRAPH_ROWS, Runtime
@@ -50,6 +52,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         self._names: dict[str, None] = {}
         self._matcher: RuleMatcher | None = None
+        self._ready: PrefillWeights | None = None
+        self._not_ready: set[str] = set()
         with refusing():
             compat.check_hooks_took_effect()
             self._recipe = recipe.load(recipe.requested())
@@ -61,6 +65,13 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 )
             if selection.kernels.get("nvfp4") == "native":
                 compat.provide_fp4_linear_method()
+            if self._recipe.prefill_weights:
+                if not recipe.takes_ready_made(selection.prefill, self._recipe.layers):
+                    raise MixQuantError(
+                        f"{self._recipe.prefill_weights_at}: holds NVFP4 weights, but prefill is {selection.prefill} "
+                        f"({selection.reason}); ask for 'prefill: {{precision: nvfp4}}'"
+                    )
+                self._ready = PrefillWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
         known = runtime.current()
         if known is None or known.recipe != self._recipe:
             # SGLang builds the config more than once per load; only the first time is news.
@@ -109,18 +120,32 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         selection = self._runtime.selection
         with refusing():
             prefill, decode = self._matcher.precisions(prefix, selection.prefill, selection.decode)
-        if always_bf16(prefix) or (prefill, decode) == ("bf16", "bf16"):
+            if always_bf16(prefix):
+                prefill = decode = "bf16"
+            ready = None
+            if self._ready is not None and "nvfp4" in (prefill, decode):
+                ready = self._ready.linear(prefix, self._matcher.shards(prefix))
+                if ready is None:
+                    self._not_ready.add(prefix)
+                    prefill, decode = ("bf16" if p == "nvfp4" else p for p in (prefill, decode))
+            elif self._ready is not None:
+                reason = "never quantised" if always_bf16(prefix) else "by rule of the recipe"
+                self._ready.keep(prefix, self._matcher.shards(prefix), reason)
+        if (prefill, decode) == ("bf16", "bf16"):
             return UnquantizedLinearMethod()
-        return MixQuantLinearMethod(self._runtime, prefix, prefill, decode)
+        return MixQuantLinearMethod(self._runtime, prefix, prefill, decode, ready)
 
-    def finish_load(self, model: torch.nn.Module, device: torch.device, most_rows: int) -> None:
-        """Checks the recipe against the layers that the model turned out to have, and reports what was packed.
-
-        ``most_rows``: token rows of the largest prefill pass."""
+    def finish_load(self, model_runner: Any) -> None:
+        """Checks the recipe against the layers that the model turned out to have, and reports what was packed."""
+        model: torch.nn.Module = model_runner.model
+        device = torch.device(model_runner.device)
         run = self._runtime
         with refusing():
             if self._matcher is not None:
                 self._matcher.check_all_matched(self._names)
+            if self._ready is not None:
+                self._ready.check_all_taken()
+                self._ready.check_norms(model.named_parameters())
             methods = [m for m in run.layers if isinstance(m, MixQuantLinearMethod)]
             packed = [m for m in methods if {*m.precision.values()} != {"bf16"}]
             if run.selection.kernels and not packed:
@@ -146,6 +171,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 reason = "by rule of the recipe" if isinstance(module, LinearBase) else "never quantised"
                 if isinstance(module, LinearBase) and always_bf16(name):
                     reason = "never quantised"
+                if name in self._not_ready:
+                    reason = "not in the ready-made weights"
                 stays.setdefault(reason, []).append(name)
             elif type(module).__name__ == "FusedMoE":
                 stays.setdefault("MoE experts, never quantised by this version", []).append(name)
@@ -164,22 +191,50 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
                 logger.info("mixquant: memory peaked %.1f MiB above the loaded size while loading", peak / 2**20)
             for reason, names in stays.items():
-                shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-                logger.info("mixquant: stays BF16 (%s): %s", reason, shown)
-        fp8 = {m.shape for m in packed if m.runs("fp8", "native")}
-        if fp8:
-            rows = [2**e for e in range(8, max(gemm.bucket(most_rows).bit_length(), 9))]
+                logger.info("mixquant: stays BF16 (%s): %s", reason, _some(names))
+        if self._ready is not None:
+            logger.info("mixquant: NVFP4 weights come from %s (%s)", self._ready.folder, self._ready.layout.name)
+            for reason in sorted({*self._ready.unused.values()}):
+                names = sorted(name for name, why in self._ready.unused.items() if why == reason)
+                logger.info("mixquant: not taken from there (%s): %s", reason, _some(names))
+        if self._recipe.verify and run.selection.kernels.get("nvfp4") == "native":
+            first: dict[tuple[int, int], MixQuantLinearMethod] = {}
+            for m in packed:
+                if m.runs("nvfp4", "native"):
+                    first.setdefault(m.shape, m)
             with refusing():
-                gemm.use(gemm.load_or_tune(sorted(fp8), rows, device, compat.kernel_versions()))
+                count, worst = verify((m.verification() for m in first.values()), device)
+            logger.info(
+                "mixquant: native nvfp4 agrees with the emulated kernel for %d shapes (worst relative error %.2g)",
+                count,
+                worst,
+            )
         if self._recipe.fuse:
-            fused = fusion.fuse(model)
-            if fused:
-                logger.info(
-                    "mixquant: prefill quantises activations inside %s",
-                    " and ".join(f"{n} {kind}" for kind, n in fused.items()),
-                )
-        if run.split and self._recipe.protect_last_prompt_token and device.type == "cuda":
-            run.graph_rows = GraphRows(GRAPH_ROWS, device)
+            self._fuse(model_runner)
+        fp8 = {shape for m in packed if m.runs("fp8", "native") for shape in m.gemm_shapes}
+        if fp8:
+            most = gemm.bucket(compat.most_prefill_rows(model_runner))
+            with refusing():
+                rows = [2**e for e in range(8, max(most.bit_length(), 9))]
+                gemm.use(gemm.load_or_tune(sorted(fp8), rows, device, compat.kernel_versions()))
+        if run.split and device.type == "cuda":
+            if self._recipe.protect_last_prompt_token:
+                run.graph_rows = GraphRows(GRAPH_ROWS, device)
+            elif run.prunes:
+                run.graph_read = GraphRows(GRAPH_ROWS, device)
+
+    def _fuse(self, model_runner: Any) -> None:
+        done = fusion.fuse(model_runner.model)
+        if self._runtime.split and model_runner.is_generation:
+            self._runtime.prunes = fusion.prune_last_layer(model_runner.model)
+        if done or self._runtime.prunes:
+            what = [f"{n} {kind}" for kind, n in done.items()]
+            what += ["the last layer's unread rows left out"] if self._runtime.prunes else []
+            logger.info("mixquant: fused in prefill: %s", ", ".join(what))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def register() -> None:

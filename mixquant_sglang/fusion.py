@@ -1,4 +1,6 @@
-"""Quantisation fused into what comes before a linear, in prefill: RMSNorm, residual add + RMSNorm, SiLU x up.
+"""What prefill need not write, read or compute in blocks whose source we know.
+
+Quantisation is fused into what comes before a linear: RMSNorm, residual add + RMSNorm, SiLU x up.
 
 In Llama-like blocks the result of these has one reader, the next linear.  If that linear quantises its input anyway,
 the BF16 matrix need not be written and read back: the norm or activation hands over ``QuantizedActivations`` instead.
@@ -32,6 +34,22 @@ BLOCKS = frozenset(
     }
 )
 MLPS = frozenset({"sglang.srt.models.llama.LlamaMLP", "sglang.srt.models.qwen2.Qwen2MLP"})
+# Attentions that take the result of qkv_proj apart with ``split`` and do nothing else with it.
+ATTENTIONS = frozenset(
+    {
+        "sglang.srt.models.llama.LlamaAttention",
+        "sglang.srt.models.qwen2.Qwen2Attention",
+        "sglang.srt.models.qwen3.Qwen3Attention",
+    }
+)
+# Models whose logits come from ``logits_processor(norm(last layer))`` and nothing else.
+MODELS = frozenset(
+    {
+        "sglang.srt.models.llama.LlamaForCausalLM",
+        "sglang.srt.models.qwen2.Qwen2ForCausalLM",
+        "sglang.srt.models.qwen3.Qwen3ForCausalLM",
+    }
+)
 
 
 class FusedRMSNorm:
@@ -95,7 +113,36 @@ def fuse(model: torch.nn.Module) -> Counter[str]:
             if method and type(act).__name__ == "SiluAndMul" and _is_default(act):
                 act._forward_method = FusedSiluAndMul(act, method)
                 fused["SiLU"] += 1
+        elif _name(layer) in ATTENTIONS:
+            method = _fusable_method(layer.qkv_proj)
+            if method and method.set_apart(int(layer.q_size)):  # type: ignore[arg-type]
+                fused["q projections"] += 1
     return fused
+
+
+def prune_last_layer(model: Any) -> bool:
+    """Lets the linears of the last layer behind attention leave out rows whose results nobody reads.
+
+    Of the last layer's result, SGLang reads the row of each request that it samples from; the other rows have done
+    their work once their keys and values are written.  So o_proj and the MLP there compute the rows ``Pass.read``
+    alone.  The others get zeros, which keep the discarded logits of middle chunks finite.
+    """
+    if _name(model) not in MODELS:
+        return False
+    layer = model.model.layers[-1]
+    if _name(layer) not in BLOCKS or _name(layer.mlp) not in MLPS or getattr(model, "capture_aux_hidden_states", False):
+        return False
+    pruned = False
+    for linear, unread in (
+        (layer.self_attn.o_proj, torch.zeros),
+        (layer.mlp.gate_up_proj, torch.empty),  # read by the activation alone, row by row
+        (layer.mlp.down_proj, torch.zeros),
+    ):
+        method = _fusable_method(linear)
+        if method:
+            method.unread = unread
+            pruned = True
+    return pruned
 
 
 def _name(module: torch.nn.Module) -> str:

@@ -100,7 +100,8 @@ def register_config() -> None:
 
 @handler
 def check_checkpoint(model_config: Any) -> None:
-    """Refuses quantised checkpoints, and those of another dtype unless ``--dtype bfloat16`` asks for the cast."""
+    """Refuses quantised checkpoints, those of another dtype unless ``--dtype bfloat16`` asks for the cast, and
+    ready-made prefill weights of another model."""
     if model_config.quantization != compat.NAME:
         return
     with _refusing():
@@ -122,6 +123,11 @@ def check_checkpoint(model_config: Any) -> None:
                 f"would be served as {str(model_config.dtype).removeprefix('torch.')}; mixquant needs BF16: "
                 "convert it, or pass --dtype bfloat16 to cast it at load"
             )
+        if _recipe is not None and _recipe.prefill_weights:
+            from mixquant_sglang.prefill_weights import PrefillWeights
+
+            ready = PrefillWeights.open(_recipe.prefill_weights, _recipe.prefill_weights_at)
+            ready.check_model(model_config.hf_text_config)
 
 
 @handler
@@ -160,7 +166,8 @@ def plan_batch(forward_batch: Any, _cls: type, batch: Any, model_runner: Any, **
     if run is None or _phase_of(forward_batch.forward_mode) is Phase.DECODE:
         return
     requests = compat.request_rows(forward_batch, batch, lambda req: getattr(req, "mixquant_bf16", False))
-    plan = run.plan_prefill(requests, torch.device(model_runner.device))
+    reads_all = run.prunes and compat.reads_all_rows(forward_batch)
+    plan = run.plan_prefill(requests, torch.device(model_runner.device), reads_all=reads_all)
     setattr(forward_batch, _PLAN, plan)
     if batch.prefill_stats is not None:
         batch.prefill_stats.mixquant = plan
@@ -223,8 +230,8 @@ def can_replay_prefill(original: Callable[..., bool], runner: Any, forward_batch
 @handler
 def load_prefill_rows(_runner: Any, forward_batch: Any, **_kwargs: Any) -> None:
     run = runtime.current()
-    if run is not None and run.graph_rows is not None:
-        run.graph_rows.fill(getattr(forward_batch, _PLAN).protected)
+    if run is not None:
+        run.load_graph(getattr(forward_batch, _PLAN))
 
 
 # -- scheduler: weights ------------------------------------------------------------------------------------------------
@@ -234,7 +241,7 @@ def load_prefill_rows(_runner: Any, forward_batch: Any, **_kwargs: Any) -> None:
 def finish_load(_result: None, model_runner: Any) -> None:
     run = runtime.current()
     if run is not None and run.finish_load is not None:
-        run.finish_load(model_runner.model, torch.device(model_runner.device), compat.most_prefill_rows(model_runner))
+        run.finish_load(model_runner)
         _publish_metrics()
 
 

@@ -35,7 +35,7 @@ class RuleMatcher:
 
     def precisions(self, name: str, default_prefill: str, default_decode: str) -> tuple[str, str]:
         """(prefill, decode) of a module; MixQuantError if the shards of a fused module disagree."""
-        shards = self._shards(name)
+        shards = self.shards(name)
         by_fused = self._matching(name)
         first = {shard: min(by_fused | self._matching(shard), default=None) for shard in shards or (name,)}
         results = {shard: self._result(rule, default_prefill, default_decode) for shard, rule in first.items()}
@@ -61,11 +61,12 @@ class RuleMatcher:
         if not missing:
             return
         rule, *others = missing
-        known = sorted({part for name in known_names for part in (name, *self._shards(name))})
+        known = sorted({part for name in known_names for part in (name, *self.shards(name))})
         also = "".join(f", nor does {show(other.match)} ({other.where})" for other in others)
         raise MixQuantError(f"{rule.where} layers.match: {show(rule.match)} matches no layer{also}{_hint(rule, known)}")
 
-    def _shards(self, name: str) -> tuple[str, ...]:
+    def shards(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's modules that the fused module ``name`` holds, in order; none for any other module."""
         parent, dot, leaf = name.rpartition(".")
         return tuple(f"{parent}{dot}{shard}" for shard in self._fused.get(leaf, ()))
 

@@ -7,18 +7,24 @@ same loaders, same fused BF16 kernels in decode.  ``layer.weight`` is never repa
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-from mixquant_sglang import phase
+from mixquant_sglang import compat, phase
 from mixquant_sglang.kernels import activations, packed_linear
 from mixquant_sglang.kernels.activations import QuantizedActivations
+from mixquant_sglang.kernels.verify import Pair
+from mixquant_sglang.outputs import SplitOutput
 from mixquant_sglang.phase import Phase
+from mixquant_sglang.ready_linear import ReadyLinear, Share
+from mixquant_sglang.refusals import refusing
 from mixquant_sglang.runtime import GRAPH_ROWS
 
 if TYPE_CHECKING:
+    from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
     from mixquant_sglang.kernels.base import PackedLinear
     from mixquant_sglang.rows import Rows
     from mixquant_sglang.runtime import Runtime
@@ -27,14 +33,21 @@ logger = logging.getLogger(__name__)
 
 
 class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
-    def __init__(self, runtime: Runtime, name: str, prefill: str, decode: str) -> None:
+    def __init__(
+        self, runtime: Runtime, name: str, prefill: str, decode: str, ready: ReadyLinear | None = None
+    ) -> None:
+        """``ready``: where the NVFP4 copy comes from instead of the master."""
         super().__init__()
         self.name = name
         self.precision = {Phase.PREFILL: prefill, Phase.DECODE: decode}
         self.split = prefill != decode  # whether rows can need protection
         self.refusal: str | None = None
+        self.apart = 0  # columns of the result that prefill writes to a matrix of their own (fusion.py)
+        self._parts: tuple[PackedLinear, ...] = ()
+        self.unread: Callable[..., torch.Tensor] | None = None  # makes the result where most rows are not read
         self._runtime = runtime
         self._layer: torch.nn.Module | None = None
+        self._ready = ready
         self._packed: dict[str, PackedLinear] = {}
 
     @property
@@ -79,6 +92,10 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                 self.refusal = refusal
                 self.precision = dict.fromkeys(Phase, "bf16")
                 self.split = False
+        if self._ready is not None and self.refusal is None:
+            sizes, replicas = tuple(output_partition_sizes), getattr(layer, "num_kv_head_replicas", 1)
+            with refusing():
+                self._ready.place(Share(sizes, k, input_size, *compat.tensor_parallel(layer), replicas))
         self._runtime.layers.append(self)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -91,38 +108,124 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         weight: torch.Tensor = self._layer.weight.data  # type: ignore[assignment]
         for precision in sorted({*self.precision.values()} - {"bf16"}):
             packed = self._packed.get(precision)
+            ready = self._load_ready(precision, check=packed is None)
             try:
                 if packed is None:
                     kernel = packed_linear(precision, self._runtime.selection.kernels[precision])
-                    self._packed[precision] = kernel(weight, scales=self._runtime.recipe.scales)
+                    self._packed[precision] = kernel(weight, scales=self._runtime.recipe.scales, ready=ready)
+                elif self._ready is not None and ready is not None:
+                    packed.replace(ready)  # the same numbers, but the memory may have been released in between
+                    self._ready.warn_kept()
                 elif not packed.refresh(weight):
                     self._runtime.graphs_are_stale(self.name)
             except ValueError as error:
                 raise ValueError(f"mixquant: cannot pack {self.name}: {error}") from error
 
+    def verification(self) -> Pair:
+        """The packed NVFP4 copy, and the emulated kernel with the same numbers."""
+        assert self._layer is not None
+        weight: torch.Tensor = self._layer.weight.data  # type: ignore[assignment]
+        ready = self._load_ready("nvfp4", check=False)
+        emulated = packed_linear("nvfp4", "emulated")(weight, scales=self._runtime.recipe.scales, ready=ready)
+        return Pair(self.name, *self.shape, self._packed["nvfp4"], emulated)
+
+    def _load_ready(self, precision: str, *, check: bool) -> list[NVFP4Tensor] | None:
+        if self._ready is None or precision != "nvfp4":
+            return None
+        assert self._layer is not None
+        with refusing():
+            return self._ready.load(self._layer.weight.data, check=check)  # type: ignore[arg-type]
+
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor | QuantizedActivations, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | SplitOutput:
         running = phase.current()
         precision = self.precision[running.column]
         rows = running.rows if self.split else None
-        if isinstance(x, QuantizedActivations):
-            out = self._packed[precision].multiply(x.operand, bias)
-            return out if rows is None else self._protect(layer, out, x.kept, rows, bias)
         if rows is None and precision == "bf16":
             return super().apply(layer, x, bias)  # type: ignore[no-any-return]
-        flat = x.reshape(-1, x.shape[-1])
-        if rows is not None:
-            self._check_rows(flat.shape[0], rows)
-        packed = self._packed.get(precision)
-        if packed is not None and packed.activation_format is not None:
-            quantized = activations.quantize(flat.contiguous(), packed.activation_format, rows)
-            out, kept = packed.multiply(quantized.operand, bias), quantized.kept
+        if isinstance(x, torch.Tensor):
+            shape = x.shape[:-1]
+            x = x.reshape(-1, x.shape[-1])
+            if rows is not None:
+                self._check_rows(x.shape[0], rows)
+            packed = self._packed.get(precision)
+            if packed is None or packed.activation_format is None:
+                out = self._linear(running.column, layer, x, bias)
+                if rows is not None:
+                    self._protect(layer, out, rows.gather(x), rows, bias)
+                return out.view(*shape, out.shape[-1])
+            if self.unread is None or running.read is None:
+                x = activations.quantize(x.contiguous(), packed.activation_format, rows)
         else:
-            out, kept = self._linear(running.column, layer, flat, bias), rows.gather(flat) if rows is not None else None
+            shape = x.shape[:1]
+        if self.unread is not None and running.read is not None:
+            return self._read_rows(layer, x, running.read, rows, bias)
+        assert isinstance(x, QuantizedActivations)
+        if self.apart and running.column is Phase.PREFILL:
+            return self._apart(layer, x, rows, bias)
+        out = self._packed[precision].multiply(x.operand, bias)
         if rows is not None:
+            self._protect(layer, out, x.kept, rows, bias)
+        return out.view(*shape, out.shape[-1])
+
+    def _apart(
+        self, layer: torch.nn.Module, x: QuantizedActivations, rows: Rows | None, bias: torch.Tensor | None
+    ) -> SplitOutput:
+        cut, n = self.apart, self.shape[0]
+        biases = (None, None) if bias is None else (bias[:cut], bias[cut:])
+        first, rest = (part.multiply(x.operand, b) for part, b in zip(self._parts, biases, strict=True))
+        if rows is not None:
+            assert x.kept is not None
+            if len(x.kept) <= GRAPH_ROWS and self.precision[Phase.DECODE] == "bf16":
+                from mixquant_sglang.kernels.triton.few_rows import linear_rows_
+
+                linear_rows_(first, rows.index, x.kept, layer.weight, bias, rest=rest)  # type: ignore[arg-type]
+            else:
+                high = self._linear(Phase.DECODE, layer, x.kept, bias)
+                rows.scatter(first, high[:, :cut].contiguous())
+                rows.scatter(rest, high[:, cut:n].contiguous())
+        return SplitOutput(first, rest)
+
+    def set_apart(self, columns: int) -> bool:
+        """Lets prefill return its first ``columns`` columns as a matrix of their own; False if the kernel cannot."""
+        packed = self._packed.get(self.precision[Phase.PREFILL])
+        if packed is None or columns % 64:
+            return False
+        parts = packed.columns(0, columns), packed.columns(columns, self.shape[0])
+        if parts[0] is None or parts[1] is None:
+            return False
+        self.apart, self._parts = columns, (parts[0], parts[1])
+        return True
+
+    @property
+    def gemm_shapes(self) -> list[tuple[int, int]]:
+        """[N, K] of the low-precision GEMMs of a prefill pass."""
+        n, k = self.shape
+        return [(self.apart, k), (n - self.apart, k)] if self.apart else [(n, k)]
+
+    def _read_rows(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor | QuantizedActivations,
+        read: Rows,
+        rows: Rows | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The result [T, N] where it is read; ``x`` [T, K]."""
+        assert self.unread is not None
+        packed = self._packed[self.precision[Phase.PREFILL]]
+        out = self.unread(x.shape[0], self.shape[0], dtype=layer.weight.dtype, device=layer.weight.device)
+        if read is not rows and len(read.index):
+            if isinstance(x, torch.Tensor):
+                part = packed.matmul(read.gather(x), bias)
+            else:
+                part = packed.multiply(tuple(activations.gather(t, read) for t in x.operand), bias)
+            read.scatter(out, part)
+        if rows is not None:
+            kept = rows.gather(x) if isinstance(x, torch.Tensor) else x.kept
             self._protect(layer, out, kept, rows, bias)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @property
     def activation_format(self) -> str | None:
@@ -173,7 +276,9 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         running = phase.current()
         if self.precision[running.column] == "bf16" and (running.rows is None or not self.split):
             return super().apply_into(layer, x, output, bias)  # type: ignore[no-any-return]
-        return output.copy_(self.apply(layer, x, bias))
+        result = self.apply(layer, x, bias)
+        assert isinstance(result, torch.Tensor), "qkv projections do not write into an output of the caller"
+        return output.copy_(result)
 
     def _linear(
         self, column: Phase, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None

@@ -53,10 +53,13 @@ def phase_of(mode: str) -> Phase:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One forward pass: every row takes ``column`` of the recipe, save ``rows``, which take the decode column."""
+    """One forward pass: every row takes ``column`` of the recipe, save ``rows``, which take the decode column.
+
+    Of the last layer's results only the rows ``read`` are looked at; None: all."""
 
     column: Phase
     rows: Rows | None = None
+    read: Rows | None = None
 
 
 DECODE_PASS = Pass(Phase.DECODE)

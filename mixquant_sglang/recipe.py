@@ -29,7 +29,7 @@ PRECISIONS = ("bf16", "nvfp4", "fp8")
 PREFILL_PRECISIONS = ("auto", *PRECISIONS)
 KERNELS = ("auto", "native", "emulated")
 SCALES = ("absmax", "search")
-KEYS = ("version", "description", "prefill", "decode", "protect", "kernel", "weights", "layers")
+KEYS = ("version", "description", "prefill", "decode", "protect", "kernel", "verify", "weights", "layers")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class Recipe:
     scales: str
     layers: tuple[LayerRule, ...]
     description: str = ""
+    verify: bool = True  # compare the native NVFP4 kernel with the emulated one at load
+    prefill_weights: str = ""  # the folder or hub name of an NVFP4 checkpoint; "" packs from the BF16 one
+    prefill_weights_at: str = ""  # "file:line prefill.weights"
 
 
 def requested() -> str:
@@ -128,20 +131,42 @@ def _parse(name: str, file: str, text: str) -> Recipe:
     version = root.integer("version", 0)
     if version != 1:
         raise root.error("version", f"{version} is not a version that this release reads; allowed: 1")
-    prefill = root.section("prefill", ("precision", "min_tokens", "fuse"))
+    prefill = root.section("prefill", ("precision", "min_tokens", "fuse", "weights"))
+    precision = prefill.choice("precision", PREFILL_PRECISIONS, "auto")
+    layers = tuple(_rule(entry) for entry in root.entries("layers", ("match", "prefill", "decode")))
     return Recipe(
         name=name,
         source=file,
-        prefill=prefill.choice("precision", PREFILL_PRECISIONS, "auto"),
+        prefill=precision,
         min_tokens=prefill.integer("min_tokens", 1, least=1),
         fuse=prefill.boolean("fuse", True),
         decode=root.section("decode", ("precision",)).choice("precision", PRECISIONS, "bf16"),
         protect_last_prompt_token=root.section("protect", ("last_prompt_token",)).boolean("last_prompt_token", True),
         kernel=root.choice("kernel", KERNELS, "auto"),
         scales=root.section("weights", ("scales",)).choice("scales", SCALES, "search"),
-        layers=tuple(_rule(entry) for entry in root.entries("layers", ("match", "prefill", "decode"))),
+        layers=layers,
         description=root.text("description"),
+        verify=root.boolean("verify", True),
+        prefill_weights=_ready_made(prefill, precision, layers),
+        prefill_weights_at=prefill.at("weights") if "weights" in prefill.nodes else "",
     )
+
+
+def _ready_made(prefill: _Map, precision: str, layers: tuple[LayerRule, ...]) -> str:
+    if "weights" not in prefill.nodes:
+        return ""
+    allowed = "; allowed: the folder of an NVFP4 checkpoint, or its name on the hub"
+    asked = prefill.text("weights", allowed)
+    if not asked:
+        raise prefill.error("weights", f"is empty{allowed}")
+    if not takes_ready_made(precision, layers):
+        raise prefill.error("weights", f"holds NVFP4 weights, but prefill is {precision}; allowed with: auto, nvfp4")
+    return asked
+
+
+def takes_ready_made(prefill: str, layers: Collection[LayerRule]) -> bool:
+    """Whether some layer may prefill in NVFP4, of which ready-made weights are."""
+    return prefill in ("auto", "nvfp4") or any(rule.prefill == "nvfp4" for rule in layers)
 
 
 def _rule(entry: _Map) -> LayerRule:
@@ -222,12 +247,16 @@ class _Map:
             made.nodes[key.value] = value
         return made
 
-    def error(self, key: str, what: str, line: int | None = None) -> MixQuantError:
+    def at(self, key: str, line: int | None = None) -> str:
+        """Where ``key`` stands: "file:line path.of.key"."""
         if line is None:
             line = self.nodes[key].start_mark.line + 1 if key in self.nodes else self.line
         # An unknown key is the user's own text: keep the message in one line whatever it holds.
         path = ".".join(part for part in (self.path, key if key.isprintable() else show(key)) if part)
-        return MixQuantError(f"{self.file}:{line}{' ' if path else ''}{path}: {what}")
+        return f"{self.file}:{line}{' ' if path else ''}{path}"
+
+    def error(self, key: str, what: str, line: int | None = None) -> MixQuantError:
+        return MixQuantError(f"{self.at(key, line)}: {what}")
 
     def require(self, key: str, allowed: str) -> None:
         if key not in self.nodes:

@@ -39,12 +39,14 @@ class RequestRows:
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """``protected`` are half-open ranges of row numbers, ascending; the counts are numbers of rows."""
+    """``protected`` are half-open ranges of row numbers, ascending, as is ``last``: the last row of each request, whose
+    hidden state SGLang samples from; the counts are numbers of rows."""
 
     total: int
     prefill: int
     decode: int
     protected: tuple[tuple[int, int], ...]
+    last: tuple[tuple[int, int], ...] = ()
 
     @property
     def protected_total(self) -> int:
@@ -54,6 +56,7 @@ class RowPlan:
 def plan(requests: Iterable[RequestRows], *, last_prompt_token: bool) -> RowPlan:
     """Rows in the order of SGLang's extend layout: all new rows of the first request, then of the second, ..."""
     ranges: list[tuple[int, int]] = []
+    last: list[tuple[int, int]] = []
     total = decode = 0
     for request in requests:
         first = request.prompt - 1 if last_prompt_token else request.prompt
@@ -66,8 +69,9 @@ def plan(requests: Iterable[RequestRows], *, last_prompt_token: bool) -> RowPlan
                 start = ranges.pop()[0]
             ranges.append((start, stop))
         total += request.new
+        last.append((total - 1, total))
         decode += request.new if request.decoding else 0
-    return RowPlan(total=total, prefill=total - decode, decode=decode, protected=tuple(ranges))
+    return RowPlan(total=total, prefill=total - decode, decode=decode, protected=tuple(ranges), last=tuple(last))
 
 
 def row_numbers(ranges: Iterable[tuple[int, int]]) -> torch.Tensor:
@@ -98,11 +102,12 @@ class Rows(Protocol):
 
 
 class EagerRows:
-    """Rows of one pass that runs eagerly: R > 0, none unused; the tensors are made when the first layer asks."""
+    """Rows ``ranges`` of one pass of ``tokens`` rows that runs eagerly: none unused; the tensors are made when the
+    first layer asks."""
 
-    def __init__(self, row_plan: RowPlan, device: torch.device) -> None:
-        self.tokens = row_plan.total
-        self._ranges = row_plan.protected
+    def __init__(self, tokens: int, ranges: tuple[tuple[int, int], ...], device: torch.device) -> None:
+        self.tokens = tokens
+        self._ranges = ranges
         self._device = device
 
     @cached_property

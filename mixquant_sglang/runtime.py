@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,7 @@ class PassPlan:
     precision: str
     tokens: dict[tuple[str, str], int]
     protected: tuple[tuple[int, int], ...] = ()
+    read: tuple[tuple[int, int], ...] | None = None  # the rows whose hidden states are looked at; None: all
 
     @property
     def protected_total(self) -> int:
@@ -61,20 +62,25 @@ class Runtime:
         self.counters = PassCounters()
         self.layers: list[Layer] = []
         self.precisions: Counter[str] = Counter()
-        self.graph_rows: GraphRows | None = None
+        self.graph_rows: GraphRows | None = None  # protected rows, if captured graphs have slots for them
+        self.graph_read: GraphRows | None = None  # rows that are read, if these are not the protected ones
+        self.prunes = False  # whether the last layer leaves out rows that nobody reads
         self.graphs_stale = False
         self.split = selection.prefill != selection.decode  # whether rows can need protection
-        # (model, its device, rows of the largest prefill pass); None once the model is loaded
-        self.finish_load: Callable[[torch.nn.Module, torch.device, int], None] | None = None
+        self.finish_load: Callable[[Any], None] | None = None  # takes SGLang's model runner; None once it is loaded
         self._bf16_below = bf16_below
         self._dirty = False
         self._captured = False
 
     # -- how a pass runs -------------------------------------------------------------------------------------------
 
-    def plan_prefill(self, requests: Sequence[RequestRows], device: torch.device) -> PassPlan:
-        """Pass of EXTEND, MIXED or SPLIT_PREFILL over ``requests``, in row order."""
-        rows = plan(requests, last_prompt_token=self.recipe.protect_last_prompt_token)
+    def plan_prefill(
+        self, requests: Sequence[RequestRows], device: torch.device, *, reads_all: bool = False
+    ) -> PassPlan:
+        """Pass of EXTEND, MIXED or SPLIT_PREFILL over ``requests``, in row order; ``reads_all``: the hidden states of
+        more rows than each request's last are asked for."""
+        protects = self.recipe.protect_last_prompt_token
+        rows = plan(requests, last_prompt_token=protects)
         low, high = self.selection.prefill, self.selection.decode
         if not self.split:
             return self._plan(rows, Pass(Phase.PREFILL), low, protected=())
@@ -82,10 +88,23 @@ class Runtime:
             return self._plan(rows, phase.DECODE_PASS, high, protected=())
         if rows.protected_total == rows.total:
             return self._plan(rows, phase.DECODE_PASS, high, protected=rows.protected)
-        eager = EagerRows(rows, device) if rows.protected else None
-        return self._plan(rows, Pass(Phase.PREFILL, eager), low, protected=rows.protected)
+        eager = EagerRows(rows.total, rows.protected, device)
+        running = Pass(Phase.PREFILL, eager if rows.protected else None)
+        if reads_all or not self.prunes:
+            return self._plan(rows, running, low, protected=rows.protected)
+        # The last row of a middle chunk is sampled from too, but the token is thrown away.
+        read = eager if protects else EagerRows(rows.total, rows.last, device)
+        running = replace(running, read=read)
+        return self._plan(rows, running, low, protected=rows.protected, read=rows.protected if protects else rows.last)
 
-    def _plan(self, rows: RowPlan, running: Pass, precision: str, protected: tuple[tuple[int, int], ...]) -> PassPlan:
+    def _plan(
+        self,
+        rows: RowPlan,
+        running: Pass,
+        precision: str,
+        protected: tuple[tuple[int, int], ...],
+        read: tuple[tuple[int, int], ...] | None = None,
+    ) -> PassPlan:
         high = self.selection.decode
         if running.column is Phase.DECODE:
             tokens = {("prefill", high): rows.prefill}
@@ -94,7 +113,7 @@ class Runtime:
             tokens = {("prefill", high): prefill_high}
             tokens["prefill", precision] = tokens.get(("prefill", precision), 0) + rows.prefill - prefill_high
         tokens["decode", high] = rows.decode
-        return PassPlan(running, precision, tokens, protected)
+        return PassPlan(running, precision, tokens, protected, read)
 
     def count_prefill(self, pass_plan: PassPlan) -> None:
         self.counters.add("prefill", pass_plan.precision, pass_plan.tokens, pass_plan.protected_total)
@@ -108,13 +127,28 @@ class Runtime:
     def captured_pass(self, tokens: int) -> Pass:
         """The pass that a prefill graph of ``tokens`` rows is captured with."""
         self._captured = True
-        return Pass(Phase.PREFILL, self.graph_rows.of(tokens) if self.graph_rows else None)
+        rows = self.graph_rows.of(tokens) if self.graph_rows else None
+        read = None
+        if self.prunes:
+            read = self.graph_read.of(tokens) if self.graph_read else rows
+        return Pass(Phase.PREFILL, rows, read)
+
+    def load_graph(self, pass_plan: PassPlan) -> None:
+        """Fills the buffers that captured prefill graphs read, for a pass that ``can_replay``."""
+        if self.graph_rows:
+            self.graph_rows.fill(pass_plan.protected)
+        if self.graph_read and pass_plan.read is not None:
+            self.graph_read.fill(pass_plan.read)
 
     def can_replay(self, pass_plan: PassPlan) -> bool:
         """Whether a captured prefill graph computes what ``pass_plan`` asks for."""
         if not self.split:
             return True
         if self.graphs_stale or pass_plan.running.column is Phase.DECODE:
+            return False
+        if self.prunes and pass_plan.read is None:
+            return False
+        if self.graph_read and pass_plan.read is not None and len(pass_plan.read) > self.graph_read.capacity:
             return False
         # Without protection of the last prompt token most passes protect nothing, so graphs are captured without slots.
         return pass_plan.protected_total <= (self.graph_rows.capacity if self.graph_rows else 0)

@@ -81,6 +81,13 @@ def silu_mul(gate_up: torch.Tensor, fmt: str, rows: Rows | None = None) -> Quant
     return QuantizedActivations(activations.silu_mul(gate_up, fmt, slots=slots, kept=kept), kept, torch.Size((m, k)))
 
 
+def gather(operand: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """The rows [R, ...] of one tensor [M, ...] of an operand."""
+    if operand.dtype is torch.float8_e4m3fn:  # torch and Triton index bytes
+        return rows.gather(operand.view(torch.uint8)).view(operand.dtype)
+    return rows.gather(operand)
+
+
 def _kept(x: torch.Tensor, k: int, rows: Rows | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if rows is None:
         return None, None

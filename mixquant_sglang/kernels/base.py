@@ -8,10 +8,12 @@ plain object: registered as a module or buffer, the copy would be saved, hashed 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 
+from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.kernels import activations
 
 
@@ -24,8 +26,11 @@ class PackedLinear(ABC):
     activation_format: ClassVar[str | None] = None
 
     @abstractmethod
-    def __init__(self, weight: torch.Tensor, *, scales: str) -> None:
-        """Packs the BF16 ``weight`` [N, K]; ``scales`` as in the recipe.  Raises ``ValueError`` for NaN or Inf."""
+    def __init__(self, weight: torch.Tensor, *, scales: str, ready: Sequence[NVFP4Tensor] | None = None) -> None:
+        """Packs the BF16 ``weight`` [N, K]; ``scales`` as in the recipe.  Raises ``ValueError`` for NaN or Inf.
+
+        ``ready``: the weight in NVFP4 already, rows in order, a piece for each tensor scale; then it is used instead.
+        FP8 kernels raise ``ValueError`` for it."""
 
     @classmethod
     @abstractmethod
@@ -45,15 +50,28 @@ class PackedLinear(ABC):
         assert self.activation_format is not None, "a kernel without an activation format has its own matmul"
         return self.multiply(activations.quantize(x, self.activation_format).operand, bias)
 
+    def columns(self, start: int, stop: int) -> PackedLinear | None:
+        """The linear of output columns ``start`` to ``stop`` alone, on the same memory; None if the kernel has none."""
+        return None
+
     @abstractmethod
     def refresh(self, weight: torch.Tensor) -> bool:
         """Packs the changed BF16 ``weight`` [N, K] into the tensors that are already there.
 
         False if something that captured graphs hold by value had to change, so that they must not be replayed."""
 
+    def replace(self, ready: Sequence[NVFP4Tensor]) -> None:
+        """Copies ready-made pieces, which only differ in values from those of ``__init__``, into the tensors."""
+        refuse_ready(self.precision, ready)
+
     @property
     def nbytes(self) -> int:
         return sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
+
+
+def refuse_ready(precision: str, ready: Sequence[NVFP4Tensor] | None) -> None:
+    if ready is not None:
+        raise ValueError(f"ready-made weights are NVFP4; this is {precision}")
 
 
 def copy_all(targets: tuple[torch.Tensor, ...], sources: tuple[torch.Tensor, ...]) -> None:

@@ -9,6 +9,7 @@ SGLang's activation scale is static per tensor.  Ours is per token and a power o
     y[m] = 2^k_m * fp4_linear(x[m] * 2^-k_m),   2^k_m from ``formats.nvfp4.row_scales``
 
 Both multiplications are exact in BF16, no token depends on another, and the numbers are those of the emulated kernel.
+Ready-made weights whose parts (q, k, v) have different tensor scales take one shadow and one GEMM for each part.
 
 Refuses GPUs below SM100 (flashinfer's FP4 quantiser runs there without an error and writes nothing valid; SGLang's own
 FP4 method would fall back to Marlin, which leaves activations unquantised) and K that is no multiple of 16.
@@ -17,14 +18,15 @@ This kernel has not run on a Blackwell GPU: what is tested are the bytes, layout
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
-from mixquant_sglang.kernels.base import PackedLinear
+from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
+from mixquant_sglang.kernels.base import PackedLinear, copy_all
 
 # Makes SGLang's FP4 linear method; compat.py sets it, since this package never imports sglang.
 fp4_linear_method: Callable[[], Any] | None = None
@@ -34,23 +36,26 @@ class NativeNVFP4(PackedLinear):
     precision = "nvfp4"
     kernel = "native"
 
-    def __init__(self, weight: torch.Tensor, *, scales: str = "search") -> None:
+    def __init__(
+        self, weight: torch.Tensor, *, scales: str = "search", ready: Sequence[NVFP4Tensor] | None = None
+    ) -> None:
         if fp4_linear_method is None:
             raise MixQuantError("the native nvfp4 kernel needs SGLang's FP4 linear method, which was not provided")
         self._method = fp4_linear_method()
         self._scales = scales
-        self._n, self._k = weight.shape
-        self._shadow = self._pack(weight)
+        self._dtype = weight.dtype
+        self._n = weight.shape[0]
+        self._shadows = [self._shadow(part) for part in ready or [nvfp4.quantize(weight, scales=scales)]]
 
     @classmethod
     def refusal(cls, n: int, k: int) -> str | None:
         return f"K = {k} is not a multiple of the block size 16" if k % 16 else None
 
-    def _pack(self, weight: torch.Tensor) -> torch.nn.Module:
-        packed = nvfp4.quantize(weight, scales=self._scales)
+    def _shadow(self, packed: NVFP4Tensor) -> torch.nn.Module:
         shadow = torch.nn.Module()
-        with torch.device(weight.device):
-            self._method.create_weights(shadow, self._k, [self._n], self._k, self._n, weight.dtype, weight_loader=None)
+        n, k = packed.shape
+        with torch.device(packed.packed.device):
+            self._method.create_weights(shadow, k, [n], k, n, self._dtype, weight_loader=None)
         for name, value in (
             ("weight", packed.packed),
             ("weight_scale", packed.block_scales),
@@ -63,18 +68,22 @@ class NativeNVFP4(PackedLinear):
         return shadow
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return tuple(dict(self._shadow.named_parameters()).values())
+        return tuple(parameter for shadow in self._shadows for parameter in shadow.parameters())
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if x.shape[0] == 0:
             return x.new_empty(0, self._n)
         row_scales = nvfp4.row_scales(x)
-        out: torch.Tensor = self._method.apply(self._shadow, x * row_scales.reciprocal()[:, None].to(x.dtype), None)
+        scaled = x * row_scales.reciprocal()[:, None].to(x.dtype)
+        parts: list[torch.Tensor] = [self._method.apply(shadow, scaled, None) for shadow in self._shadows]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         out = out * row_scales[:, None].to(out.dtype)
         return out if bias is None else out + bias
 
     def refresh(self, weight: torch.Tensor) -> bool:
-        fresh = dict(self._pack(weight).named_parameters())
-        for name, parameter in self._shadow.named_parameters():
-            parameter.data.copy_(fresh[name])
+        self.replace([nvfp4.quantize(weight, scales=self._scales)])
         return True
+
+    def replace(self, ready: Sequence[NVFP4Tensor]) -> None:
+        fresh = tuple(parameter.data for part in ready for parameter in self._shadow(part).parameters())
+        copy_all(tuple(parameter.data for parameter in self.tensors()), fresh)

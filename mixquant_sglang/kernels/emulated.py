@@ -7,16 +7,22 @@ token's own scale is a power of two and goes into ``xq``; the weight's FP32 tens
 accumulator.  Weights stay packed (0.5625 bytes each) and are dequantised just in time.  FP8: E4M3 values are exact in
 BF16, both scales are applied to the FP32 sum.  On the CPU the GEMM runs in FP32, which is the reference.
 
+alpha is one number for a GEMM, so ready-made weights whose parts (q, k, v) have different tensor scales take one GEMM
+for each, into columns of one result.
+
 Rounding happens in the accumulation alone, hence equality with the native kernels up to accumulation order.
 Nothing here is faster than BF16: it is for accuracy work and for machines without a GPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mixquant_sglang.formats import fp8, nvfp4
-from mixquant_sglang.kernels.base import PackedLinear, copy_all
+from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
+from mixquant_sglang.kernels.base import PackedLinear, copy_all, refuse_ready
 
 
 class EmulatedNVFP4(PackedLinear):
@@ -24,49 +30,62 @@ class EmulatedNVFP4(PackedLinear):
     kernel = "emulated"
     activation_format = "qdq"
 
-    def __init__(self, weight: torch.Tensor, *, scales: str = "search") -> None:
+    def __init__(
+        self, weight: torch.Tensor, *, scales: str = "search", ready: Sequence[NVFP4Tensor] | None = None
+    ) -> None:
         self._scales = scales
-        self._packed = nvfp4.quantize(weight, scales=scales)
-        self._set_alpha()
+        self._parts = list(ready or [nvfp4.quantize(weight, scales=scales)])
+        self._n = weight.shape[0]
+        self._set_alphas()
 
     @classmethod
     def refusal(cls, n: int, k: int) -> str | None:
         return f"K = {k} is not a multiple of the block size 16" if k % 16 else None
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self._packed.packed, self._packed.block_scales, self._packed.tensor_scale
+        return tuple(t for part in self._parts for t in (part.packed, part.block_scales, part.tensor_scale))
 
     def multiply(self, operand: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
         (xq,) = operand
-        if xq.is_cuda:
-            from mixquant_sglang.kernels.triton import nvfp4 as triton_nvfp4
+        out = xq.new_empty(xq.shape[0], self._n)
+        done = 0
+        for part, alpha in zip(self._parts, self._alphas, strict=True):
+            columns = out[:, done : done + part.shape[0]]
+            done += part.shape[0]
+            if xq.is_cuda:
+                from mixquant_sglang.kernels.triton import nvfp4 as triton_nvfp4
 
-            wq = triton_nvfp4.unscaled(self._packed.packed, self._packed.block_scales)
-            out = xq.new_empty(xq.shape[0], wq.shape[0])
-            # cuBLAS applies alpha to its FP32 accumulator; beta = 0 means that the first argument is never read.
-            torch.addmm(out, xq, wq.t(), beta=0, alpha=self._alpha, out=out)
-            return out if bias is None else out.add_(bias)
-        total = xq.float() @ self._packed.unscaled(torch.float32).t() * self._alpha
-        return _finish(total, bias, xq.dtype)
+                wq = triton_nvfp4.unscaled(part.packed, part.block_scales)
+                # cuBLAS applies alpha to its FP32 accumulator; beta = 0 means that the first argument is never read.
+                torch.addmm(columns, xq, wq.t(), beta=0, alpha=alpha, out=columns)
+            else:
+                columns.copy_(xq.float() @ part.unscaled(torch.float32).t() * alpha)
+        return out if bias is None else out.add_(bias)
 
     def refresh(self, weight: torch.Tensor) -> bool:
         # Captured graphs hold alpha by value, so the tensor scale stays as long as the new weights fit into its range.
-        fits = float(weight.abs().max()) <= self._range
-        fresh = nvfp4.quantize(weight, scales=self._scales, tensor_scale=self._packed.tensor_scale if fits else None)
-        copy_all(self.tensors(), (fresh.packed, fresh.block_scales, fresh.tensor_scale))
-        self._set_alpha()
+        (packed,), (alpha,) = self._parts, self._alphas
+        fits = float(weight.abs().max()) <= alpha * nvfp4.E2M1_MAX * nvfp4.E4M3_MAX
+        fresh = nvfp4.quantize(weight, scales=self._scales, tensor_scale=packed.tensor_scale if fits else None)
+        self.replace([fresh])
         return fits
 
-    def _set_alpha(self) -> None:
-        self._alpha = float(self._packed.tensor_scale)
-        self._range = self._alpha * nvfp4.E2M1_MAX * nvfp4.E4M3_MAX
+    def replace(self, ready: Sequence[NVFP4Tensor]) -> None:
+        copy_all(self.tensors(), tuple(t for p in ready for t in (p.packed, p.block_scales, p.tensor_scale)))
+        self._set_alphas()
+
+    def _set_alphas(self) -> None:
+        self._alphas = [float(part.tensor_scale) for part in self._parts]
 
 
 class EmulatedFP8(PackedLinear):
     precision = "fp8"
     kernel = "emulated"
 
-    def __init__(self, weight: torch.Tensor, *, scales: str = "search") -> None:
+    def __init__(
+        self, weight: torch.Tensor, *, scales: str = "search", ready: Sequence[NVFP4Tensor] | None = None
+    ) -> None:
+        refuse_ready(self.precision, ready)
         self._packed = fp8.quantize(weight)
 
     @classmethod

@@ -8,11 +8,14 @@ Refuses weights whose N or K is not a multiple of 16 (CUTLASS wants 16-byte rows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mixquant_sglang.formats import fp8
+from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.kernels import gemm
-from mixquant_sglang.kernels.base import PackedLinear, copy_all
+from mixquant_sglang.kernels.base import PackedLinear, copy_all, refuse_ready
 
 
 class NativeFP8(PackedLinear):
@@ -20,7 +23,10 @@ class NativeFP8(PackedLinear):
     kernel = "native"
     activation_format = "fp8"
 
-    def __init__(self, weight: torch.Tensor, *, scales: str = "search") -> None:
+    def __init__(
+        self, weight: torch.Tensor, *, scales: str = "search", ready: Sequence[NVFP4Tensor] | None = None
+    ) -> None:
+        refuse_ready(self.precision, ready)
         packed = fp8.quantize(weight)
         self._weight = packed.data  # [N, K] row major, so its transpose is the column-major operand that CUTLASS wants
         self._scales = packed.scales
@@ -37,6 +43,11 @@ class NativeFP8(PackedLinear):
         if codes.shape[0] == 0:
             return codes.new_empty(0, self._weight.shape[0], dtype=torch.bfloat16)
         return gemm.scaled_mm(codes, self._weight, scales, self._scales, bias)
+
+    def columns(self, start: int, stop: int) -> NativeFP8:
+        part = object.__new__(NativeFP8)
+        part._weight, part._scales = self._weight[start:stop], self._scales[start:stop]
+        return part
 
     def refresh(self, weight: torch.Tensor) -> bool:
         fresh = fp8.quantize(weight)

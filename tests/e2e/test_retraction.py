@@ -1,4 +1,7 @@
-"""Retraction: generated tokens that are prefilled again stay BF16 (``SGLANG_TEST_RETRACT`` makes SGLang retract)."""
+"""Retraction: generated tokens that are prefilled again stay BF16 (``SGLANG_TEST_RETRACT`` makes SGLang retract).
+
+Its server has ready-made prefill weights, so that it shows these serving too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mixquant_sglang.checkpoint import quantize_checkpoint
 from tests.e2e.test_servers import FLAGS, Counted, Servers, ids, together
 from tests.support import plugins
 from tests.support.server import Server
@@ -23,7 +27,10 @@ def servers(tiny_model: Path, logs: Path) -> Iterator[Servers]:
     spy_file = folder / "spy.jsonl"
     env = {"SPY_FILE": str(spy_file), "SGLANG_TEST_RETRACT": "1"}
     spy_plugin = plugins.write(folder, "spy", plugins.SPY)
-    flags = [*FLAGS, "--quantization", "mixquant"]
+    quantize_checkpoint(tiny_model, folder / "ready", ignore=["re:.*layers.0.mlp.down_proj"])
+    recipe = f"version: 1\nprefill: {{precision: nvfp4, weights: {folder / 'ready'}}}\nkernel: emulated\n"
+    (folder / "ready.yaml").write_text(recipe)
+    flags = [*FLAGS, "--quantization", "mixquant", "--mixquant-recipe", str(folder / "ready.yaml")]
     with Server(tiny_model, folder, "retract", *flags, env=env, pythonpath=[spy_plugin]) as low:
         yield Servers(low, low, low, spy_file)
 
@@ -43,3 +50,25 @@ def test_split_of_retracted_requests(servers: Servers) -> None:
     assert sum(a["meta_info"]["num_retractions"] for a in answers) > 0
     assert again, "nothing that was generated was prefilled again"
     assert all(a["meta_info"]["completion_tokens"] == 40 for a in answers)
+
+
+def test_ready_made_weights(servers: Servers) -> None:
+    text = servers.low.log.read_text()
+    ready = servers.low.log.parent / "ready"
+    assert f"mixquant: NVFP4 weights come from {ready} (compressed-tensors)" in text
+    assert "mixquant: stays BF16 (not in the ready-made weights): model.layers.0.mlp.down_proj" in text
+    state = servers.low.state()
+    assert state["layers"] == {"nvfp4": 15, "bf16": 2} and state["kernel"] == {"nvfp4": "emulated"}
+    ids_of_prompt = list(range(20, 90))
+    low = servers.low.generate(ids_of_prompt, 2, return_logprob=True, logprob_start_len=0)
+    servers.low.flush()
+    bf16 = servers.low.generate(
+        ids_of_prompt,
+        2,
+        sampling={"custom_params": {"mixquant": {"prefill": "bf16"}}},
+        return_logprob=True,
+        logprob_start_len=0,
+    )
+    logprobs = [[t[0] for t in a["meta_info"]["input_token_logprobs"][1:]] for a in (low, bf16)]
+    apart = [abs(a - b) for a, b in zip(*logprobs, strict=True)]
+    assert 1e-3 < sum(apart) / len(apart) < 2

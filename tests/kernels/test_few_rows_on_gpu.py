@@ -43,6 +43,22 @@ def test_against_float64(n: int, k: int, used: int, slots: int, bias: bool) -> N
     assert bool(out[others].isnan().all())
 
 
+@pytest.mark.parametrize(("n", "k", "cut"), [(6144, 4096, 4096), (512, 256, 256), (320, 64, 192)])
+@pytest.mark.parametrize("used", [1, 30])
+def test_in_two_matrices(n: int, k: int, cut: int, used: int) -> None:
+    from mixquant_sglang.kernels.triton.few_rows import linear_rows_
+
+    weight, rows, out = operands(n, k, 64)
+    bias = torch.randn(n, dtype=torch.bfloat16, device="cuda")
+    index = index_of(list(range(5, 5 + used)), 64)
+    linear_rows_(out, index, rows, weight, bias)
+    first, rest = (torch.full((TOKENS, size), math.nan, dtype=torch.bfloat16, device="cuda") for size in (cut, n - cut))
+    linear_rows_(first, index, rows, weight, bias, rest=rest)
+    together = torch.cat([first, rest], dim=1)
+    assert torch.equal(together.isnan(), out.isnan())
+    assert torch.equal(together.nan_to_num(), out.nan_to_num())
+
+
 def test_a_row_does_not_depend_on_how_many_there_are() -> None:
     from mixquant_sglang.kernels.triton.few_rows import linear_rows_
 

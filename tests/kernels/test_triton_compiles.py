@@ -7,19 +7,48 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mixquant_sglang.kernels.triton import nvfp4, rows  # noqa: E402
+from mixquant_sglang.kernels.triton import activations, few_rows, nvfp4, rows  # noqa: E402
 
-# kernel, types of its arguments, constants: what the launches in the package pass
-CASES: dict[str, tuple[Any, dict[str, str], dict[str, int], int]] = {
-    "qdq_rows_4096": (nvfp4._qdq_rows, {"x_ptr": "*bf16", "out_ptr": "*bf16"}, {"K": 4096, "BLOCKS": 256}, 4),
-    "qdq_rows_48": (nvfp4._qdq_rows, {"x_ptr": "*bf16", "out_ptr": "*bf16"}, {"K": 48, "BLOCKS": 4}, 1),
-    "qdq_wide_rows": (nvfp4._qdq_rows, {"x_ptr": "*bf16", "out_ptr": "*bf16"}, {"K": 11008, "BLOCKS": 256}, 8),
+Case = tuple[Any, dict[str, str], dict[str, Any], int]
+
+
+def activations_case(source: str, fmt: str, k: int, residual: bool = False, kept: bool = False) -> Case:
+    types = {
+        "x_ptr": "*bf16",
+        "weight_ptr": "*bf16" if source == "norm" else None,
+        "residual_ptr": "*bf16" if residual else None,
+        "slots_ptr": "*i32" if kept else None,
+        "kept_ptr": "*bf16" if kept else None,
+        "out_ptr": {"fp8": "*fp8e4nv", "nvfp4": "*i32", "qdq": "*bf16"}[fmt],
+        "scale_ptr": {"fp8": "*fp32", "nvfp4": "*u8", "qdq": None}[fmt],
+        "row_scale_ptr": "*fp32" if fmt == "nvfp4" else None,
+        "rows": "i32",
+        "eps": "fp32",
+    }
+    warps = activations._warps(k)
+    constants = {"K": k, "BLOCKS": 16 * warps, "SOURCE": source, "FORMAT": fmt}
+    constants |= {name: None for name, kind in types.items() if kind is None}
+    return activations._quantize_rows, {name: kind for name, kind in types.items() if kind}, constants, warps
+
+
+# kernel, types of its arguments, constants, warps: what the launches in the package pass
+CASES: dict[str, Case] = {
+    "activations_rows_fp8": activations_case("rows", "fp8", 4096),
+    "activations_rows_nvfp4": activations_case("rows", "nvfp4", 208, kept=True),
+    "activations_rows_qdq": activations_case("rows", "qdq", 48),
+    "activations_norm_fp8": activations_case("norm", "fp8", 4096, residual=True, kept=True),
+    "activations_norm_nvfp4": activations_case("norm", "nvfp4", 3584),
+    "activations_norm_qdq": activations_case("norm", "qdq", 4096, residual=True),
+    "activations_silu_fp8": activations_case("silu", "fp8", 12288, kept=True),
+    "activations_silu_nvfp4": activations_case("silu", "nvfp4", 4096),
+    "activations_silu_qdq": activations_case("silu", "qdq", 11008),
     "unpack_weights": (
         nvfp4._unpack_weights,
         {"packed_ptr": "*u8", "scale_ptr": "*u8", "out_ptr": "*i32", "blocks": "i32"},
@@ -51,16 +80,52 @@ CASES: dict[str, tuple[Any, dict[str, str], dict[str, int], int]] = {
         {"COLUMNS": 2048},
         4,
     ),
+} | {
+    f"few_rows_{name}": (
+        few_rows._linear_rows,
+        dict.fromkeys(("out_ptr", "rest_ptr", "rows_ptr", "weight_ptr", "bias_ptr"), "*bf16")
+        | {"index_ptr": "*i64"}
+        | dict.fromkeys(("slots", "N", "cut", "out_stride", "rest_stride", "rows_stride", "weight_stride"), "i32"),
+        {"FEW": 16, "HAS_BIAS": 1, **constants},
+        4,
+    )
+    for name, constants in {
+        "4096_of_4096": {"K": 4096, "MANY": 64, "BLOCK_N": 32, "FEW_K": 256, "MANY_K": 64},
+        "6144_of_4096": {"K": 4096, "MANY": 64, "BLOCK_N": 64, "FEW_K": 128, "MANY_K": 64},
+        "one_of_48": {"K": 48, "MANY": 16, "BLOCK_N": 32, "FEW_K": 16, "MANY_K": 16},
+    }.items()
 }
 
 
-HELPERS = {"_round_to_steps", "_load_blocks", "_store_blocks"}
+# device functions that kernels call
+HELPERS = {
+    "_largest",
+    "_load",
+    "_load_row",
+    "_norm",
+    "_nvfp4_blocks",
+    "_round_to_grid",
+    "_rows",
+    "_row_scale",
+    "_sign",
+    "_silu",
+    "_store",
+    "_store_fp8",
+    "_store_nvfp4",
+    "_store_qdq",
+    "_store_row",
+    "_store_scales",
+    "_sum",
+    "_zero_scales",
+}
+# exp2 and rsqrt of the SiLU and the norm flush subnormals, of which neither has one that matters
+FLUSHING = ("ex2.approx.ftz.f32", "rsqrt.approx.ftz.f32")
 
 
 def test_every_kernel_is_in_the_table() -> None:
     kernels = {
         name
-        for module in (nvfp4, rows)
+        for module in (activations, few_rows, nvfp4, rows)
         for name, value in vars(module).items()
         if isinstance(value, triton.runtime.JITFunction) and name not in HELPERS
     }
@@ -70,38 +135,94 @@ def test_every_kernel_is_in_the_table() -> None:
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 @pytest.mark.parametrize("case", CASES)
 def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case.endswith("fp8") and capability == 80:
+        capability = 89  # the first that has E4M3
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, arguments, constants, warps = CASES[case]
+    names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
         signature=arguments | dict.fromkeys(constants, "constexpr"),
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in arguments.items() if kind[0] == "*"},
     )
     options = {"num_warps": warps, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 1000
     ptx = compiled.asm["ptx"]
     assert f".target sm_{capability}" in ptx
+    for instruction in FLUSHING:
+        ptx = ptx.replace(instruction, "")
     assert "fma." not in ptx and ".ftz" not in ptx and "div.full" not in ptx  # each would change the numbers
-    if case.startswith("qdq"):
+    if case.startswith("activations"):
         assert "div.rn.f32" in ptx
+        loads = ptx.count("ld.global.v4.b32")  # 16 bytes: eight elements for each thread of 32 * warps
+        row = triton.cdiv(constants["K"], 256 * warps)
+        assert loads == row * (1 + ("weight_ptr" in arguments) + ("residual_ptr" in arguments) + ("silu" in case))
 
 
-INTERPRETED = """
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.zeros(4, 32, dtype=torch.bfloat16), torch.ones(32, dtype=torch.bfloat16)
+    slots, kept = torch.zeros(4, dtype=torch.int32), torch.zeros(9, 32, dtype=torch.bfloat16)
+    monkeypatch.setattr(activations, "_capability", lambda device: (8, 6))
+    for call in (
+        lambda: activations.quantize(x, "fp4"),
+        lambda: activations.quantize(x.float(), "qdq"),
+        lambda: activations.quantize(x[0], "qdq"),
+        lambda: activations.quantize(x.t(), "qdq"),
+        lambda: activations.quantize(x[:, :24].contiguous(), "fp8"),
+        lambda: activations.quantize(x[:, :0], "fp8"),
+        lambda: activations.quantize(x, "qdq", slots=slots),
+        lambda: activations.quantize(x, "qdq", kept=kept),
+        lambda: activations.quantize(x, "qdq", slots=slots.long(), kept=kept),
+        lambda: activations.quantize(x, "qdq", slots=slots[:3], kept=kept),
+        lambda: activations.quantize(x, "qdq", slots=slots, kept=kept[:, :16]),
+        lambda: activations.rmsnorm(x, weight[:16], 1e-6, "qdq"),
+        lambda: activations.rmsnorm(x, weight.float(), 1e-6, "qdq"),
+        lambda: activations.rmsnorm(x, weight, 1e-6, "qdq", residual=x[:2]),
+        lambda: activations.rmsnorm(x, weight, 1e-6, "qdq", residual=x.t()),
+        lambda: activations.silu_mul(x[:, :31].contiguous(), "qdq"),
+        lambda: activations.silu_mul(x[:, :16].contiguous(), "qdq"),
+        lambda: activations._empty_results("fp8", 4, 32, torch.device("cuda")),
+    ):
+        with pytest.raises(ValueError, match=r"must|needs"):
+            call()
+
+
+PREPARE = """
+import itertools
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from mixquant_sglang.formats import fp8
 from mixquant_sglang.formats import nvfp4 as reference
-from mixquant_sglang.kernels.triton import nvfp4, rows
+from mixquant_sglang.kernels.triton import activations, nvfp4, rows
 
 torch.manual_seed(0)
+TYPES = {
+    tl.float32: (torch.float32, torch.int32),
+    tl.bfloat16: (torch.bfloat16, torch.int16),
+    tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
+}
+
+
+def convert(values, source, target, rounding_mode):
+    bits = torch.from_numpy(values.copy()).view(TYPES[source][0])
+    return bits.to(TYPES[target][0]).view(TYPES[target][1]).numpy()
+
+
+interpreter._convert_float = convert  # Triton's own truncates to BF16, and gets subnormals wrong
 
 
 def same(got, want):
-    assert torch.equal(got.isnan(), want.isnan()) and got.dtype == want.dtype
+    assert torch.equal(got.isnan(), want.isnan()) and got.dtype == want.dtype and got.shape == want.shape
     real = ~want.isnan()
-    assert torch.equal(got.view(torch.int16)[real], want.view(torch.int16)[real]), (got, want)
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[got.element_size()]
+    assert torch.equal(got.view(integer)[real], want.view(integer)[real]), (got, want)
+"""
 
-
-for m, k in ((0, 16), (1, 16), (9, 48), (5, 208), (2, 4096), (5, 11008)):
+INTERPRETED = """
+for m, k in ((0, 16), (1, 16), (9, 48), (5, 208), (2, 4096), (3, 11008)):
     x = torch.randn(m, k) * torch.exp2(torch.linspace(-100, 120, m))[:, None]
     x[:, 3] *= 50
     x[::2, :16] = -0.0
@@ -136,11 +257,77 @@ same(out, (x.float() * scales[:, None]).bfloat16())
 """
 
 
-def test_interpreted_kernels_equal_torch() -> None:
-    """In a process of its own, since Triton reads TRITON_INTERPRET when a kernel is defined. The interpreter truncates
-    to bfloat16 and gets its subnormals wrong: inexact and subnormal results are left to the tests on a GPU."""
+ACTIVATIONS = """
+def oracle(y, fmt):
+    if fmt == "fp8":
+        quantised = fp8.quantize_activations(y)
+        return quantised.data, quantised.scales[:, None]
+    quantised = reference.quantize_activations(y)
+    if fmt == "qdq":
+        return (quantised.dequantize(),)
+    weight = reference.NVFP4Tensor(quantised.packed, quantised.block_scales, torch.tensor(1.0))
+    return quantised.packed, weight.swizzled_scales(), quantised.row_scales
+
+
+def check(produce, exact, m, k, fmt):
+    # The numbers are the oracle's for the BF16 rows that the kernel keeps; those are exact to half a step and 2^-20.
+    kept = torch.full((m + 2, k), 7.0).bfloat16()
+    quantised = produce(fmt, slots=torch.arange(m, dtype=torch.int32).flip(0), kept=kept)
+    y = kept[:m].flip(0)
+    assert ((y.double() - exact).abs() <= exact.abs() * (2**-8 + 2**-20)).all() and (kept[m:] == 7).all()
+    for got, want in zip(quantised, oracle(y, fmt), strict=True):
+        same(got, want)
+    slots = torch.where(torch.arange(m) % 3 == 1, torch.arange(m) // 3, -1).int()
+    kept.fill_(7)
+    for again in (produce(fmt, slots=slots, kept=kept), produce(fmt)):
+        for got, want in zip(again, quantised, strict=True):
+            same(got, want)
+    count = len(range(1, m, 3))
+    same(kept[:count], y[1::3])
+    assert (kept[count:] == 7).all()
+
+
+for (m, k), fmt in itertools.product([(0, 16), (1, 16), (7, 48), (3, 1040)], activations.FORMATS):
+    x = torch.randn(m, k) * torch.exp2(torch.linspace(-120, 120, m))[:, None]
+    x[:, 3] *= 50
+    x[::2, :16] = -0.0
+    x[3:4] = 0
+    x[4:5, 7] = float("inf")
+    x[6:7, 7] = float("nan")
+    x = x.bfloat16()
+    for got, want in zip(activations.quantize(x, fmt), oracle(x, fmt), strict=True):
+        same(got, want)
+
+    x, before, weight = torch.randn(m, k).bfloat16(), torch.randn(m, k).bfloat16() * 3, torch.rand(k).bfloat16()
+
+    def norm(fmt, **options):
+        residual = before.clone()
+        results = activations.rmsnorm(x, weight, 1e-6, fmt, residual=residual, **options)
+        same(residual, x + before)
+        return results
+
+    for t, produce in (
+        (x.double() + before.double(), norm),
+        (x.double(), lambda fmt, **options: activations.rmsnorm(x, weight, 1e-6, fmt, **options)),
+    ):
+        check(produce, t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double(), m, k, fmt)
+
+    gate_up = torch.randn(m, 2 * k).bfloat16() * 5
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    produce = lambda fmt, **options: activations.silu_mul(gate_up, fmt, **options)
+    check(produce, torch.nn.functional.silu(gate) * up, m, k, fmt)
+
+x = torch.randn(130, 80).bfloat16()  # two tiles of scales, padded both ways
+for got, want in zip(activations.quantize(x, "nvfp4"), oracle(x, "nvfp4"), strict=True):
+    same(got, want)
+"""
+
+
+@pytest.mark.parametrize("script", [INTERPRETED, ACTIVATIONS], ids=["weights_and_rows", "activations"])
+def test_interpreted_kernels_equal_torch(script: str) -> None:
+    """In a process of its own, since Triton reads TRITON_INTERPRET when a kernel is defined."""
     run = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
+        [sys.executable, "-c", PREPARE + script],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

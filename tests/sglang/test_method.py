@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from mixquant_sglang import phase, recipe
 from mixquant_sglang.kernels import Device, select
 from mixquant_sglang.phase import DECODE_PASS, Pass, Phase
-from mixquant_sglang.rows import EagerRows, GraphRows, RequestRows, plan
+from mixquant_sglang.rows import EagerRows, GraphRows, RequestRows, RowPlan, plan
 from mixquant_sglang.runtime import Runtime
 
 compat = pytest.importorskip("mixquant_sglang.compat")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 N, K = 96, 64
+
+
+def eager(rows: RowPlan, device: torch.device) -> EagerRows:
+    return EagerRows(rows.total, rows.protected, device)
 
 
 def make(name: str, device: str, **changes: object) -> tuple[Runtime, torch.nn.Module, torch.Tensor]:
@@ -65,7 +69,7 @@ def test_prefill_is_low_precision(name: str, least: float, most: float, device: 
 def test_protected_rows_are_bf16_and_the_others_are_not_touched(name: str, device: str) -> None:
     _, layer, x = make(name, device)
     rows = plan([RequestRows(3, 0, 3), RequestRows(3, 0, 90), RequestRows(1, 5, 4, True)], last_prompt_token=True)
-    out = apply(layer, x, Pass(Phase.PREFILL, EagerRows(rows, x.device)))
+    out = apply(layer, x, Pass(Phase.PREFILL, eager(rows, x.device)))
     low = apply(layer, x, Pass(Phase.PREFILL))
     protected = [2, 6]
     others = [0, 1, 3, 4, 5]
@@ -116,7 +120,7 @@ def test_no_rows(device: str) -> None:
 
 def test_an_unexpected_number_of_rows_is_an_error() -> None:
     _, layer, x = make("nvfp4-emulated", "cpu")
-    rows = EagerRows(plan([RequestRows(9, 0, 9)], last_prompt_token=True), x.device)
+    rows = eager(plan([RequestRows(9, 0, 9)], last_prompt_token=True), x.device)
     with pytest.raises(RuntimeError, match=r"model\.layers\.0\.x got 7 rows in a pass of 9"):
         apply(layer, x, Pass(Phase.PREFILL, rows))
 

@@ -17,11 +17,12 @@ from mixquant_sglang.recipe import LayerRule, Recipe
 FULL = r"""# a comment
 version: 1
 description: everything said
-prefill: {precision: nvfp4, min_tokens: 32, fuse: false}
+prefill: {precision: nvfp4, min_tokens: 32, fuse: false, weights: org/name-NVFP4}
 decode:
   precision: fp8
 protect: {last_prompt_token: false}
 kernel: emulated
+verify: false
 weights: {scales: absmax}
 layers:
   - {match: 're:.*\.down_proj$', prefill: bf16}
@@ -61,10 +62,13 @@ def test_every_key(tmp_path: Path) -> None:
         kernel="emulated",
         scales="absmax",
         layers=(
-            LayerRule(r"re:.*\.down_proj$", "bf16", None, f"{file}:11"),
-            LayerRule("model.layers.0.self_attn.o_proj", "fp8", "bf16", f"{file}:12"),
+            LayerRule(r"re:.*\.down_proj$", "bf16", None, f"{file}:12"),
+            LayerRule("model.layers.0.self_attn.o_proj", "fp8", "bf16", f"{file}:13"),
         ),
         description="everything said",
+        verify=False,
+        prefill_weights="org/name-NVFP4",
+        prefill_weights_at=f"{file}:4 prefill.weights",
     )
 
 
@@ -102,6 +106,11 @@ def test_a_decode_only_rule_keeps_the_prefill_default(tmp_path: Path) -> None:
     assert (rule.prefill, rule.decode) == (None, "fp8")
 
 
+def test_ready_made_weights_for_one_layer(tmp_path: Path) -> None:
+    text = "version: 1\nprefill: {precision: bf16, weights: a/b}\nlayers: [{match: a.b, prefill: nvfp4}]"
+    assert recipe.load(str(write(tmp_path, text))).prefill_weights == "a/b"
+
+
 def test_anchors_work(tmp_path: Path) -> None:
     file = write(tmp_path, "version: 1\nlayers:\n- {match: a, prefill: &low fp8}\n- {match: b, prefill: *low}\n")
     assert [rule.prefill for rule in recipe.load(str(file)).layers] == ["fp8", "fp8"]
@@ -109,7 +118,7 @@ def test_anchors_work(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [FULL.replace("\n", "\r\n"), "\ufeff" + FULL], ids=["crlf", "bom"])
 def test_files_from_other_editors(tmp_path: Path, text: str) -> None:
-    assert recipe.load(str(write(tmp_path, text))).layers[0].where.endswith(":11")
+    assert recipe.load(str(write(tmp_path, text))).layers[0].where.endswith(":12")
 
 
 def test_a_recipe_is_frozen() -> None:
@@ -223,7 +232,7 @@ MISTAKES = {
         "version: 1\nprefill:\n  precision: fp8\n  min_token: 4",
         4,
         "prefill.min_token",
-        ["unknown key; allowed: precision, min_tokens, fuse; did you mean 'min_tokens'?"],
+        ["unknown key; allowed: precision, min_tokens, fuse, weights; did you mean 'min_tokens'?"],
     ),
     "unknown key in a flow mapping over lines": (
         "version: 1\nprotect: {\n  last_token: true}",
@@ -263,7 +272,7 @@ MISTAKES = {
         "version: 1\nprefill: nvfp4",
         2,
         "prefill",
-        ["must be a mapping, is text ('nvfp4'); allowed: precision, min_tokens, fuse"],
+        ["must be a mapping, is text ('nvfp4'); allowed: precision, min_tokens, fuse, weights"],
     ),
     "empty section": ("version: 1\ndecode:\nkernel: auto", 2, "decode", ["must be a mapping, is empty; allowed: prec"]),
     "layers as a mapping": (
@@ -308,6 +317,25 @@ MISTAKES = {
     ),
     "precision as a list": ("version: 1\nprefill: {precision: [fp8]}", 2, "prefill.precision", ["is a list"]),
     "precision left out": ("version: 1\nprefill: {precision: }", 2, "prefill.precision", ["must be text, is empty"]),
+    "ready-made weights as a list": (
+        "version: 1\nprefill: {weights: [a]}",
+        2,
+        "prefill.weights",
+        ["must be text, is a list; allowed: the folder of an NVFP4 checkpoint, or its name on the hub"],
+    ),
+    "empty ready-made weights": (
+        "version: 1\nprefill:\n  weights: ''",
+        3,
+        "prefill.weights",
+        ["is empty; allowed: the"],
+    ),
+    "ready-made weights and FP8": (
+        "version: 1\nprefill:\n  precision: fp8\n  weights: a/b",
+        4,
+        "prefill.weights",
+        ["holds NVFP4 weights, but prefill is fp8; allowed with: auto, nvfp4"],
+    ),
+    "verify in words": ("version: 1\nverify: yes", 2, "verify", ["'yes' is not one of them; allowed: true, false"]),
     "python object": ("version: 1\nkernel: !!python/name:os.system x", 2, "kernel", ["tagged", "os.system"]),
     "min_tokens of zero": (
         "version: 1\nprefill: {min_tokens: 0}",

@@ -4,7 +4,11 @@ import random
 
 import torch
 
-from mixquant_sglang.rows import EagerRows, GraphRows, RequestRows, plan, row_numbers
+from mixquant_sglang.rows import EagerRows, GraphRows, RequestRows, RowPlan, plan, row_numbers
+
+
+def eager(rows: RowPlan, device: torch.device) -> EagerRows:
+    return EagerRows(rows.total, rows.protected, device)
 
 
 def protected(requests: list[RequestRows], last: bool = True) -> list[int]:
@@ -78,7 +82,7 @@ def test_against_a_position_by_position_rule() -> None:
 
 def test_eager_rows_gather_and_scatter_exactly_the_protected_rows() -> None:
     requests = [RequestRows(3, 0, 3), RequestRows(4, 0, 90), RequestRows(2, 0, 1, decoding=True)]
-    rows = EagerRows(plan(requests, last_prompt_token=True), torch.device("cpu"))
+    rows = eager(plan(requests, last_prompt_token=True), torch.device("cpu"))
     assert rows.tokens == 9 and rows.index.tolist() == [2, 7, 8]
     assert rows.slots.tolist() == [-1, -1, 0, -1, -1, -1, -1, 1, 2] and rows.slots.dtype is torch.int32
     x = torch.randn(9, 4)

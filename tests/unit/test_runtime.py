@@ -89,6 +89,48 @@ def test_which_passes_a_captured_graph_computes() -> None:
     assert make("bf16").can_replay(make("bf16").plan_prefill(MIXED, CPU))
 
 
+def test_which_rows_the_last_layer_computes() -> None:
+    def plan_of(requests: list[RequestRows], *, protect: bool = True, **more: bool) -> tuple[Runtime, PassPlan]:
+        run = make(protect_last_prompt_token=protect)
+        run.prunes = True
+        return run, run.plan_prefill(requests, CPU, **more)
+
+    _, plan = plan_of(MIXED)
+    assert plan.read == ((99, 101),) and plan.running.read is plan.running.rows
+    _, plan = plan_of([RequestRows(128, 0, 300)])  # a middle chunk: what is sampled from it is thrown away
+    assert plan.read == () and plan.running.rows is None
+    assert plan.running.read is not None and len(plan.running.read.index) == 0
+    _, plan = plan_of(MIXED, protect=False)
+    assert plan.read == ((99, 100), (100, 101)) and plan.protected == ((100, 101),)
+    assert plan.running.read is not None and plan.running.read.index.tolist() == [99, 100]
+    _, plan = plan_of(MIXED, reads_all=True)
+    assert plan.read is None and plan.running.read is None and plan.running.rows is not None
+    assert make().plan_prefill(MIXED, CPU).read is None
+
+
+def test_graphs_of_a_pruned_last_layer() -> None:
+    run = make()
+    run.prunes = True
+    run.graph_rows = GraphRows(GRAPH_ROWS, CPU)
+    captured = run.captured_pass(128)
+    assert captured.read is captured.rows is not None
+    assert run.can_replay(run.plan_prefill(MIXED, CPU)) and not run.can_replay(
+        run.plan_prefill(MIXED, CPU, reads_all=True)
+    )
+    unprotected = make(protect_last_prompt_token=False)
+    unprotected.prunes = True
+    unprotected.graph_read = GraphRows(GRAPH_ROWS, CPU)
+    captured = unprotected.captured_pass(128)
+    assert captured.rows is None and captured.read is not None
+    plan = unprotected.plan_prefill([RequestRows(100, 0, 100), RequestRows(20, 0, 90)], CPU)
+    assert unprotected.can_replay(plan)
+    unprotected.load_graph(plan)
+    assert captured.read.index.tolist()[:3] == [99, 119, -1]
+    assert not unprotected.can_replay(unprotected.plan_prefill(MIXED, CPU))  # decode rows are protected
+    many = [RequestRows(2, 0, 2) for _ in range(GRAPH_ROWS + 1)]
+    assert not unprotected.can_replay(unprotected.plan_prefill(many, CPU))
+
+
 def test_counters_and_state() -> None:
     run = make()
     run.count_prefill(run.plan_prefill(MIXED, CPU))

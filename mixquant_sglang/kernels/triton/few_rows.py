@@ -25,15 +25,26 @@ MOST = 64
 
 
 def linear_rows_(
-    out: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    out: torch.Tensor,
+    index: torch.Tensor,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    rest: torch.Tensor | None = None,
 ) -> None:
     """In place: out bfloat16 [T, N], index int64 [R], rows bfloat16 [R, K], weight bfloat16 [N, K], bias bfloat16 [N].
 
+    With ``rest`` bfloat16 [T, N - A], out is [T, A], A a multiple of 64, and the columns from A on go to ``rest``.
     ``index`` is read when the kernel runs, -1 for unused slots at its end; row numbers are not checked against T. No
     synchronisation, fit for CUDA graphs.
     """
     n, k = weight.shape
-    wanted = (("out", out, (len(out), n)), ("rows", rows, (len(index), k)), ("weight", weight, (n, k)))
+    cut = n if rest is None else out.shape[1]
+    wanted = [("out", out, (len(out), cut)), ("rows", rows, (len(index), k)), ("weight", weight, (n, k))]
+    if rest is not None:
+        wanted.append(("rest", rest, (len(out), n - cut)))
+        if cut % 64:
+            raise ValueError(f"out must have a multiple of 64 columns beside rest, got {cut}")
     for name, tensor, shape in wanted:
         if tensor.dtype != torch.bfloat16 or tensor.shape != shape or tensor.stride(1) != 1:
             raise ValueError(
@@ -51,13 +62,16 @@ def linear_rows_(
     block_n, block_k, stages = _tiles(n, k, _shared_memory(weight.device))
     _linear_rows[(triton.cdiv(n, block_n),)](
         out,
+        out if rest is None else rest,
         index,
         rows,
         weight,
         bias,
         len(index),
         n,
+        cut,
         out.stride(0),
+        out.stride(0) if rest is None else rest.stride(0),
         rows.stride(0),
         weight.stride(0),
         K=k,
@@ -88,13 +102,16 @@ def _shared_memory(device: torch.device) -> int:
 @triton.jit  # type: ignore[untyped-decorator]
 def _linear_rows(
     out_ptr: tl.tensor,
+    rest_ptr: tl.tensor,
     index_ptr: tl.tensor,
     rows_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     slots: tl.tensor,
     N: tl.tensor,
+    cut: tl.tensor,
     out_stride: tl.tensor,
+    rest_stride: tl.tensor,
     rows_stride: tl.tensor,
     weight_stride: tl.tensor,
     K: tl.constexpr,
@@ -106,6 +123,9 @@ def _linear_rows(
     HAS_BIAS: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if tl.program_id(0) * BLOCK_N >= cut:  # a tile of ``rest``
+        out_ptr = rest_ptr - cut
+        out_stride = rest_stride
     if MANY > FEW and tl.load(index_ptr + FEW, mask=slots > FEW, other=-1) >= 0:
         _rows(
             out_ptr, index_ptr, rows_ptr, weight_ptr, bias_ptr, slots, n, N, out_stride, rows_stride, weight_stride,

@@ -1,0 +1,283 @@
+"""Ready-made prefill weights in SGLang's own linears: slices, the load report, refusals and weight updates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mixquant_sglang import compat, phase, recipe, runtime
+from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
+from mixquant_sglang.kernels import Device
+from mixquant_sglang.phase import DECODE_PASS, Pass, Phase
+from tests.support import nvfp4_checkpoints as tiny
+from tests.support.nvfp4_checkpoints import CONFIG, HIDDEN, INNER, LINEARS, MODELOPT, Tensors, bf16_tensors, save
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(compat, "check_hooks_took_effect", lambda *_: None)
+    monkeypatch.setattr(compat, "device", lambda: Device("this CPU", None))
+    monkeypatch.setattr(runtime, "_runtime", None)
+    yield
+
+
+class Model:
+    """The linears of a small Qwen3 as SGLang builds and loads them on one of ``ranks`` ranks."""
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        folder: Path,
+        made: Tensors,
+        rank: int = 0,
+        ranks: int = 1,
+        text: str = "precision: nvfp4",
+        rules: str = "",
+    ) -> None:
+        from mixquant_sglang.config import MixQuantConfig
+
+        file = folder.parent / "mine.yaml"
+        file.write_text(f"version: 1\nprefill: {{{text}, weights: {folder}}}\n{rules}")
+        monkeypatch.setenv(recipe.RECIPE_ENV, str(file))
+        self.config = MixQuantConfig()
+        self.made = made
+        self.root = torch.nn.Module()
+        self.linears: dict[str, Any] = {}
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            for layer in range(tiny.LAYERS):
+                for leaf in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+                    name = f"model.layers.{layer}.{leaf}"
+                    self.linears[name] = self._linear(monkeypatch, name, rank, ranks)
+                    self._add(name, self.linears[name])
+                norm = f"model.layers.{layer}.input_layernorm"
+                self._add(norm, torch.nn.Module())
+                self.root.get_submodule(norm).weight = torch.nn.Parameter(made[f"{norm}.weight"])
+        finally:
+            torch.set_default_dtype(before)
+
+    def _add(self, name: str, module: torch.nn.Module) -> None:
+        parent = self.root
+        *path, leaf = name.split(".")
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, torch.nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(leaf, module)
+
+    def _linear(self, monkeypatch: pytest.MonkeyPatch, name: str, rank: int, ranks: int) -> Any:
+        from sglang.srt.layers import linear
+
+        more: dict[str, Any] = {"bias": False, "quant_config": self.config, "prefix": name}
+        if hasattr(linear, "_resolve_linear_group"):  # 0.5.23
+            monkeypatch.setattr(linear, "_resolve_linear_group", lambda _: linear._LogicalGroup(rank, ranks))
+        else:
+            more |= {"tp_rank": rank, "tp_size": ranks}
+        leaf = name.rpartition(".")[2]
+        if leaf == "qkv_proj":
+            return linear.QKVParallelLinear(HIDDEN, 16, 4, 2, **more)
+        if leaf == "gate_up_proj":
+            return linear.MergedColumnParallelLinear(HIDDEN, [INNER, INNER], **more)
+        return linear.RowParallelLinear(HIDDEN if leaf == "o_proj" else INNER, HIDDEN, **more)
+
+    def load(self) -> Model:
+        """Through SGLang's own weight loaders."""
+        for name, layer in self.linears.items():
+            self.load_one(name)
+            layer.quant_method.process_weights_after_loading(layer)
+        return self
+
+    def load_one(self, name: str) -> None:
+        weight = self.linears[name].weight
+        parent, _, leaf = name.rpartition(".")
+        if leaf not in FUSED:
+            return weight.weight_loader(weight, self.made[f"{name}.weight"])  # type: ignore[no-any-return]
+        ids = ("q", "k", "v") if leaf == "qkv_proj" else (0, 1)
+        for shard, shard_id in zip(FUSED[leaf], ids, strict=True):
+            weight.weight_loader(weight, self.made[f"{parent}.{shard}.weight"], shard_id)
+
+    def finish(self) -> None:
+        self.config.finish_load(self.root, CPU, 64)
+
+    def apply(self, name: str, x: torch.Tensor, running: Pass) -> torch.Tensor:
+        layer = self.linears[name]
+        with phase.scope(running):
+            out: torch.Tensor = layer.quant_method.apply(layer, x)
+        return out
+
+
+def own_values(ready: Tensors, made: Tensors) -> Tensors:
+    """The checkpoint's values, and BF16 where it has none: what a reference model would hold in FP32."""
+    values = dict(made)
+    for name in LINEARS:
+        if f"{name}.weight_packed" in ready:
+            packed, scales, g = (ready[f"{name}.weight_{key}"] for key in ("packed", "scale", "global_scale"))
+            values[f"{name}.weight"] = NVFP4Tensor(packed, scales, 1 / g[0]).dequantize(torch.float32)
+    return values
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 0), (2, 1), (4, 1), (4, 2)])
+def test_every_linear_prefills_with_its_slice_and_decodes_in_bf16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, ranks: int
+) -> None:
+    made = bf16_tensors()
+    ready, config = tiny.compressed_tensors(made)
+    folder = save(tmp_path / "ready", ready, config, shards=3)
+    model = Model(monkeypatch, folder, made, rank, ranks).load()  # which compares with the master of this rank
+    model.finish()
+    torch.manual_seed(0)
+    for name, layer in model.linears.items():
+        x = torch.randn(5, layer.weight.shape[1], dtype=torch.bfloat16)
+        assert torch.equal(model.apply(name, x, DECODE_PASS), F.linear(x, layer.weight))
+        low = model.apply(name, x, Pass(Phase.PREFILL))
+        if x.shape[1] % 16:  # down_proj on one of four ranks
+            assert ranks == 4 and torch.equal(low, F.linear(x, layer.weight))
+            continue
+        # SGLang's loader puts the reference values where it put the master
+        values = layer.weight.clone().float()
+        bf16, model.made = layer.weight.data, own_values(ready, made)
+        layer.weight.data = values
+        model.load_one(name)
+        expected = nvfp4.quantize_activations(x).dequantize(torch.float64) @ layer.weight.double().T
+        layer.weight.data = bf16
+        assert torch.allclose(low.double(), expected, rtol=2**-8, atol=1e-5)
+    run = runtime.current()
+    assert run is not None
+    assert run.extra_weight_bytes == sum(layer.quant_method.extra_bytes for layer in model.linears.values()) > 0
+
+
+def test_the_load_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    made = bf16_tensors()
+    left = [name for name in LINEARS if name != "model.layers.0.mlp.down_proj"]
+    folder = save(tmp_path / "ready", tiny.modelopt(made, [*left, "lm_head"]), MODELOPT)
+    rules = "layers: [{match: model.layers.1.self_attn.qkv_proj, prefill: bf16}]\n"
+    with caplog.at_level(logging.INFO):
+        model = Model(monkeypatch, folder, made, rules=rules).load()
+        model.finish()
+    lines = [record.getMessage() for record in caplog.records]
+    assert "mixquant: stays BF16 (not in the ready-made weights): model.layers.0.mlp.down_proj" in lines
+    assert "mixquant: stays BF16 (by rule of the recipe): model.layers.1.self_attn.qkv_proj" in lines
+    assert f"mixquant: NVFP4 weights come from {folder} (ModelOpt)" in lines
+    kept = ", ".join(f"model.layers.1.self_attn.{part}" for part in ("k_proj", "q_proj", "v_proj"))
+    assert f"mixquant: not taken from there (by rule of the recipe): {kept}" in lines
+    assert "mixquant: not taken from there (never quantised): lm_head" in lines
+    x = torch.randn(3, INNER, dtype=torch.bfloat16)
+    layer = model.linears["model.layers.0.mlp.down_proj"]
+    assert torch.equal(model.apply("model.layers.0.mlp.down_proj", x, Pass(Phase.PREFILL)), F.linear(x, layer.weight))
+
+
+def test_an_update_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, name = bf16_tensors(), "model.layers.0.self_attn.qkv_proj"
+    folder = save(tmp_path / "ready", *tiny.compressed_tensors(made))
+    model = Model(monkeypatch, folder, made).load()
+    model.finish()
+    run, x = runtime.current(), torch.randn(3, HIDDEN, dtype=torch.bfloat16)
+    assert run is not None
+    before = model.apply(name, x, Pass(Phase.PREFILL))
+    for layer in model.linears.values():
+        layer.weight.data.mul_(-3)
+        for tensor in layer.quant_method._packed["nvfp4"].tensors():
+            tensor.fill_(0)  # as after release_memory_occupation
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            run.weights_changed()
+            run.refresh_if_changed()
+    assert torch.equal(model.apply(name, x, Pass(Phase.PREFILL)), before)
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [
+        f"mixquant: the BF16 weights were updated, but prefill still uses the ready-made weights of {folder}"
+    ]
+
+
+def test_what_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bf16_tensors()
+    folder = save(tmp_path / "ready", *tiny.compressed_tensors(made))
+    weight, norm = "model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"
+    with pytest.raises(SystemExit, match=r"mlp\.up_proj\.weight_packed is not this weight of the BF16 checkpoint"):
+        Model(monkeypatch, folder, {**made, weight: made[weight].flip(0)}).load()
+    with pytest.raises(SystemExit, match=f"{norm} is not that of the BF16 checkpoint"):
+        Model(monkeypatch, folder, {**made, norm: made[norm] * 2}).load().finish()
+    ready, config = tiny.compressed_tensors(made)
+    short = save(tmp_path / "short", {n: t for n, t in ready.items() if n != f"{weight}_scale"}, config)
+    with pytest.raises(SystemExit, match=r"mine\.yaml:2 prefill\.weights: .*short: .*up_proj\.weight_scale is missing"):
+        Model(monkeypatch, short, made)
+    of_o_proj = {n: t.clone() for n, t in ready.items() if n.startswith(LINEARS[3])}
+    extra = {f"model.layers.0.extra.{n.rpartition('.')[2]}": t for n, t in of_o_proj.items()}
+    extended = save(tmp_path / "extended", {**ready, **extra}, config)
+    with pytest.raises(SystemExit, match=r"model\.layers\.0\.extra\.weight_packed belongs to no linear of this model"):
+        Model(monkeypatch, extended, made).load().finish()
+
+
+def test_they_need_nvfp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(tmp_path / "ready", *tiny.compressed_tensors(bf16_tensors()))
+    monkeypatch.setattr(compat, "device", lambda: Device("NVIDIA H200", (9, 0)))
+    with pytest.raises(SystemExit, match=r"mine\.yaml:2 prefill\.weights: holds NVFP4 weights, but prefill is fp8 \("):
+        Model(monkeypatch, folder, bf16_tensors(), text="precision: auto")
+
+
+def test_another_model_is_refused_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from mixquant_sglang import hooks
+    from mixquant_sglang.errors import MixQuantError
+
+    folder = save(tmp_path / "ready", *tiny.compressed_tensors(bf16_tensors()))
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"version: 1\nprefill: {{precision: nvfp4, weights: {folder}}}")
+    monkeypatch.setattr(hooks, "_recipe", recipe.load(str(file)))
+    monkeypatch.setattr(hooks, "_command_line", False)
+    for size in (HIDDEN, 128):
+        config = SimpleNamespace(**{**CONFIG, "hidden_size": size}, dtype=torch.bfloat16)
+        asked = SimpleNamespace(
+            quantization="mixquant", hf_config=config, hf_text_config=config, dtype=torch.bfloat16, model_path="m"
+        )
+        if size == HIDDEN:
+            hooks.check_checkpoint(asked)
+            continue
+        with pytest.raises(MixQuantError, match="hidden_size is 64, but 128 in the BF16 checkpoint"):
+            hooks.check_checkpoint(asked)
+
+
+def test_native_is_verified_at_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mixquant_sglang import kernels
+    from mixquant_sglang.kernels.emulated import EmulatedNVFP4
+
+    class Native(EmulatedNVFP4):
+        kernel = "native"
+        alpha = 1.0
+
+        def multiply(self, operand: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
+            return super().multiply(operand, bias) * self.alpha
+
+    packed_linear = kernels.packed_linear
+    monkeypatch.setattr(compat, "device", lambda: Device("NVIDIA B200", (10, 0)))
+    monkeypatch.setattr(compat, "provide_fp4_linear_method", lambda: None)
+    monkeypatch.setattr(
+        "mixquant_sglang.method.packed_linear", lambda p, k: Native if k == "native" else packed_linear(p, k)
+    )
+    made = bf16_tensors()
+    folder = save(tmp_path / "ready", *tiny.compressed_tensors(made))
+    with caplog.at_level(logging.INFO):
+        Model(monkeypatch, folder, made).load().finish()
+    shapes = "mixquant: native nvfp4 agrees with the emulated kernel for 4 shapes (worst relative error 0)"
+    assert shapes in [record.getMessage() for record in caplog.records]
+    Native.alpha = 1.05
+    with pytest.raises(
+        SystemExit, match=r"disagree on model\.layers\.0\.self_attn\.qkv_proj, \[128, 64\] with 16 rows"
+    ):
+        Model(monkeypatch, folder, made).load().finish()
+    Model(monkeypatch, folder, made, rules="verify: false\n").load().finish()

@@ -1,0 +1,109 @@
+"""Tiny BF16 checkpoints, and the same weights in NVFP4 as compressed-tensors and ModelOpt write them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mixquant_sglang import checkpoint, checkpoint_files
+from mixquant_sglang.formats import nvfp4
+
+HIDDEN, INNER, LAYERS = 64, 96, 2
+SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (32, HIDDEN),
+    "self_attn.v_proj": (32, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+LINEARS = [f"model.layers.{layer}.{leaf}" for layer in range(LAYERS) for leaf in SHAPES]
+CONFIG = {
+    "model_type": "qwen3",
+    "num_hidden_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "torch_dtype": "bfloat16",
+}
+Tensors = dict[str, torch.Tensor]
+
+
+def bf16_tensors() -> Tensors:
+    """Linears of very different magnitudes, so that parts of a fused layer have different tensor scales."""
+    random = torch.Generator().manual_seed(4)
+    made = {
+        name: torch.randn(128, HIDDEN, generator=random).bfloat16()
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    for i, name in enumerate(LINEARS):
+        n, k = SHAPES[name.split(".", 3)[3]]
+        made[f"{name}.weight"] = (torch.randn(n, k, generator=random) * 0.02 * 3 ** (i % 5)).bfloat16()
+    for layer in range(LAYERS):
+        made[f"model.layers.{layer}.input_layernorm.weight"] = torch.rand(HIDDEN, generator=random).bfloat16()
+    return made
+
+
+def save(folder: Path, made: Tensors, config: dict[str, Any], shards: int = 0) -> Path:
+    """``shards`` > 0 deals the tensors out like cards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if not shards:
+        save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    weight_map = {name: files[i % shards] for i, name in enumerate(sorted(made))}
+    for file in files:
+        mine = {name: made[name] for name, where in weight_map.items() if where == file}
+        save_file(mine, folder / file, metadata={"format": "pt"})
+    (folder / checkpoint_files.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def compressed_tensors(
+    made: Tensors, modules: Collection[str] = tuple(LINEARS), scales: str = "absmax"
+) -> tuple[Tensors, dict[str, Any]]:
+    """Each linear with a tensor scale of its own; tensors and config.json."""
+    out = {name: value for name, value in made.items() if name.removesuffix(".weight") not in modules}
+    for name in modules:
+        weight = made[f"{name}.weight"]
+        g = checkpoint.encode_scale(float(weight.abs().max()))
+        packed = nvfp4.quantize(weight, scales=scales, tensor_scale=1 / g[0])
+        out[f"{name}.weight_packed"] = packed.packed
+        out[f"{name}.weight_scale"] = packed.block_scales
+        out[f"{name}.weight_global_scale"] = g
+        out[f"{name}.input_global_scale"] = torch.tensor([100.0])
+    quantization = checkpoint._quantization_config(checkpoint.Plan({}, {}))
+    return out, {**CONFIG, "quantization_config": quantization}
+
+
+def modelopt(made: Tensors, modules: Collection[str] = tuple(LINEARS), scales: str = "absmax") -> Tensors:
+    """ModelOpt's: decode scales of no dimension, and scales of an FP8 KV cache."""
+    out = {name: value for name, value in made.items() if name.removesuffix(".weight") not in modules}
+    for name in modules:
+        packed = nvfp4.quantize(made[f"{name}.weight"], scales=scales)
+        out[f"{name}.weight"] = packed.packed
+        out[f"{name}.weight_scale"] = packed.block_scales
+        out[f"{name}.weight_scale_2"] = packed.tensor_scale
+        out[f"{name}.input_scale"] = torch.tensor(0.01)
+        if name.endswith("k_proj"):
+            out[f"{name}.k_scale"] = torch.tensor(1.0)
+    return out
+
+
+MODELOPT = {
+    **CONFIG,
+    "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
+}
+MODELOPT_FILE = {
+    "producer": {"name": "modelopt"},
+    "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16},
+}
