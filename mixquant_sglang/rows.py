@@ -138,9 +138,14 @@ class GraphRows:
         self.capacity = capacity
         self.index = torch.full((capacity,), -1, dtype=torch.int64, device=device)
         self._slots: list[torch.Tensor] = []  # the last is the largest; graphs may hold the addresses of the others
+        self._loaded: tuple[tuple[int, int], ...] = ()
 
     def fill(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Loads the rows of the pass about to be replayed, on the current stream; at most ``capacity`` of them."""
+        ranges = tuple(ranges)
+        if ranges == self._loaded:
+            return
+        self._loaded = ranges
         staged = torch.full((self.capacity,), -1, dtype=torch.int64)
         numbers = row_numbers(ranges)
         staged[: len(numbers)] = numbers
@@ -154,6 +159,7 @@ class GraphRows:
     def of(self, tokens: int) -> CapturedRows:
         if not self._slots or len(self._slots[-1]) < tokens:
             self._slots.append(torch.full((tokens,), -1, dtype=torch.int32, device=self.index.device))
+            self.fill(())
         return CapturedRows(tokens, self.index[: min(self.capacity, tokens)], self._slots[-1][:tokens])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,6 @@ from tests.support import nvfp4_checkpoints as tiny
 from tests.support.nvfp4_checkpoints import CONFIG, HIDDEN, INNER, LINEARS, MODELOPT, Tensors, bf16_tensors, save
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +108,7 @@ class Model:
             weight.weight_loader(weight, self.made[f"{parent}.{shard}.weight"], shard_id)
 
     def finish(self) -> None:
-        self.config.finish_load(self.root, CPU, 64)
+        self.config.finish_load(SimpleNamespace(model=self.root, device="cpu", is_generation=True))
 
     def apply(self, name: str, x: torch.Tensor, running: Pass) -> torch.Tensor:
         layer = self.linears[name]
@@ -228,8 +228,6 @@ def test_they_need_nvfp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_another_model_is_refused_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
     from mixquant_sglang import hooks
     from mixquant_sglang.errors import MixQuantError
 
