@@ -24,8 +24,7 @@ from mixquant_sglang.method import MixQuantLinearMethod
 from mixquant_sglang.phase import Phase
 from mixquant_sglang.prefill_weights import PrefillWeights
 from mixquant_sglang.refusals import refusing
-from mixquant_sglang.rows import GraphRows
-from mixquant_sglang.runtime import GRAPH_ROWS, Runtime
+from mixquant_sglang.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -217,11 +216,6 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             with refusing():
                 rows = [2**e for e in range(8, max(most.bit_length(), 9))]
                 gemm.use(gemm.load_or_tune(sorted(fp8), rows, device, compat.kernel_versions()))
-        if run.split and device.type == "cuda":
-            if self._recipe.protect_last_prompt_token:
-                run.graph_rows = GraphRows(GRAPH_ROWS, device)
-            elif run.prunes:
-                run.graph_read = GraphRows(GRAPH_ROWS, device)
 
     def _fuse(self, model_runner: Any) -> None:
         done = fusion.fuse(model_runner.model)

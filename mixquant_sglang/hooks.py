@@ -215,7 +215,8 @@ def capture_prefill(
             f"mixquant: the prefill CUDA graph backend is {backend}; row protection is tested with breakable graphs "
             "and without: pass --cuda-graph-backend-prefill breakable (or disabled)"
         )
-    with phase.scope(run.captured_pass(num_tokens)):
+    device = torch.device(runner.model_runner.device)
+    with phase.scope(run.captured_pass(num_tokens, runner.max_num_tokens, device)):
         return original(runner, forward_batch, num_tokens, *args, **kwargs)
 
 

@@ -130,19 +130,19 @@ class EagerRows:
 class GraphRows:
     """The buffers on the GPU that captured prefill graphs read: ``capacity`` row numbers, and their inverse.
 
-    A graph captured for T token rows reads the first ``min(capacity, T)`` row numbers and the first T slots, so all
-    graphs share these buffers.
+    A graph captured for T token rows, at most ``tokens``, reads the first ``min(capacity, T)`` row numbers and the
+    first T slots, so all graphs share these buffers.
     """
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
+    def __init__(self, capacity: int, tokens: int, device: torch.device) -> None:
         self.capacity = capacity
         self.index = torch.full((capacity,), -1, dtype=torch.int64, device=device)
-        self._slots: list[torch.Tensor] = []  # the last is the largest; graphs may hold the addresses of the others
+        self._slots = torch.full((tokens,), -1, dtype=torch.int32, device=device)
+        self._numbers = torch.arange(capacity, dtype=torch.int32, device=device)
         self._loaded: tuple[tuple[int, int], ...] = ()
 
-    def fill(self, ranges: Iterable[tuple[int, int]]) -> None:
+    def fill(self, ranges: tuple[tuple[int, int], ...]) -> None:
         """Loads the rows of the pass about to be replayed, on the current stream; at most ``capacity`` of them."""
-        ranges = tuple(ranges)
         if ranges == self._loaded:
             return
         self._loaded = ranges
@@ -150,17 +150,13 @@ class GraphRows:
         numbers = row_numbers(ranges)
         staged[: len(numbers)] = numbers
         self.index.copy_(staged, non_blocking=True)
-        used = self.index[: len(numbers)]
-        for slots in self._slots:
-            slots.fill_(-1)
-            fits = used[: int((numbers < len(slots)).sum())]
-            slots[fits] = torch.arange(len(fits), dtype=torch.int32, device=slots.device)
+        self._slots.fill_(-1)
+        self._slots.index_copy_(0, self.index[: len(numbers)], self._numbers[: len(numbers)])
 
     def of(self, tokens: int) -> CapturedRows:
-        if not self._slots or len(self._slots[-1]) < tokens:
-            self._slots.append(torch.full((tokens,), -1, dtype=torch.int32, device=self.index.device))
-            self.fill(())
-        return CapturedRows(tokens, self.index[: min(self.capacity, tokens)], self._slots[-1][:tokens])
+        if tokens > len(self._slots):
+            raise ValueError(f"a prefill graph of {tokens} rows, where the largest was to have {len(self._slots)}")
+        return CapturedRows(tokens, self.index[: min(self.capacity, tokens)], self._slots[:tokens])
 
 
 @dataclass(frozen=True, eq=False)

@@ -124,8 +124,13 @@ class Runtime:
 
     # -- prefill CUDA graphs ---------------------------------------------------------------------------------------
 
-    def captured_pass(self, tokens: int) -> Pass:
-        """The pass that a prefill graph of ``tokens`` rows is captured with."""
+    def captured_pass(self, tokens: int, most: int, device: torch.device) -> Pass:
+        """The pass that a prefill graph of ``tokens`` rows, at most ``most``, is captured with."""
+        if not self._captured and self.split:
+            if self.recipe.protect_last_prompt_token:
+                self.graph_rows = GraphRows(GRAPH_ROWS, most, device)
+            elif self.prunes:
+                self.graph_read = GraphRows(GRAPH_ROWS, most, device)
         self._captured = True
         rows = self.graph_rows.of(tokens) if self.graph_rows else None
         read = None

@@ -297,6 +297,29 @@ def test_a_prompts_logits_alone_and_in_company(servers: Servers) -> None:
     assert mean.pop("low") <= 1.5 * max(mean.values())
 
 
+# -- the last layer ---
+
+
+def test_input_logprobs_read_every_row(servers: Servers) -> None:
+    """The last layer leaves out rows that nobody reads; whoever asks for input logprobs reads them all."""
+    prompt = ids(random.Random(19), 300)
+    wanted: dict[str, list[float]] = {}
+    for name, server in (("control", servers.control), ("low", servers.low)):
+        server.flush()
+        answer = server.generate(prompt, 4, return_logprob=True, logprob_start_len=0)
+        wanted[name] = [value for value, *_ in answer["meta_info"]["input_token_logprobs"][1:]]
+        server.flush()
+        usual = server.generate(prompt, 4, return_logprob=True)
+        assert answer["output_ids"] == usual["output_ids"]
+        # The same rows in another GEMM shape: BF16 rounding, far below what another precision would move.
+        for before, after in zip(outputs([answer])[0][1], outputs([usual])[0][1], strict=True):
+            assert abs(before - after) < 0.1
+    moved = [abs(low - control) for low, control in zip(wanted["low"], wanted["control"], strict=True)]
+    shuffled = [abs(low - control) for low, control in zip(wanted["low"], wanted["control"][::-1], strict=True)]
+    print(f"input logprobs: {len(moved)}, moved by {sum(moved) / 299:.3f}; of other rows by {sum(shuffled) / 299:.3f}")
+    assert len(moved) == 299 and 0 < sum(moved) < 0.5 * sum(shuffled)
+
+
 # -- requests and surface ---
 
 
@@ -357,6 +380,7 @@ def test_log_lines(servers: Servers) -> None:
     text = servers.low.log.read_text()
     low = servers.low.state()["precision"]["prefill"]
     assert text.count(f": recipe {LOW_RECIPE} -> prefill ") == 1
+    assert "mixquant: fused in prefill: " in text and "the last layer's unread rows left out" in text
     assert "mixquant: linears by prefill precision: " in text and "stays BF16 (never quantised): lm_head" in text
     assert f"#{low}-token: " in text and "#protected-row: 1, " in text
     assert "is not fully optimized" not in text

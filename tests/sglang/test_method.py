@@ -82,7 +82,7 @@ def test_protected_rows_are_bf16_and_the_others_are_not_touched(name: str, devic
 @pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
 def test_a_captured_graph_protects_the_rows_of_each_replay(name: str) -> None:
     _, layer, x = make(name, "cuda")
-    graph_rows = GraphRows(4, x.device)
+    graph_rows = GraphRows(4, 64, x.device)
     apply(layer, x, Pass(Phase.PREFILL, graph_rows.of(len(x))))  # compile outside of the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -90,7 +90,7 @@ def test_a_captured_graph_protects_the_rows_of_each_replay(name: str) -> None:
     low = apply(layer, x, Pass(Phase.PREFILL))
     for ranges in ([], [(6, 7)], [(0, 1), (3, 5)], [(2, 6)], [(6, 7)]):
         out.fill_(torch.nan)
-        graph_rows.fill(ranges)
+        graph_rows.fill(tuple(ranges))
         graph.replay()
         chosen = [i for start, stop in ranges for i in range(start, stop)]
         others = [i for i in range(len(x)) if i not in chosen]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 from mixquant_sglang.rows import EagerRows, GraphRows, RequestRows, RowPlan, plan, row_numbers
@@ -93,18 +94,15 @@ def test_eager_rows_gather_and_scatter_exactly_the_protected_rows() -> None:
 
 
 def test_graph_rows_share_one_index_and_keep_its_inverse() -> None:
-    rows = GraphRows(4, torch.device("cpu"))
+    rows = GraphRows(4, 16, torch.device("cpu"))
     large, small = rows.of(16), rows.of(8)
     assert large.index.data_ptr() == small.index.data_ptr() and large.slots.data_ptr() == small.slots.data_ptr()
-    rows.fill([(2, 4), (7, 8)])
+    rows.fill(((2, 4), (7, 8)))
     assert large.index.tolist() == [2, 3, 7, -1] and small.slots.tolist() == [-1, -1, 0, 1, -1, -1, -1, 2]
-    rows.fill([(15, 16)])
+    rows.fill(((15, 16),))
     assert large.index.tolist() == [15, -1, -1, -1] and large.slots.tolist() == [-1] * 15 + [0]
-    # A graph of more rows than any before gets a longer buffer; the older graphs keep theirs.
-    larger = rows.of(32)
-    rows.fill([(5, 6), (20, 21)])
-    assert larger.slots.tolist() == [-1] * 5 + [0] + [-1] * 14 + [1] + [-1] * 11
-    assert large.slots.tolist() == [-1] * 5 + [0] + [-1] * 10
-    rows.fill([])
-    assert larger.index.tolist() == [-1] * 4 and set(larger.slots.tolist()) == set(large.slots.tolist()) == {-1}
+    rows.fill(())
+    assert large.index.tolist() == [-1] * 4 and set(large.slots.tolist()) == {-1}
     assert rows.of(3).index.tolist() == [-1] * 3
+    with pytest.raises(ValueError, match="a prefill graph of 17 rows"):
+        rows.of(17)

@@ -79,11 +79,11 @@ def test_which_passes_a_captured_graph_computes() -> None:
     whole = run.plan_prefill([RequestRows(1, 299, 300)], CPU)
     assert not run.can_replay(fits)  # no graphs were captured with an index buffer
     assert run.can_replay(run.plan_prefill([RequestRows(128, 0, 300)], CPU))
-    run.graph_rows = GraphRows(GRAPH_ROWS, CPU)
+    run.graph_rows = GraphRows(GRAPH_ROWS, 8192, CPU)
     assert run.can_replay(fits) and not run.can_replay(too_many) and not run.can_replay(whole)
     run.graphs_are_stale("a.layer")
     assert run.can_replay(fits)  # nothing was captured that could be stale
-    run.captured_pass(8)
+    run.captured_pass(8, 8192, CPU)
     run.graphs_are_stale("a.layer")
     assert not run.can_replay(fits)
     assert make("bf16").can_replay(make("bf16").plan_prefill(MIXED, CPU))
@@ -111,16 +111,14 @@ def test_which_rows_the_last_layer_computes() -> None:
 def test_graphs_of_a_pruned_last_layer() -> None:
     run = make()
     run.prunes = True
-    run.graph_rows = GraphRows(GRAPH_ROWS, CPU)
-    captured = run.captured_pass(128)
+    captured = run.captured_pass(128, 8192, CPU)
     assert captured.read is captured.rows is not None
     assert run.can_replay(run.plan_prefill(MIXED, CPU)) and not run.can_replay(
         run.plan_prefill(MIXED, CPU, reads_all=True)
     )
     unprotected = make(protect_last_prompt_token=False)
     unprotected.prunes = True
-    unprotected.graph_read = GraphRows(GRAPH_ROWS, CPU)
-    captured = unprotected.captured_pass(128)
+    captured = unprotected.captured_pass(128, 8192, CPU)
     assert captured.rows is None and captured.read is not None
     plan = unprotected.plan_prefill([RequestRows(100, 0, 100), RequestRows(20, 0, 90)], CPU)
     assert unprotected.can_replay(plan)

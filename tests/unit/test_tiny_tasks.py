@@ -50,7 +50,6 @@ def run(data: Path, out: Path, *flags: str) -> int:
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "trained"
     assert run(data, out, "--steps", "30") == 0
-    torch.use_deterministic_algorithms(False)
     return out
 
 
@@ -157,6 +156,16 @@ def test_an_agent_is_answered_by_pages_that_depend_on_its_calls() -> None:
     assert right.splitlines()[0] == "page 1234, 1 of 4"
 
 
+def test_the_agents_system_message_is_what_the_template_makes_of_its_tool(data: Path) -> None:
+    from tiny_tasks import SYSTEM, TOOL
+    from transformers import AutoTokenizer
+
+    library = AutoTokenizer.from_pretrained(data / "tokenizer")
+    user = [{"role": "user", "content": "x"}]
+    with_tool = library.apply_chat_template(user, tools=[TOOL], tokenize=False)
+    assert library.apply_chat_template([{"role": "system", "content": SYSTEM}, *user], tokenize=False) == with_tool
+
+
 def test_quotes_name_a_version_that_differs_from_the_others() -> None:
     from tiny_tasks import LEVELS, examples
 
@@ -201,9 +210,7 @@ def test_segments_are_what_the_chat_template_renders(task: str, data: Path) -> N
         messages = [*example.messages, *example.turns]
         for turns, rendered in ((True, messages), (False, example.messages)):
             parts = segments(example, turns)
-            text = library.apply_chat_template(
-                rendered, tools=example.tools, tokenize=False, add_generation_prompt=not turns
-            )
+            text = library.apply_chat_template(rendered, tokenize=False, add_generation_prompt=not turns)
             assert "".join(part for part, _ in parts) == text
             assert [token for part, _ in parts for token in ours.encode(part)] == library.encode(text)
         learnt = [part for part, learns in segments(example) if learns]
@@ -295,7 +302,7 @@ def test_transformers_computes_the_same(trained: Path, data: Path) -> None:
 def test_training_learns(trained: Path) -> None:
     log = json.loads((trained / "training.json").read_text())
     assert log[0]["step"] == 1 and log[-2]["step"] == 30
-    assert log[-2]["text"] < 0.85 * log[0]["text"]
+    assert log[-2]["text"] < log[0]["text"] - 0.5
     assert log[-1]["schedule"] == {"decay_from": 21, "steps": 30}
 
 
@@ -308,7 +315,6 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     with pytest.raises(SystemExit, match="the same flags"):
         run(data, out, "--steps", "30", "--resume", "--seed", "5")
     assert run(data, out, "--steps", "30", "--resume") == 0
-    torch.use_deterministic_algorithms(False)
     for name in ("model-00001-of-00001.safetensors", "config.json"):
         assert (out / name).read_bytes() == (trained / name).read_bytes()
 
@@ -316,7 +322,6 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 def test_a_run_without_steps_fits_its_schedule_into_the_time(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "timed"
     assert run(data, out, "--minutes", "0.06") in (0, 3)  # 3: a busy machine left no time for the decay
-    torch.use_deterministic_algorithms(False)
     assert (out / "model.safetensors.index.json").exists()
 
 
@@ -324,6 +329,37 @@ def test_resume_needs_a_state(data: Path, tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         run(data, tmp_path / "none", "--resume")
     assert "--resume needs the file" in capsys.readouterr().err
+
+
+def test_a_model_that_is_always_right_gets_all_points(
+    trained: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_tiny_model
+    from tiny_model import Model, read_checkpoint
+    from tiny_tasks import examples, segments
+
+    source = train_tiny_model.Data(data, "eval")
+    encode, right = source.tokenizer.encode, {}
+    for task in TASKS:
+        for example in examples(task, "eval", 3, level=1, length=512, lines=source.lines):
+            before = "".join(text for text, _ in segments(example, turns=False))
+            for turn in example.turns if example.page else example.turns[:1]:
+                if turn["role"] == "assistant":
+                    right[tuple(encode(before))] = turn["content"]
+                    before += f"{turn['content']}<|im_end|>\n"
+                else:
+                    before += f"<|im_start|>user\n<tool_response>\n{turn['content']}\n</tool_response><|im_end|>\n"
+                    before += "<|im_start|>assistant\n"
+
+    def oracle(model: Model, prompts: list[list[int]], max_new: int, stop: int, **arm: Any) -> list[list[int]]:
+        answers = [encode(right[tuple(prompt)]) for prompt in prompts]
+        assert max(map(len, answers)) < max_new
+        return answers
+
+    monkeypatch.setattr(train_tiny_model, "generate", oracle)
+    model = Model(*read_checkpoint(trained))
+    for task in TASKS:
+        assert train_tiny_model.accuracy(model, source, task, 1, 512, 3, {}) == 1.0
 
 
 @pytest.mark.parametrize("task", ["find", "agent"])

@@ -1,0 +1,326 @@
+"""The tasks of the trained tiny model, made by code: what it learns, and what it is measured by.
+
+A task is a conversation in the chat template of make_tiny_model.py; the model learns the assistant's turns. All of them
+look for something among near-identical things in a long prompt, because that is where a rounding error of the prefill
+can show; most of them then write long, step by step, because that is where an error of decode builds up.
+
+    find    records key=value; keys differ from each other in one digit          482917=550812
+    hops    a graph with numbered doors; a path of many doors, each hop written  3:4829.2>1730
+    order   a price list; a long order, each price looked up, added or taken off with every carry written
+    agent   open a page with a tool, find a reference between lines of real code, open that page, ..., answer
+    quote   several versions of an excerpt of real code that differ in a word here and there; quote lines of one
+
+Difficulty is the table LEVELS. Training draws every knob anew from the range that the table spans, and prompts of any
+length; evaluation takes one level, one length, other seeds, and lines of files that training never saw.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from tiny_text import stdlib_files, usable_lines
+
+# Knobs by level, the easiest first. digits: of a key; near: the share of keys that are another one with one digit
+# changed; hops, lines, pages: written steps; versions: copies of the excerpt.
+LEVELS: dict[str, tuple[dict[str, float], ...]] = {
+    "find": ({"digits": 4, "near": 0.0}, {"digits": 5, "near": 0.8}, {"digits": 7, "near": 0.95}),
+    "hops": ({"digits": 4, "hops": 4}, {"digits": 4, "hops": 12}, {"digits": 4, "hops": 32}),
+    "order": ({"digits": 4, "lines": 3}, {"digits": 4, "lines": 8}, {"digits": 5, "lines": 20}),
+    "agent": ({"digits": 3, "pages": 2}, {"digits": 3, "pages": 4}, {"digits": 4, "pages": 8}),
+    "quote": ({"versions": 2, "lines": 1}, {"versions": 5, "lines": 3}, {"versions": 12, "lines": 6}),
+}
+EASIEST = {"hops": 1, "lines": 1, "pages": 1}  # training goes down to these
+TASKS = tuple(LEVELS)
+LEVEL = dict.fromkeys(TASKS, 1)  # the level that a measurement uses unless told otherwise
+LENGTHS = (2048, 4096, 8192)  # prompt tokens, roughly; a prompt is at most this long
+TOTAL_DIGITS = 5
+QUESTIONS = {"find": 24, "hops": 3, "order": 3, "agent": 1, "quote": 6}  # at most, about one prompt, in training
+
+TOOL = {
+    "name": "open",
+    "description": "Open a page.",
+    "parameters": {"type": "object", "properties": {"page": {"type": "string"}}, "required": ["page"]},
+}
+# What the chat template makes of `tools`, as a system message: what SGLang adds to a tool differs between its versions.
+SYSTEM = f"""\
+# Tools
+Each line is one function that you may call.
+<tools>
+{json.dumps(TOOL)}
+</tools>
+To call one, write:
+<tool_call>
+{{"name": "...", "arguments": {{...}}}}
+</tool_call>"""
+_CALL = re.compile(r'<tool_call>\s*\{"name": "open", "arguments": \{"page": "([^"]*)"\}\}\s*</tool_call>')
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem. ``messages`` ends with the user's; ``turns`` are the further ones of the right conversation,
+    assistant's first (training learns them all); ``answer`` is the last of the first question's turns."""
+
+    task: str
+    level: int | None
+    length: int
+    messages: list[Message]
+    answer: str
+    turns: list[Message]
+    page: Callable[[str, int], str] | None = field(default=None, compare=False)
+
+    def reply(self, output: str, calls: int) -> str | None:
+        """What the tool returns for the model's turn, `calls` calls having gone before; None: it called none."""
+        call = _CALL.search(output)
+        return self.page(call[1], calls) if call and self.page else None
+
+    @property
+    def max_calls(self) -> int:
+        return sum(turn["role"] == "tool" for turn in self.turns)
+
+    @property
+    def longest(self) -> str:
+        """The longest turn that the first question asks of the model: how many tokens it needs."""
+        asked = self.turns if self.page else self.turns[:1]
+        return max((turn["content"] for turn in asked if turn["role"] == "assistant"), key=len)
+
+
+def examples(
+    task: str,
+    split: str,
+    n: int,
+    seed: int = 0,
+    *,
+    level: int | None = None,
+    length: int = 2048,
+    lines: list[str] | None = None,
+) -> list[Example]:
+    """`n` problems of one level (default: LEVEL) with prompts of at most `length` tokens; the same for the same
+    arguments. `lines` is the real text to use (default: the Python library's, of that split)."""
+    if task not in LEVELS:
+        raise ValueError(f"task {task!r}: allowed are {', '.join(TASKS)}")
+    level = LEVEL[task] if level is None else level
+    if not 0 <= level < len(LEVELS[task]):
+        raise ValueError(f"level {level} of {task}: allowed are 0 to {len(LEVELS[task]) - 1}")
+    lines = default_lines(split) if lines is None else lines
+    made = []
+    for i in range(n):
+        rng = random.Random(f"{task}/{split}/{seed}/{level}/{length}/{i}")
+        made.append(_make(task, rng, LEVELS[task][level], level, length, lines, questions=1))
+    return made
+
+
+def training_example(task: str, rng: random.Random, length: int, lines: list[str]) -> Example:
+    """A conversation of drawn difficulty, with several questions about one prompt."""
+    knobs = {}
+    for name in LEVELS[task][0]:
+        values = [level[name] for level in LEVELS[task]]
+        low, high = min(EASIEST.get(name, values[0]), *values), max(values)
+        knobs[name] = rng.uniform(low, high) if isinstance(high, float) else rng.randint(int(low), int(high))
+    return _make(task, rng, knobs, None, length, lines, rng.randint(1, QUESTIONS[task]))
+
+
+def correct(task: str, output: str, answer: str) -> bool:
+    """Whether the model's last turn has the right result: the quoted lines, or the last number of the text."""
+    if task == "quote":
+        return output.strip() == answer.strip()
+    numbers = re.findall("[0-9]+", output)
+    return bool(numbers) and numbers[-1] == re.findall("[0-9]+", answer)[-1]
+
+
+def segments(example: Example, turns: bool = True) -> list[tuple[str, bool]]:
+    """The conversation's text as the chat template renders it, cut into (text, learnt); without `turns` the prompt
+    with the assistant's opening at its end."""
+    parts: list[tuple[str, bool]] = []
+    for message in [*example.messages, *(example.turns if turns else [])]:
+        role, text = message["role"], message["content"]
+        if role == "assistant":
+            parts += [("<|im_start|>assistant\n", False), (f"{text}<|im_end|>", True), ("\n", False)]
+        else:
+            text = f"<tool_response>\n{text}\n</tool_response>" if role == "tool" else text
+            parts.append((f"<|im_start|>{'user' if role == 'tool' else role}\n{text}<|im_end|>\n", False))
+    return parts if turns else [*parts, ("<|im_start|>assistant\n", False)]
+
+
+@lru_cache(maxsize=2)
+def default_lines(split: str) -> list[str]:
+    return usable_lines(list(stdlib_files(split).values()))
+
+
+# -- the tasks: the prompt's data, and questions about it with their answers -------------------------------------------
+
+Asked = list[tuple[str, str]]
+
+
+def _number(rng: random.Random, digits: int) -> str:
+    return "".join(rng.choices("0123456789", k=digits))
+
+
+def _keys(rng: random.Random, n: int, digits: int, near: float) -> list[str]:
+    """`n` different numbers in random order; a share `near` of them is another one with one digit changed."""
+    n = min(n, 10**digits // 3)
+    keys = [_number(rng, digits)]
+    seen = set(keys)
+    while len(keys) < n:
+        if rng.random() < near:
+            key, at = rng.choice(keys), rng.randrange(digits)
+            key = key[:at] + rng.choice("0123456789") + key[at + 1 :]
+        else:
+            key = _number(rng, digits)
+        if key not in seen:
+            seen.add(key)
+            keys.append(key)
+    rng.shuffle(keys)
+    return keys
+
+
+def _find(rng: random.Random, knobs: dict[str, int], length: int, questions: int) -> tuple[str, Asked]:
+    keys = _keys(rng, max(4, (length - 40) // (knobs["digits"] + 8)), knobs["digits"], knobs["near"])
+    records = {key: _number(rng, 6) for key in keys}
+    asked = [(f"Value of {key}?", f"{key}={records[key]}") for key in rng.sample(keys, min(questions, len(keys)))]
+    return "\n".join(f"{key}={value}" for key, value in records.items()), asked
+
+
+def _hops(rng: random.Random, knobs: dict[str, int], length: int, questions: int) -> tuple[str, Asked]:
+    room = length - 60 - 5 * knobs["hops"]
+    edges = max(6, room // (2 * knobs["digits"] + 4))
+    nodes = _keys(rng, max(2, edges // 3), knobs["digits"], 0.5)
+    doors = {(node, door): rng.choice(nodes) for node in nodes for door in "123"}
+    lines = [f"{node}.{door}>{to}" for (node, door), to in doors.items()]
+    rng.shuffle(lines)
+    asked = []
+    for _ in range(questions):
+        at, path, steps = rng.choice(nodes), rng.choices("123", k=knobs["hops"]), []
+        question = f"From {at} by " + " ".join(f"{i}:{door}" for i, door in enumerate(path, 1))
+        for i, door in enumerate(path, 1):
+            steps.append(f"{i}:{at}.{door}>{doors[at, door]}")
+            at = doors[at, door]
+        asked.append((question, "\n".join(steps)))
+    return "\n".join(lines), asked
+
+
+def _order(rng: random.Random, knobs: dict[str, int], length: int, questions: int) -> tuple[str, Asked]:
+    room = length - 60 - (5 + knobs["digits"]) * knobs["lines"]
+    keys = _keys(rng, max(4, room // (knobs["digits"] + 6)), knobs["digits"], 0.5)
+    prices = {key: _number(rng, 4) for key in keys}
+    asked = []
+    for _ in range(questions):
+        total, steps, lines = "0" * TOTAL_DIGITS, [], []
+        for i in range(1, knobs["lines"] + 1):
+            key, sign = rng.choice(keys), "+" if total < "2" or rng.random() < 0.6 else "-"
+            work, total = _written(total, sign, prices[key])
+            lines.append(f"{i}:{sign}{key}")
+            steps.append(f"{i}:{sign}{key}={prices[key]} {work} {total}")
+        asked.append(("Total of " + " ".join(lines), "\n".join(steps)))
+    return "\n".join(f"{key}={price}" for key, price in prices.items()), asked
+
+
+def _written(total: str, sign: str, price: str) -> tuple[str, str]:
+    """Digit by digit from the right: ``7+8+1=16`` (carry 1, digit 6), ``3-5-0=18`` (borrow 1, digit 8)."""
+    carry, digits, work = 0, "", []
+    for a, b in zip(reversed(total), reversed(price.zfill(TOTAL_DIGITS)), strict=True):
+        value = int(a) + int(b) + carry if sign == "+" else int(a) - int(b) - carry
+        after = int(value > 9 or value < 0)
+        work.append(f"{a}{sign}{b}{sign}{carry}={after}{value % 10}")
+        carry, digits = after, str(value % 10) + digits
+    return ",".join(work), digits
+
+
+def _quote(
+    rng: random.Random, knobs: dict[str, int], length: int, lines: list[str], questions: int
+) -> tuple[str, Asked]:
+    count = max(2, min(knobs["versions"], (length - 60) // (30 * (knobs["lines"] + 1))))
+    height = max(knobs["lines"] + 1, (length - 60) // (count * 28))
+    start = rng.randrange(max(1, len(lines) - height))
+    base = lines[start : start + height]
+    words = sorted({word for line in base for word in re.findall("[A-Za-z]{3,}", line)}) or ["None"]
+    names = _keys(rng, count, 3, 0.5)
+    versions = {}
+    for name in names:
+        changed = [_changed(rng, line, words) if rng.random() < 0.7 else line for line in base]
+        versions[name] = [f"{name}:{i:02d} {line}" for i, line in enumerate(changed)]
+    asked = []
+    for _ in range(questions):
+        name, first = rng.choice(names), rng.randrange(len(base) - knobs["lines"] + 1)
+        last = first + knobs["lines"] - 1
+        answer = "\n".join(versions[name][first : last + 1])
+        asked.append((f"Quote {name}:{first:02d} to {name}:{last:02d}", answer))
+    return "\n\n".join("\n".join(version) for version in versions.values()), asked
+
+
+def _changed(rng: random.Random, line: str, words: list[str]) -> str:
+    found = list(re.finditer("[A-Za-z]{3,}", line))
+    if not found:
+        return line
+    match = rng.choice(found)
+    return line[: match.start()] + rng.choice(words) + line[match.end() :]
+
+
+def _page(seed: str, knobs: dict[str, int], ref: str, tokens: int, lines: list[str]) -> Callable[[str, int], str]:
+    """The tool: any page can be opened; what it holds depends on its number and on how many were opened before."""
+
+    def page(name: str, calls: int) -> str:
+        rng = random.Random(f"{seed}/{name}/{calls}")
+        texts = max(1, tokens // 2 // 20)
+        start = rng.randrange(max(1, len(lines) - texts))
+        text = lines[start : start + texts]
+        near = [ref[:i] + d + ref[i + 1 :] for i in range(len(ref)) for d in "0123456789" if d != ref[i]]
+        count = max(3, tokens // 2 // (len(ref) + 10))
+        keys = rng.sample(near, min(len(near), count // 2))
+        keys = list(dict.fromkeys([*keys, *(_number(rng, len(ref)) for _ in range(count - len(keys))), ref]))
+        for key in keys:
+            text.insert(rng.randrange(len(text) + 1), f"# ref {key}: {_number(rng, 4)}")
+        return f"page {name}, {calls + 1} of {knobs['pages']}\n" + "\n".join(text)
+
+    return page
+
+
+def _agent(rng: random.Random, knobs: dict[str, int], level: int | None, length: int, lines: list[str]) -> Example:
+    at, ref, seed = _number(rng, 4), _number(rng, knobs["digits"]), _number(rng, 12)
+    tokens = max(60, (length - 200) // knobs["pages"] - 50)
+    page = _page(seed, knobs, ref, tokens, lines)
+    question = f"Open page {at}. On each page find ref {ref} and open the page that it names; on the last, answer it."
+    turns = []
+    for calls in range(knobs["pages"]):
+        turns.append({"role": "assistant", "content": call(at)})
+        turns.append({"role": "tool", "content": page(at, calls)})
+        found = re.search(f"# ref {ref}: ([0-9]+)", turns[-1]["content"])
+        assert found, "a page without its reference"
+        at = found[1]
+    answer = f"ref {ref}: {at}"
+    turns.append({"role": "assistant", "content": answer})
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    return Example("agent", level, length, messages, answer, turns, page)
+
+
+def call(page: str) -> str:
+    return '<tool_call>\n{"name": "open", "arguments": {"page": "' + page + '"}}\n</tool_call>'
+
+
+def _make(
+    task: str,
+    rng: random.Random,
+    knobs: dict[str, Any],
+    level: int | None,
+    length: int,
+    lines: list[str],
+    questions: int,
+) -> Example:
+    if task == "agent":
+        return _agent(rng, knobs, level, length, lines)
+    if task == "quote":
+        data, asked = _quote(rng, knobs, length, lines, questions)
+    else:
+        data, asked = {"find": _find, "hops": _hops, "order": _order}[task](rng, knobs, length, questions)
+    turns = []
+    for i, (question, answer) in enumerate(asked):
+        turns += [{"role": "user", "content": question if i else f"{data}\n\n{question}"}]
+        turns += [{"role": "assistant", "content": answer}]
+    return Example(task, level, length, turns[:1], asked[0][1], turns[1:])
