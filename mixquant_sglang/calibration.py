@@ -37,15 +37,31 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     return samples
 
 
-def input_amax(
-    folder: Path, samples: list[dict[str, Any]], quantised: Mapping[str, tuple[str, ...]], device: str
-) -> dict[str, float]:
-    """Module -> the largest magnitude of its inputs over the samples' first 2048 tokens each, shared over its group."""
+def load_model(folder: Path, device: str) -> tuple[Any, Any]:
+    """The BF16 model of transformers, ready to run, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    model = model.to(device).eval()
+    return model.to(device).eval(), tokenizer
+
+
+def token_ids(tokenizer: Any, sample: dict[str, Any], *, open_turn: bool = False) -> torch.Tensor:
+    """[1, tokens] of one sample; ``open_turn``: a conversation ends where the model's answer would begin."""
+    text = sample.get("text")
+    if text is None:
+        text = tokenizer.apply_chat_template(
+            sample["messages"], tools=sample.get("tools"), tokenize=False, add_generation_prompt=open_turn
+        )
+    ids: torch.Tensor = tokenizer(text, add_special_tokens="text" in sample, return_tensors="pt").input_ids
+    return ids
+
+
+def input_amax(
+    folder: Path, samples: list[dict[str, Any]], quantised: Mapping[str, tuple[str, ...]], device: str
+) -> dict[str, float]:
+    """Module -> the largest magnitude of its inputs over the samples' first 2048 tokens each, shared over its group."""
+    model, tokenizer = load_model(folder, device)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if missing := [module for module in quantised if module not in linears]:
         raise MixQuantError(
@@ -65,11 +81,7 @@ def input_amax(
         linears[name].register_forward_pre_hook(note(name))
     with torch.inference_mode():
         for sample in tqdm(samples, desc="calibration", disable=None):
-            text = sample.get("text")
-            if text is None:
-                text = tokenizer.apply_chat_template(sample["messages"], tools=sample.get("tools"), tokenize=False)
-            ids = tokenizer(text, add_special_tokens="text" in sample, return_tensors="pt").input_ids
-            model.base_model(input_ids=ids[:, :TOKENS].to(device), use_cache=False)
+            model.base_model(input_ids=token_ids(tokenizer, sample)[:, :TOKENS].to(device), use_cache=False)
     found = {name: max(float(seen[member]) for member in group) for name, group in quantised.items()}
     if bad := next((name for name, amax in found.items() if not 0 <= amax < float("inf")), None):
         raise MixQuantError(f"--calibration: the input of {bad} is NaN or infinity; check the checkpoint")

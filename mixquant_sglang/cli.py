@@ -23,15 +23,24 @@ def main(argv: list[str] | None = None) -> int:
     doctor.add_argument("--recipe", default=None, metavar="NAME|FILE", help="look at this recipe alone")
     commands.add_parser("recipes", help="the shipped recipes")
     quantize = commands.add_parser("quantize", help="write an NVFP4 checkpoint (compressed-tensors) of a BF16 one")
+    sensitivity = commands.add_parser("sensitivity", help="which layers to keep in BF16, measured; prints a recipe")
     planner.add_arguments(commands.add_parser("plan", help="predict times, gain and memory of a model on a GPU"))
-    if "quantize" in (argv if argv is not None else sys.argv[1:])[:1]:
-        from mixquant_sglang import checkpoint  # brings torch, which the other commands do without
+    # these two bring torch, which the other commands do without
+    asked = (argv if argv is not None else sys.argv[1:])[:1]
+    if asked == ["quantize"]:
+        from mixquant_sglang import checkpoint
 
         checkpoint.add_arguments(quantize)
+    if asked == ["sensitivity"]:
+        from mixquant_sglang import sensitivity as measuring
+
+        measuring.add_arguments(sensitivity)
     args = parser.parse_args(argv)
     try:
         if args.command == "quantize":
             return checkpoint.run(args)
+        if args.command == "sensitivity":
+            return measuring.run(args)
         if args.command == "plan":
             return planner.run(args)
         return _doctor(args.recipe) if args.command == "doctor" else _recipes()

@@ -36,7 +36,7 @@ DEFAULT_RECIPES = ("bf16", "fp8", "nvfp4", "nvfp4-emulated", "nvfp4-everywhere")
 BASELINE = "bf16"
 STOCK_FP8 = "stock-fp8"  # not a recipe: SGLang's own --quantization fp8, both phases in FP8, for comparison
 
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # as in config.py
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # as in config.py
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def make_plan(name: str, model: Model, gpu: Gpu, tp: int = 1, protect: bool | No
         return Plan(name, "SGLang --quantization fp8", stock, protect=False, min_tokens=1, keeps_bf16=False)
     loaded = recipes.load(name)
     selection = select(loaded, Device(gpu.name, gpu.capability))
-    matcher = RuleMatcher(loaded.layers, _FUSED)
+    matcher = RuleMatcher(loaded.layers, FUSED)
     counts: dict[tuple[str, int, int, str, str], int] = {}
     names = []
     for leaf, n, k in shapes:
