@@ -7,11 +7,13 @@ taken, and a hook none of whose targets exists ends the start with the version, 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import pkgutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -364,8 +366,10 @@ def hush_unknown_method_warning() -> None:
     )
 
 
-def provide_fp4_linear_method() -> None:
-    """Hands SGLang's ModelOpt FP4 linear method to the native kernel, and refuses back ends that cannot serve it."""
+def provide_fp4_linear_method(*, own_quantizer: bool = True) -> None:
+    """Hands SGLang's ModelOpt FP4 linear method to the native kernel, and refuses back ends that cannot serve it.
+
+    ``own_quantizer``: activations are quantised by our kernels, fused where that is possible, or by FlashInfer's."""
     from sglang.srt.layers.quantization.fp4_utils import get_fp4_gemm_runner_backend
     from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config, ModelOptFp4LinearMethod
 
@@ -385,3 +389,23 @@ def provide_fp4_linear_method() -> None:
             "SGLANG_FLASHINFER_CUTEDSL_NVFP4_W4A16 leaves activations in BF16; unset it for native nvfp4"
         )
     blackwell.fp4_linear_method = lambda: ModelOptFp4LinearMethod(config)
+    blackwell.own_quantizer = own_quantizer
+
+
+def fp4_gemm_measuring(model_runner: Any) -> AbstractContextManager[None] | None:
+    """SGLang's context in which FlashInfer measures the GEMMs that it is asked for, and keeps the results in SGLang's
+    file of the model and rank; with several ranks they agree on them (0.5.23).  None where SGLang is not to measure:
+    ``--disable-flashinfer-autotune``, and ``--enable-deterministic-inference``, since the GEMM measured best depends on
+    the number of rows, and with it the order of summation."""
+    args = model_runner.server_args
+    if args.disable_flashinfer_autotune or args.enable_deterministic_inference:
+        return None
+    from sglang.srt.model_executor.runner.flashinfer_autotune import flashinfer_autotune_context
+
+    # that a run of the model within it computes logits: no model is run here
+    logits = {"skip_logits": False, "run_lm_head": True}
+    known = inspect.signature(flashinfer_autotune_context).parameters
+    context: AbstractContextManager[None] = flashinfer_autotune_context(
+        model_runner, **{name: value for name, value in logits.items() if name in known}
+    )
+    return context

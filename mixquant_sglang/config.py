@@ -17,7 +17,7 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
 from mixquant_sglang import __version__, compat, fusion, recipe, runtime
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels import gemm, select
+from mixquant_sglang.kernels import fp4_tactics, gemm, select
 from mixquant_sglang.kernels.verify import verify
 from mixquant_sglang.matching import RuleMatcher
 from mixquant_sglang.method import MixQuantLinearMethod
@@ -63,7 +63,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                     f"'decode: {{precision: bf16}}'; the recipe has {selection.decode}"
                 )
             if selection.kernels.get("nvfp4") == "native":
-                compat.provide_fp4_linear_method()
+                compat.provide_fp4_linear_method(own_quantizer=self._recipe.fuse)
             if self._recipe.prefill_weights:
                 if not recipe.takes_ready_made(selection.prefill, self._recipe.layers):
                     raise MixQuantError(
@@ -196,6 +196,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             for reason in sorted({*self._ready.unused.values()}):
                 names = sorted(name for name, why in self._ready.unused.items() if why == reason)
                 logger.info("mixquant: not taken from there (%s): %s", reason, _some(names))
+        self._tune_fp4(model_runner, [m for m in packed if m.runs("nvfp4", "native")])
         if self._recipe.verify and run.selection.kernels.get("nvfp4") == "native":
             first: dict[tuple[int, int], MixQuantLinearMethod] = {}
             for m in packed:
@@ -216,6 +217,13 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             with refusing():
                 rows = [2**e for e in range(8, max(most.bit_length(), 9))]
                 gemm.use(gemm.load_or_tune(sorted(fp8), rows, device, compat.kernel_versions()))
+
+    def _tune_fp4(self, model_runner: Any, methods: list[MixQuantLinearMethod]) -> None:
+        measuring = compat.fp4_gemm_measuring(model_runner) if methods else None
+        if measuring is not None:
+            most = compat.most_prefill_rows(model_runner)
+            tuned = fp4_tactics.tune([m.copy_in("nvfp4") for m in methods], most, measuring)
+            logger.info("mixquant: %s", tuned)
 
     def _fuse(self, model_runner: Any) -> None:
         done = fusion.fuse(model_runner.model)

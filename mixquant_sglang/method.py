@@ -61,6 +61,10 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         """Whether some phase runs this linear in ``precision`` with ``kernel``."""
         return precision in self._packed and self._runtime.selection.kernels[precision] == kernel
 
+    def copy_in(self, precision: str) -> PackedLinear:
+        """The packed copy of the weight, where some phase runs this linear in ``precision``."""
+        return self._packed[precision]
+
     @property
     def extra_bytes(self) -> int:
         return sum(packed.nbytes for packed in self._packed.values())
@@ -220,7 +224,7 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             if isinstance(x, torch.Tensor):
                 part = packed.matmul(read.gather(x), bias)
             else:
-                part = packed.multiply(tuple(activations.gather(t, read) for t in x.operand), bias)
+                part = packed.multiply(activations.gather(x, read), bias)
             read.scatter(out, part)
         if rows is not None:
             kept = rows.gather(x) if isinstance(x, torch.Tensor) else x.kept

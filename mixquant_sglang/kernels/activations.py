@@ -5,6 +5,7 @@ One format serves all kernels of a precision:
 | format | operand |
 |---|---|
 | "fp8" | codes float8_e4m3fn [M, K], scales float32 [M, 1] |
+| "nvfp4" | codes uint8 [M, K/2], scales float8_e4m3fn as ``formats.nvfp4.swizzle_scales``, row scales float32 [M] |
 | "qdq" | NVFP4 values as bfloat16 [M, K] (``formats.nvfp4.quantize_activations(x).dequantize()``) |
 
 On CUDA our Triton kernels make them, alone or fused with the RMSNorm or SiLU x up before them; elsewhere plain torch
@@ -35,6 +36,7 @@ class QuantizedActivations:
     operand: tuple[torch.Tensor, ...]
     kept: torch.Tensor | None
     shape: torch.Size
+    fmt: str
 
     @classmethod
     def __torch_function__(cls, function: Any, *_args: Any, **_kwargs: Any) -> NoReturn:
@@ -51,9 +53,9 @@ def quantize(x: torch.Tensor, fmt: str, rows: Rows | None = None) -> QuantizedAc
         from mixquant_sglang.kernels.triton import activations
 
         slots, kept = _kept(x, x.shape[1], rows)
-        return QuantizedActivations(activations.quantize(x, fmt, slots=slots, kept=kept), kept, x.shape)
+        return QuantizedActivations(activations.quantize(x, fmt, slots=slots, kept=kept), kept, x.shape, fmt)
     kept = x.index_select(0, rows.index) if rows is not None else None
-    return QuantizedActivations(_reference(x, fmt), kept, x.shape)
+    return QuantizedActivations(_reference(x, fmt), kept, x.shape, fmt)
 
 
 def rmsnorm(
@@ -69,7 +71,7 @@ def rmsnorm(
 
     slots, kept = _kept(x, x.shape[1], rows)
     operand = activations.rmsnorm(x, weight, eps, fmt, residual=residual, slots=slots, kept=kept)
-    return QuantizedActivations(operand, kept, x.shape)
+    return QuantizedActivations(operand, kept, x.shape, fmt)
 
 
 def silu_mul(gate_up: torch.Tensor, fmt: str, rows: Rows | None = None) -> QuantizedActivations:
@@ -78,14 +80,23 @@ def silu_mul(gate_up: torch.Tensor, fmt: str, rows: Rows | None = None) -> Quant
 
     m, k = gate_up.shape[0], gate_up.shape[1] // 2
     slots, kept = _kept(gate_up, k, rows)
-    return QuantizedActivations(activations.silu_mul(gate_up, fmt, slots=slots, kept=kept), kept, torch.Size((m, k)))
+    operand = activations.silu_mul(gate_up, fmt, slots=slots, kept=kept)
+    return QuantizedActivations(operand, kept, torch.Size((m, k)), fmt)
 
 
-def gather(operand: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """The rows [R, ...] of one tensor [M, ...] of an operand."""
-    if operand.dtype is torch.float8_e4m3fn:  # torch and Triton index bytes
-        return rows.gather(operand.view(torch.uint8)).view(operand.dtype)
-    return rows.gather(operand)
+def gather(x: QuantizedActivations, rows: Rows) -> tuple[torch.Tensor, ...]:
+    """The operand [R, K] of some of its rows."""
+    if x.fmt != "nvfp4":
+        return tuple(_gather(tensor, rows) for tensor in x.operand)
+    packed, swizzled, row_scales = x.operand
+    block_scales = _gather(nvfp4.unswizzle_scales(swizzled, *x.shape), rows)
+    return _gather(packed, rows), nvfp4.swizzle_scales(block_scales), _gather(row_scales[:, None], rows)[:, 0]
+
+
+def _gather(matrix: torch.Tensor, rows: Rows) -> torch.Tensor:
+    if matrix.dtype is torch.float8_e4m3fn:  # torch and Triton index bytes
+        return rows.gather(matrix.view(torch.uint8)).view(matrix.dtype)
+    return rows.gather(matrix)
 
 
 def _kept(x: torch.Tensor, k: int, rows: Rows | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -98,6 +109,9 @@ def _reference(x: torch.Tensor, fmt: str) -> tuple[torch.Tensor, ...]:
     if fmt == "fp8":
         packed = fp8.quantize_activations(x)
         return packed.data, packed.scales[:, None]
+    if fmt == "nvfp4":
+        q = nvfp4.quantize_activations(x)
+        return q.packed, nvfp4.swizzle_scales(q.block_scales), q.row_scales
     if fmt == "qdq":
         return (nvfp4.quantize_activations(x).dequantize(),)
     raise ValueError(f"unknown activation format {fmt!r}")

@@ -23,7 +23,7 @@ class PackedLinear(ABC):
     precision: ClassVar[str]
     kernel: ClassVar[str]
     # The format that ``multiply`` takes (kernels/activations.py); None where the kernel quantises activations itself.
-    activation_format: ClassVar[str | None] = None
+    activation_format: str | None = None
 
     @abstractmethod
     def __init__(self, weight: torch.Tensor, *, scales: str, ready: Sequence[NVFP4Tensor] | None = None) -> None:

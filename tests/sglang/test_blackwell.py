@@ -1,11 +1,13 @@
 """The native NVFP4 path up to the GEMM, without a Blackwell GPU.
 
 SGLang's own FP4 linear method runs for real: it creates, pads and swizzles.  Only its last two calls, FlashInfer's
-quantiser and GEMM, are replaced, by stand-ins that take exactly the bytes, layouts and scales of the real ones.
+quantiser and GEMM, are replaced, by stand-ins that take exactly the bytes, layouts and scales of the real ones.  Tests
+that take ``quantizer`` run twice: with activations that our quantiser made, and with SGLang's calling FlashInfer's.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from types import SimpleNamespace
 
@@ -13,21 +15,30 @@ import pytest
 import torch
 from sglang.srt.layers.quantization import modelopt_quant
 
-from mixquant_sglang import compat
+from mixquant_sglang import compat, phase, recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
-from mixquant_sglang.kernels import blackwell
+from mixquant_sglang.kernels import Selection, blackwell, fp4_tactics
+from mixquant_sglang.kernels import activations as quantized
 from mixquant_sglang.kernels.blackwell import NativeNVFP4
 from mixquant_sglang.kernels.emulated import EmulatedNVFP4
 from mixquant_sglang.kernels.verify import ROWS, TOLERANCE, Pair, activations, verify
+from mixquant_sglang.phase import Pass, Phase
+from mixquant_sglang.rows import EagerRows
+from mixquant_sglang.runtime import Runtime
 
 SHAPES = [(128, 64), (96, 48), (40, 80), (256, 256)]  # with and without padding of N to 32 and K to 32
 
 
-def quantizer(x: torch.Tensor, global_scale: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor]:
+CALLS: list[str] = []
+
+
+def fp4_quantize(x: torch.Tensor, global_scale: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor]:
     """FlashInfer's ``fp4_quantize``: codes [M, K/2], and block scales swizzled 128x4; ``global_scale`` encodes."""
+    assert x.dtype == torch.bfloat16 and x.is_contiguous() and global_scale.shape == ()
     packed = nvfp4.quantize(x, scales="absmax", tensor_scale=float(1 / global_scale))
-    return packed.packed, packed.swizzled_scales()
+    CALLS.append("fp4_quantize")
+    return packed.packed, packed.swizzled_scales().view(torch.uint8)
 
 
 def gemm(
@@ -40,11 +51,15 @@ def gemm(
     n: int,
 ) -> torch.Tensor:
     """FlashInfer's ``mm_fp4`` as SGLang calls it: transposed weight and scales, alpha on the FP32 sum."""
-    assert weight.shape == (x.shape[1], n) and weight_scales.dtype == x_scales.dtype == torch.float8_e4m3fn
     k = 2 * x.shape[1]
+    assert weight.shape == (x.shape[1], n) and k % 32 == n % 32 == 0 and dtype == torch.bfloat16
+    assert x.dtype == weight.dtype == x_scales.dtype == torch.uint8 and weight_scales.dtype == torch.float8_e4m3fn
+    assert x_scales.shape == (-(-x.shape[0] // 128) * 128, -(-k // 64) * 4)
+    assert x.is_contiguous() and x_scales.is_contiguous() and weight.T.is_contiguous() and alpha.shape == ()
+    CALLS.append("fp4_gemm")
 
     def read(codes: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
-        linear = nvfp4.unswizzle_scales(scales.contiguous(), rows, k)
+        linear = nvfp4.unswizzle_scales(scales.contiguous().view(torch.float8_e4m3fn), rows, k)
         one = torch.ones((), dtype=torch.float32)
         return nvfp4.NVFP4Tensor(codes.contiguous(), linear, one).unscaled(torch.float32)
 
@@ -63,25 +78,128 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     if hasattr(modelopt_quant, "get_platform"):
         monkeypatch.setattr(modelopt_quant, "get_platform", lambda: SimpleNamespace(is_blackwell=True))
     monkeypatch.setattr(modelopt_quant, "enable_flashinfer_fp4_gemm", True)
-    monkeypatch.setattr(modelopt_quant, "fp4_quantize", quantizer)
+    monkeypatch.setattr(modelopt_quant, "fp4_quantize", fp4_quantize)
     monkeypatch.setattr(modelopt_quant, "fp4_gemm", gemm)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr("sglang.srt.layers.quantization.fp4_utils.get_fp4_gemm_runner_backend", lambda: backend)
     monkeypatch.setattr(blackwell, "fp4_linear_method", None)
+    monkeypatch.setattr(blackwell, "own_quantizer", None)
     monkeypatch.setenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", "1")
     compat.provide_fp4_linear_method()
+    CALLS.clear()
+
+
+@pytest.fixture(params=["ours", "flashinfer"])
+def quantizer(request: pytest.FixtureRequest, stand_ins: None) -> str:
+    compat.provide_fp4_linear_method(own_quantizer=request.param == "ours")
+    return str(request.param)
+
+
+def tokens(m: int, k: int) -> torch.Tensor:
+    """Rows of very different magnitude, zero blocks, and a row of zeros."""
+    x = torch.randn(m, k, dtype=torch.bfloat16) * torch.logspace(-20, 20, m)[:, None].to(torch.bfloat16)
+    x[:, 16:32] = 0
+    x[1 : m // 2 : 50] = 0
+    return x
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("m", [1, 5, 130])
-def test_native_gives_the_numbers_of_the_emulated_kernel(m: int, n: int, k: int) -> None:
+def test_native_gives_the_numbers_of_the_emulated_kernel(m: int, n: int, k: int, quantizer: str) -> None:
     torch.manual_seed(0)
     weight = torch.randn(n, k, dtype=torch.bfloat16) * 0.03
-    x = torch.randn(m, k, dtype=torch.bfloat16) * torch.logspace(-3, 3, m)[:, None].to(torch.bfloat16)
-    bias = torch.randn(n, dtype=torch.bfloat16)
+    x, bias = tokens(m, k), torch.randn(n, dtype=torch.bfloat16)
     native, emulated = NativeNVFP4(weight, scales="search"), EmulatedNVFP4(weight, scales="search")
     assert torch.equal(native.matmul(x, None), emulated.matmul(x, None))
     assert torch.equal(native.matmul(x, bias), emulated.matmul(x, bias))
+    assert set(CALLS) == ({"fp4_gemm"} if quantizer == "ours" else {"fp4_quantize", "fp4_gemm"})
+    assert native.matmul(x[:0], bias).shape == (0, n)
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_rows_do_not_depend_on_each_other(n: int, k: int, quantizer: str) -> None:
+    torch.manual_seed(0)
+    native, x = NativeNVFP4(torch.randn(n, k, dtype=torch.bfloat16)), tokens(9, k)
+    together = native.matmul(x, None)
+    for i in range(9):
+        assert torch.equal(native.matmul(x[i : i + 1], None)[0], together[i])
+    if quantizer == "flashinfer":
+        return  # what it makes of NaN is its own affair
+    x[4, 3], x[6, 1] = torch.nan, -torch.inf
+    poisoned = native.matmul(x, None)
+    others = [0, 1, 2, 3, 5, 7, 8]
+    assert torch.equal(poisoned[others], together[others]) and bool(poisoned[[4, 6]].isnan().all())
+
+
+@pytest.mark.parametrize("k", [64, 48, 80])
+def test_the_activations_that_the_gemm_reads(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    """Both quantisers hand over the same bytes: codes padded as the weight is, and swizzled scales."""
+    read: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def spy(x: torch.Tensor, w: torch.Tensor, xs: torch.Tensor, *rest: object) -> torch.Tensor:
+        read.append((x, xs))
+        return gemm(x, w, xs, *rest)
+
+    monkeypatch.setattr(modelopt_quant, "fp4_gemm", spy)
+    weight, x = torch.randn(96, k, dtype=torch.bfloat16), tokens(130, k)
+    for own in (True, False):
+        compat.provide_fp4_linear_method(own_quantizer=own)
+        NativeNVFP4(weight).matmul(x, None)
+    (ours, our_scales), (theirs, their_scales) = read
+    expected = nvfp4.quantize_activations(x)
+    assert torch.equal(ours, theirs) and torch.equal(our_scales, their_scales)
+    assert torch.equal(ours[:, : k // 2], expected.packed) and not ours[:, k // 2 :].any()
+    linear = nvfp4.unswizzle_scales(our_scales, 130, k)
+    assert torch.equal(linear, expected.block_scales.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 16), (128, 64), (129, 80), (200, 2048), (257, 48)])
+def test_swizzle_is_sglangs(n: int, k: int) -> None:
+    from sglang.srt.layers.quantization.utils import swizzle_blockscale
+
+    scales = torch.randint(1, 127, (n, k // 16), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    theirs = swizzle_blockscale(scales)
+    assert torch.equal(nvfp4.swizzle_scales(scales).view(torch.uint8), theirs.view(torch.uint8))
+    assert torch.equal(nvfp4.unswizzle_scales(theirs, n, k).view(torch.uint8), scales.view(torch.uint8))
+
+
+def test_some_rows_of_an_operand() -> None:
+    """What the last layer reads (fusion.py); -1 in a captured graph gives rows that nobody reads."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(96, 80, dtype=torch.bfloat16), torch.randn(96, dtype=torch.bfloat16)
+    native, x = NativeNVFP4(weight), tokens(300, 80)
+    rows = EagerRows(300, ((3, 4), (129, 260), (299, 300)), x.device)
+    operand = quantized.gather(quantized.quantize(x, "nvfp4"), rows)
+    again = quantized.quantize(x[rows.index], "nvfp4").operand
+    for part, expected in zip(operand, again, strict=True):
+        assert torch.equal(part.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(native.multiply(operand, bias), native.matmul(x, bias)[rows.index])
+
+
+def test_the_linear_method_runs_it() -> None:
+    """Fused or not, protected rows and the rows that are read, as with the emulated kernel."""
+    from mixquant_sglang.method import MixQuantLinearMethod
+
+    asked = recipe.load("nvfp4-emulated")
+    rows = EagerRows(9, ((3, 4), (8, 9)), torch.device("cpu"))
+    x, results = tokens(9, 80), []
+    for kernel in ("native", "emulated"):
+        run = Runtime(asked, Selection("nvfp4", "bf16", {"nvfp4": kernel}, ""))
+        method, layer = MixQuantLinearMethod(run, "down_proj", "nvfp4", "bf16"), torch.nn.Module()
+        method.create_weights(layer, 80, [96], 80, 96, torch.bfloat16, weight_loader=None)
+        torch.manual_seed(0)
+        layer.weight.data = torch.randn(96, 80, dtype=torch.bfloat16)
+        method.process_weights_after_loading(layer)
+        with phase.scope(Pass(Phase.PREFILL, rows)):
+            fmt, kept = method.fusable(9)
+            fused = quantized.quantize(x, fmt, kept)
+            both = [method.apply(layer, x), method.apply(layer, fused)]
+        method.unread = torch.zeros
+        with phase.scope(Pass(Phase.PREFILL, rows, EagerRows(9, ((3, 4), (6, 9)), x.device))):
+            both += [method.apply(layer, x), method.apply(layer, fused)]
+        assert torch.equal(both[0], both[1]) and torch.equal(both[2], both[3])
+        results.append(both)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -98,7 +216,7 @@ def test_the_bytes_that_the_gemm_reads(n: int, k: int) -> None:
     assert float(shadow.alpha) == float(packed.tensor_scale) and float(shadow.input_scale_inv) == 1.0
 
 
-def test_refresh_keeps_addresses() -> None:
+def test_refresh_keeps_addresses(quantizer: str) -> None:
     weight = torch.randn(96, 48, dtype=torch.bfloat16)
     x = torch.randn(3, 48, dtype=torch.bfloat16)
     native = NativeNVFP4(weight, scales="absmax")
@@ -122,7 +240,7 @@ def test_odd_k_is_refused_by_shape() -> None:
 # Ready-made weights
 
 
-def test_parts_with_scales_of_their_own() -> None:
+def test_parts_with_scales_of_their_own(quantizer: str) -> None:
     torch.manual_seed(0)
     weight = torch.cat([torch.randn(n, 80, dtype=torch.bfloat16) * 4**i for i, n in enumerate((96, 40, 8))])
     ready = [nvfp4.quantize(part, scales="absmax") for part in weight.split([96, 40, 8])]
@@ -154,7 +272,7 @@ def test_quantising_does_not_change_the_activations(m: int) -> None:
     assert x.unique().numel() > 100 and torch.equal(x, activations(m, 320))
 
 
-def test_kernels_that_agree() -> None:
+def test_kernels_that_agree(quantizer: str) -> None:
     count, worst = verify([pair(), pair(128, 64)], torch.device("cpu"))
     assert count == 2 and worst < TOLERANCE / 4
     assert verify([], torch.device("cpu")) == (0, 0.0)
@@ -168,7 +286,7 @@ def test_another_order_of_summation_agrees(monkeypatch: pytest.MonkeyPatch) -> N
 def linear_scales(scales: torch.Tensor) -> torch.Tensor:
     """What a kernel that expects row-major scales would make of swizzled ones, and the other way round."""
     flat = scales.contiguous().view(torch.uint8).flatten()
-    return flat.roll(4).view(torch.float8_e4m3fn).view(scales.shape)
+    return flat.roll(4).view(scales.dtype).view(scales.shape)
 
 
 WRONG = {
@@ -187,7 +305,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_kernels_that_disagree(monkeypatch: pytest.MonkeyPatch, wrong: object) -> None:
+def test_kernels_that_disagree(monkeypatch: pytest.MonkeyPatch, wrong: object, quantizer: str) -> None:
     monkeypatch.setattr(modelopt_quant, "fp4_gemm", wrong)
     message = (
         r"native nvfp4 and the emulated kernel disagree on model\.layers\.0\.x, \[96, 80\] with 16 rows: relative "
@@ -196,3 +314,87 @@ def test_kernels_that_disagree(monkeypatch: pytest.MonkeyPatch, wrong: object) -
     with pytest.raises(MixQuantError) as caught:
         verify([pair()], torch.device("cpu"))
     assert re.match(message, str(caught.value))
+
+
+# The GEMMs that FlashInfer measures at start
+
+
+class Measuring:
+    """Stands for SGLang's context; notes which GEMMs run within, by their operands' shapes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.ran, self.too_large = False, [], torch.inf
+        monkeypatch.setattr(modelopt_quant, "fp4_gemm", self.gemm)
+
+    def __enter__(self) -> None:
+        self.open = True
+
+    def __exit__(self, *_: object) -> None:
+        self.open = False
+
+    def gemm(self, x: torch.Tensor, weight: torch.Tensor, *rest: object) -> torch.Tensor:
+        assert self.open
+        if x.shape[0] > self.too_large:
+            raise torch.OutOfMemoryError
+        self.ran.append((x.shape[0], weight.shape[1], 2 * x.shape[1]))
+        return torch.zeros(x.shape[0], weight.shape[1], dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("most", "rows"),
+    [(1, [256]), (256, [256]), (257, [256, 512]), (8192, [256, 512, 1024, 2048, 4096, 8192])],
+)
+def test_row_counts_that_are_measured(most: int, rows: list[int]) -> None:
+    assert fp4_tactics.buckets(most) == rows
+
+
+@pytest.mark.parametrize("most", [256, 300, 5000, 8192, 10000])
+def test_flashinfer_then_knows_every_row_count(most: int) -> None:
+    """One run in a measuring context measures every bucket up to its rows; later calls look for ``map``'s."""
+    from flashinfer.fused_moe.utils import get_hybrid_num_tokens_buckets, map_to_hybrid_bucket_uncapped
+
+    measured = {m for rows in fp4_tactics.buckets(most) for m in get_hybrid_num_tokens_buckets(rows)}
+    assert {map_to_hybrid_bucket_uncapped(m) for m in range(1, most + 1)} <= measured
+
+
+def test_each_shape_is_measured_once_for_each_row_count(monkeypatch: pytest.MonkeyPatch, quantizer: str) -> None:
+    weights = [torch.randn(n, k, dtype=torch.bfloat16) for n, k in ((64, 32), (64, 32), (40, 80))]
+    linears = [NativeNVFP4(weight) for weight in weights]
+    ready = [nvfp4.quantize(part) for part in weights[0].split([32, 32])]
+    linears += [NativeNVFP4(weights[0], ready=ready), EmulatedNVFP4(weights[0])]
+    measuring = Measuring(monkeypatch)
+    state = torch.get_rng_state()
+    tuned = fp4_tactics.tune(linears, 700, measuring)
+    shapes = [(64, 32), (64, 96), (32, 32), (32, 32)]
+    assert sorted(measuring.ran) == sorted((m, *shape) for shape in shapes for m in (256, 512, 1024))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert re.fullmatch(r"FlashInfer chose FP4 GEMMs for 3 shapes and up to 1024 rows in \d+\.\d s", str(tuned))
+
+
+def test_too_little_memory_to_measure(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    linears = [NativeNVFP4(torch.randn(n, 32, dtype=torch.bfloat16)) for n in (64, 96)]
+    measuring = Measuring(monkeypatch)
+    measuring.too_large = 256
+    fp4_tactics.tune(linears, 512, measuring)
+    assert measuring.ran == [(256, 64, 32), (256, 96, 32)]
+    assert [r.getMessage() for r in caplog.records if r.name == fp4_tactics.__name__] == [
+        f"mixquant: FP4 GEMM (({n}, 32),): too little memory to tune it with 512 rows" for n in (64, 96)
+    ]
+
+
+def runner(**changes: bool) -> SimpleNamespace:
+    args = {"disable_flashinfer_autotune": False, "enable_deterministic_inference": False, **changes}
+    return SimpleNamespace(server_args=SimpleNamespace(**args))
+
+
+def test_sglang_measures_where_it_is_to() -> None:
+    from sglang.srt.model_executor.runner import flashinfer_autotune
+    from sglang.srt.server_args import ServerArgs
+
+    assert all(hasattr(ServerArgs, name) for name in vars(runner().server_args))
+    assert compat.fp4_gemm_measuring(runner(disable_flashinfer_autotune=True)) is None
+    assert compat.fp4_gemm_measuring(runner(enable_deterministic_inference=True)) is None
+    context = compat.fp4_gemm_measuring(runner())  # SGLang's own; not entered without a GPU
+    assert context is not None and hasattr(context, "__enter__")
+    signature = inspect.signature(flashinfer_autotune.flashinfer_autotune_context)
+    assert len(signature.parameters) == 2  # the runner, and what to do with logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -252,6 +253,7 @@ def test_native_is_verified_at_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from mixquant_sglang import kernels
+    from mixquant_sglang.kernels import fp4_tactics
     from mixquant_sglang.kernels.emulated import EmulatedNVFP4
 
     class Native(EmulatedNVFP4):
@@ -263,7 +265,17 @@ def test_native_is_verified_at_load(
 
     packed_linear = kernels.packed_linear
     monkeypatch.setattr(compat, "device", lambda: Device("NVIDIA B200", (10, 0)))
-    monkeypatch.setattr(compat, "provide_fp4_linear_method", lambda: None)
+    provided: list[bool] = []
+    monkeypatch.setattr(compat, "provide_fp4_linear_method", lambda own_quantizer: provided.append(own_quantizer))
+    tuned: list[tuple[set[type], int]] = []
+
+    def tune(linears: list[object], most_rows: int, _: object) -> fp4_tactics.Tuned:
+        tuned.append(({type(linear) for linear in linears}, most_rows))
+        return fp4_tactics.Tuned(4, 8192, 1.25)
+
+    monkeypatch.setattr(compat, "fp4_gemm_measuring", lambda _: nullcontext())
+    monkeypatch.setattr(compat, "most_prefill_rows", lambda _: 8192)
+    monkeypatch.setattr(fp4_tactics, "tune", tune)
     monkeypatch.setattr(
         "mixquant_sglang.method.packed_linear", lambda p, k: Native if k == "native" else packed_linear(p, k)
     )
@@ -272,10 +284,15 @@ def test_native_is_verified_at_load(
     with caplog.at_level(logging.INFO):
         Model(monkeypatch, folder, made).load().finish()
     shapes = "mixquant: native nvfp4 agrees with the emulated kernel for 4 shapes (worst relative error 0)"
-    assert shapes in [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records]
+    assert provided == [True] and tuned == [({Native}, 8192)]
+    tactics = messages.index("mixquant: FlashInfer chose FP4 GEMMs for 4 shapes and up to 8192 rows in 1.2 s")
+    assert messages.index(shapes) > tactics  # the check runs the GEMMs that will serve
     Native.alpha = 1.05
     with pytest.raises(
         SystemExit, match=r"disagree on model\.layers\.0\.self_attn\.qkv_proj, \[128, 64\] with 16 rows"
     ):
         Model(monkeypatch, folder, made).load().finish()
+    monkeypatch.setattr(compat, "fp4_gemm_measuring", lambda _: None)
     Model(monkeypatch, folder, made, rules="verify: false\n").load().finish()
+    assert len(tuned) == 2

@@ -31,6 +31,7 @@ MESSAGES = [
     "name",
     [
         *(f"scripts/{name}" for name in ("install", "demo", "test", "make_tiny_model", "bench_prefill", "bench_agent")),
+        "scripts/measure_formats",
         ".ci/run",
     ],
 )
@@ -249,3 +250,17 @@ def test_the_pass_timer_is_found_as_a_plugin_and_writes_what_is_read(
     text = file.read_text()
     assert [(mode, rows) for mode, rows, _ in parse_passes(text)] == [("EXTEND", 5), ("MIXED", 3)]
     assert len(parse_passes(text[:-1])) == 1  # the last line is not there yet
+
+
+def test_measure_formats_gives_the_reasons_for_the_defaults() -> None:
+    pytest.importorskip("torch")
+    command = [sys.executable, str(SCRIPTS / "measure_formats.py"), "--tokens", "64", "--outputs", "64"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    errors = json.loads(out[-1])["errors"]
+    assert len(errors) == 7 + 2 + 6 and all(len(row) == 5 for row in errors.values())
+    default, exact = errors["x: token 2^k, amax/6 (default)"], errors["x: token exact, amax/6"]
+    for name in default:
+        assert abs(default[name] - exact[name]) < 0.03 * exact[name]  # a power of two costs nothing
+        assert errors["w: search"][name] < 0.9 * errors["w: absmax"][name]
+        drifted = errors["x: tensor static, calibrated to 1/8 of it"][name]
+        assert drifted > 1.2 * default[name]
