@@ -5,13 +5,17 @@ A roofline with measured efficiencies. Each linear of a prefill pass over M toke
     max(2 M N K / (peak * fraction(precision, M)), bytes / (bandwidth * copy fraction)),
 
 attention 4 * heads * head_dim FLOPs for each (query, visible key), cached prefix included; norms, rope, SiLU and the
-quantisers what their bytes take; ``lm_head`` runs for the last row of a prompt. A pass that holds protected rows reads
-the weights of the decode precision once more, and SGLang captures that into the graph of every chunk. A decode step
-reads weights and KV and has an overhead by layer. The fractions and where they come from: ``planner_data.py``.
+quantisers what their bytes take; ``lm_head`` runs for the last row of a prompt. Low precision quantises within the
+norms and SiLU (in "elementwise"; "quantise" is what remains by itself), FP8 spares SGLang's copy of q, and the last
+layer computes o_proj and the MLP for the rows that are read; ``prefill: {fuse: false}`` turns these off. A pass in
+which prompts end reads the weights of the decode precision once more for its protected rows; others, such as middle
+chunks, pay for the launches. A decode step reads weights and KV and has an overhead by layer. The fractions and where
+they come from: ``planner_data.py``.
 
 Refused: arguments out of range, and what ``planner_data.py`` refuses. Not modelled: passes that mix prefill and decode
-rows, passes with more than 64 protected rows (which run without a graph), rates by linear rather than by layer, tile
-quantisation at small M. Needs neither a GPU nor torch nor SGLang.
+rows, passes with more than 64 protected rows (which run without a graph), rates by linear rather than by layer, which
+linears the last layer has in low precision (each counts by 1 / layers), blocks that are not fused, tile quantisation at
+small M. Needs neither a GPU nor torch nor SGLang.
 """
 
 from __future__ import annotations
@@ -66,7 +70,9 @@ def make_plan(name: str, model: Model, gpu: Gpu, tp: int = 1, protect: bool | No
     shapes = linear_shapes(model, tp)
     if name == STOCK_FP8:
         stock = tuple(Linear(leaf, n, k, model.layers, "fp8", "fp8", False, False) for leaf, n, k in shapes)
-        return Plan(name, "SGLang --quantization fp8", stock, protect=False, min_tokens=1, keeps_bf16=False)
+        return Plan(
+            name, "SGLang --quantization fp8", stock, False, min_tokens=1, keeps_bf16=False, fused=False, stock=True
+        )
     loaded = recipes.load(name)
     selection = select(loaded, Device(gpu.name, gpu.capability))
     matcher = RuleMatcher(loaded.layers, FUSED)
@@ -87,7 +93,7 @@ def make_plan(name: str, model: Model, gpu: Gpu, tp: int = 1, protect: bool | No
             prefill = decode = "bf16"  # as method.py does with a shape that a kernel refuses
         linears.append(Linear(leaf, n, k, count, prefill, decode, prefill in emulated, decode in emulated))
     kept = loaded.protect_last_prompt_token if protect is None else protect
-    return Plan(name, selection.describe(), tuple(linears), kept, loaded.min_tokens, keeps_bf16=True)
+    return Plan(name, selection.describe(), tuple(linears), kept, loaded.min_tokens, True, loaded.fuse)
 
 
 def predict(
@@ -97,7 +103,7 @@ def predict(
     baseline = baseline or make_plan(BASELINE, model, gpu, work.tp)
     cost = Cost(gpu, model, work.tp)
     parts, flops, moved = cost.prefill(plan, work)
-    parts["host"] = host.request_ms
+    parts["host"] = host.request_ms + host.token_us * work.input_len * work.batch / 1e3
     context = work.input_len + work.output_len / 2
     step, step_flops, step_moved = cost.decode(plan, work.batch, context)
     prefill, decode = sum(parts.values()), step + host.step_ms

@@ -14,7 +14,10 @@ from mixquant_sglang.planner_data import Gpu, Model
 MOST_TOKENS = 50_000_000  # of one prefill: what a second of planning can walk through
 _WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}  # per element, block scales included
 _PARTS = ("linears", "attention", "elementwise", "quantise", "dequantise", "protected", "all_reduce", "fixed")
-_INPUT_BYTES = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}
+_INPUT_BYTES = {"bf16": 2.0, "qdq": 2.0, "fp8": 1.0, "nvfp4": 0.5625}
+# What writes a linear's input, and the bytes per element of it that this moves beside the result itself.
+_BEFORE = {"self_attn.qkv_proj": "norm", "mlp.gate_up_proj": "norm", "mlp.down_proj": "silu"}
+_BEFORE_BYTES = {"norm": 6.0, "silu": 4.0}  # x, the residual and its new value; gate and up
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Workload:
     def new(self) -> int:
         return max(1, self.input_len - self.cached)
 
-    def passes(self, gpu: Gpu) -> Iterator[tuple[int, float]]:
-        """(token rows, visible keys summed over them) of each prefill pass; requests fill the chunks in turn."""
+    def passes(self, gpu: Gpu) -> Iterator[tuple[int, float, int]]:
+        """(token rows, visible keys summed over them, prompts that end) of each prefill pass; requests fill the chunks
+        in turn."""
         chunk = self.chunk or gpu.chunk
         left, at = self.new * self.batch, 0
         while left:
@@ -66,7 +70,7 @@ class Workload:
                 pairs += take * (keys + (take + min(take, data.ATTENTION_TILE)) / 2)
                 at, todo = at + take, todo - take
             left -= rows
-            yield rows, pairs
+            yield rows, pairs, at // self.new - (at - rows) // self.new
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe on a GPU and a model: which linears run how."""
+    """A recipe on a GPU and a model: which linears run how. ``fused``: prefill quantises within norms and SiLU, writes
+    q apart and leaves out the last layer's unread rows. ``stock``: another server's low precision, so never fused."""
 
     recipe: str
     describe: str
@@ -98,6 +103,8 @@ class Plan:
     protect: bool
     min_tokens: int
     keeps_bf16: bool  # the BF16 master stays beside the packed weights
+    fused: bool = True
+    stock: bool = False
 
     @property
     def extra_weight_bytes(self) -> int:
@@ -120,22 +127,27 @@ class Cost:
     def prefill(self, plan: Plan, work: Workload) -> tuple[dict[str, float], float, float]:
         parts = dict.fromkeys(_PARTS, 0.0)
         flops = moved = 0.0
-        for rows, pairs in work.passes(self.gpu):
-            low = rows >= plan.min_tokens
+        for rows, pairs, ends in work.passes(self.gpu):
+            low = rows >= plan.min_tokens and not (plan.protect and ends == rows)
             for linear in plan.linears:
                 precision, emulated = (linear.prefill, linear.prefill_emulated) if low else ("bf16", False)
-                ms, bytes_ = self._linear(linear, precision, emulated, rows, self.rates.copy)
-                parts["linears"] += ms
-                quantise, dequantise = self._conversions(linear, precision, emulated, rows)
-                parts["quantise"] += quantise
-                parts["dequantise"] += dequantise
-                flops += 2.0 * rows * linear.n * linear.k * linear.count
-                moved += bytes_
+                fused = plan.fused and precision != "bf16" and not (precision == "fp8" and emulated)
+                share = 1.0  # of the layers; in the last one, o_proj and the MLP leave out what nobody reads
+                if fused and linear.prefill != linear.decode and linear.name != "self_attn.qkv_proj":
+                    share -= 1 / self.model.layers
+                ms, bytes_ = self._linear(plan, linear, precision, emulated, rows, self.rates.copy)
+                parts["linears"] += share * ms
+                quantise, dequantise = self._conversions(plan, linear, precision, emulated, rows, fused)
+                parts["quantise"] += share * quantise
+                parts["dequantise"] += share * dequantise
+                ms, elementwise = self._before(linear, _format(precision, emulated) if fused else "bf16", rows)
+                parts["elementwise"] += ms
+                flops += share * 2.0 * rows * linear.n * linear.k * linear.count
+                moved += share * bytes_ + elementwise
                 if low and plan.protect and linear.prefill != linear.decode:
-                    weights = linear.count * linear.n * linear.k * _WEIGHT_BYTES[linear.decode]
-                    parts["protected"] += self._memory(weights, self.rates.protected)
-                    parts["protected"] += linear.count * self.rates.protected_linear_us / 1e3
-                    moved += weights
+                    ms, bytes_ = self._protected(linear, ends)
+                    parts["protected"] += ms
+                    moved += bytes_
             attention = 4.0 * pairs * self.model.heads / self.tp * self.model.head_dim * self.model.layers
             parts["attention"] += attention / (self._peak("bf16") * self.rates.attention) * 1e3
             elementwise = rows * self._elementwise_bytes()
@@ -154,11 +166,12 @@ class Cost:
         head = Linear("lm_head", self.model.vocab // self.tp, self.model.hidden, 1, "bf16", "bf16", False, False)
         ms = flops = moved = 0.0
         for linear in (*plan.linears, head):
-            time, bytes_ = self._linear(linear, linear.decode, linear.decode_emulated, batch, self.rates.weights)
+            how = linear.decode, linear.decode_emulated, batch
+            time, bytes_ = self._linear(plan, linear, *how, self.rates.weights)
             ms, moved = ms + time, moved + bytes_
             flops += 2.0 * batch * linear.n * linear.k * linear.count
             if linear.decode != "bf16":
-                ms += sum(self._conversions(linear, linear.decode, linear.decode_emulated, batch))
+                ms += sum(self._conversions(plan, linear, *how, fused=False))
                 ms += linear.count * self.rates.low_linear_us / 1e3
         kv = batch * context * kv_bytes(self.model, self.tp)
         flops += 4.0 * batch * context * self.model.heads / self.tp * self.model.head_dim * self.model.layers
@@ -166,29 +179,70 @@ class Cost:
         ms += self.model.layers * (self.rates.decode_layer_us + self.rates.decode_doubling_us * math.log2(batch)) / 1e3
         return ms, flops, moved + kv
 
-    def _linear(self, linear: Linear, precision: str, emulated: bool, rows: int, memory: float) -> tuple[float, float]:
+    def _linear(
+        self, plan: Plan, linear: Linear, precision: str, emulated: bool, rows: int, memory: float
+    ) -> tuple[float, float]:
+        """(milliseconds, bytes)."""
         run = "bf16" if emulated else precision
         n, k = linear.n, linear.k
         moved = linear.count * (rows * k * _INPUT_BYTES[run] + n * k * _WEIGHT_BYTES[run] + rows * n * 2.0)
         flops = linear.count * 2.0 * rows * n * k
-        compute = flops / (self._peak(run) * _at(self.rates.gemm[run], rows)) * 1e3
+        curve = self.rates.gemm[run]
+        if plan.stock:
+            curve = self.rates.stock_gemm.get(run, curve)
+        compute = flops / (self._peak(run) * _at(curve, rows)) * 1e3
         return max(compute, self._memory(moved, memory)), moved
 
-    def _conversions(self, linear: Linear, precision: str, emulated: bool, rows: int) -> tuple[float, float]:
-        """(activation quantiser, weight dequantiser), milliseconds."""
+    def _conversions(
+        self, plan: Plan, linear: Linear, precision: str, emulated: bool, rows: int, fused: bool
+    ) -> tuple[float, float]:
+        """(activation quantiser, weight dequantiser), milliseconds; without what ``_before`` does in passing."""
         if precision == "bf16":
             return 0.0, 0.0
         elements = linear.count * rows * linear.k
-        if not emulated:
-            return self._memory(elements * (2 + _INPUT_BYTES[precision]), self.rates.quantise[precision]), 0.0
-        weights = linear.count * linear.n * linear.k * (_WEIGHT_BYTES[precision] + 2)
-        return self._memory(elements * 4.0, self.rates.qdq), self._memory(weights, self.rates.dequantise)
+        form = _format(precision, emulated)
+        fraction = _at(self.rates.quantise["alone"][form], rows)
+        quantise = dequantise = 0.0
+        if form == "nvfp4" and not plan.stock:
+            quantise = self._memory(linear.count * rows * linear.n * 4.0, self.rates.copy)  # by row, behind the GEMM
+            if not plan.fused:
+                quantise += self._memory(elements * 6.0, self.rates.copy)  # the row scales, and x by them
+        if plan.stock or (form == "nvfp4" and not plan.fused):
+            fraction = self.rates.stock_quantise[form]
+        if not fused or linear.name not in _BEFORE:
+            quantise += self._memory(elements * (2 + _INPUT_BYTES[form]), fraction)
+        if emulated:
+            weights = linear.count * linear.n * linear.k * (_WEIGHT_BYTES[precision] + 2)
+            dequantise = self._memory(weights, self.rates.dequantise)
+        return quantise, dequantise
+
+    def _before(self, linear: Linear, form: str, rows: int) -> tuple[float, float]:
+        """(milliseconds, bytes) of the norm or SiLU that writes the input of ``linear`` as ``form``, and of the copy of
+        q behind it."""
+        ms = moved = 0.0
+        before = _BEFORE.get(linear.name)
+        if before:
+            moved = linear.count * rows * linear.k * (_BEFORE_BYTES[before] + _INPUT_BYTES[form])
+            fraction = self.rates.copy if form == "bf16" else _at(self.rates.quantise[before][form], rows)
+            ms = self._memory(moved, fraction)
+        q = self.model.heads * self.model.head_dim // self.tp
+        if linear.name == "self_attn.qkv_proj" and not (form == "fp8" and q % 64 == 0):
+            copied = linear.count * rows * q * 4.0
+            ms, moved = ms + self._memory(copied, self.rates.q_copy), moved + copied
+        return ms, moved
+
+    def _protected(self, linear: Linear, rows: int) -> tuple[float, float]:
+        """(milliseconds, bytes): launched in every pass, the kernel reads the weights for protected rows alone."""
+        if not rows:
+            return linear.count * self.rates.idle_linear_us / 1e3, 0.0
+        weights = linear.count * linear.n * linear.k * _WEIGHT_BYTES[linear.decode]
+        few, fractions = self.rates.protected
+        return self._memory(weights, fractions[rows > few]), weights
 
     def _elementwise_bytes(self) -> float:
-        """Per token row: two norms with residual, rope with q and k norms, the KV write, SiLU times up; all in BF16."""
+        """Per token row, beside ``_before``: rope with q and k norms, the KV write; all in BF16."""
         q, kv = self.model.heads * self.model.head_dim / self.tp, self._kv_width()
-        norms = 2 * 4 * self.model.hidden
-        return self.model.layers * 2.0 * (norms + 2 * (q + kv) + 4 * kv + 3 * self.model.intermediate / self.tp)
+        return self.model.layers * 2.0 * (2 * (q + kv) + 4 * kv)
 
     def _kv_width(self) -> float:
         return max(1, self.model.kv_heads // self.tp) * self.model.head_dim
@@ -214,6 +268,11 @@ def _at(curve: data.Curve, rows: int) -> float:
         if rows <= high:
             return left + (right - left) * math.log(rows / low) / math.log(high / low)
     return curve[-1][1]
+
+
+def _format(precision: str, emulated: bool) -> str:
+    """That of the activations: BF16 is what an emulated GEMM takes."""
+    return "qdq" if emulated else precision
 
 
 def linear_shapes(model: Model, tp: int) -> list[tuple[str, int, int]]:

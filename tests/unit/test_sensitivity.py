@@ -346,7 +346,7 @@ REFUSALS = (
     (("--recipe", "nvfp"), "unknown recipe 'nvfp'"),
     (("--recipe", "bf16"), "prefills every linear of model in bf16: nothing to measure"),
     (("--recipe", "nvfp4-everywhere"), "decodes in nvfp4; `sensitivity` weighs"),
-    (("--gpu", "H200", "--recipe", "nvfp4"), "is predicted to gain nothing on H200"),
+    (("--gpu", "H200", "--recipe", "nvfp4", "--input-len", "1"), "is predicted to gain nothing on H200"),
     (("--priced-as", "Qwen4"), "is neither a directory with a config.json nor a known model"),
     (("--samples", "0"), "--samples: 0 is too small; allowed: at least 1"),
     (("--max-tokens", "1"), "--max-tokens: 1 is too small; allowed: at least 2"),
