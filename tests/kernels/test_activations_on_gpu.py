@@ -99,6 +99,20 @@ def test_quantize(m: int, k: int, kind: str, fmt: str) -> None:
     all_same(poisoned(lambda fmt: activations.quantize(x, fmt), fmt), oracle(x, fmt))
 
 
+@pytest.mark.parametrize("exponent", [-120, -30, 0, 12, 105, 116])
+def test_every_block_scale_with_every_significand(exponent: int) -> None:
+    """All ties of E2M1 among them, which the FP16 products of ``_half_encode`` must decide as FP32 ones do."""
+    codes = torch.arange(127, dtype=torch.uint8, device="cuda")
+    scales = codes.view(torch.float8_e4m3fn).float().clamp(min=2.0**-11)  # 0 for blocks below 6 * 2^-10
+    units = torch.cat([scales, scales.new_tensor([2.0**-127])])[:, None]  # 0 again, where codes do not saturate
+    values = torch.cat([torch.arange(128.0, 256.0, device="cuda") * 2.0**-e for e in range(5, 12)]) * units
+    values = torch.nn.functional.pad(values.minimum(6 * units), (0, 4)).reshape(-1, 15)
+    blocks = torch.cat([values, (6 * units).repeat_interleave(60, 0)], dim=1)
+    rows = torch.nn.functional.pad(blocks.reshape(len(units), -1), (0, 16), value=2688.0)  # [128, 976]
+    x = (torch.cat([rows, -rows]) * 2.0**exponent).bfloat16()
+    all_same(activations.quantize(x, "nvfp4"), oracle(x, "nvfp4"))
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_quantize_keeps_rows(fmt: str) -> None:
     x = tokens(257, 4096, "outliers")
