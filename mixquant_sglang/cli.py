@@ -8,8 +8,9 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
-from mixquant_sglang import __version__, planner, recipe
+from mixquant_sglang import __version__, recipe
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.planner import plan as planner
 
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flashinfer-python", "transformers")
 
@@ -28,11 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     # these two bring torch, which the other commands do without
     asked = (argv if argv is not None else sys.argv[1:])[:1]
     if asked == ["quantize"]:
-        from mixquant_sglang import checkpoint
+        from mixquant_sglang.checkpoint import quantize as checkpoint
 
         checkpoint.add_arguments(quantize)
     if asked == ["sensitivity"]:
-        from mixquant_sglang import sensitivity as measuring
+        from mixquant_sglang.sensitivity import measure as measuring
 
         measuring.add_arguments(sensitivity)
     args = parser.parse_args(argv)

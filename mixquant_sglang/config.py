@@ -22,7 +22,7 @@ from mixquant_sglang.kernels.verify import verify
 from mixquant_sglang.matching import RuleMatcher
 from mixquant_sglang.method import MixQuantLinearMethod
 from mixquant_sglang.phase import Phase
-from mixquant_sglang.prefill_weights import PrefillWeights
+from mixquant_sglang.prefill_weights.weights import PrefillWeights
 from mixquant_sglang.refusals import refusing
 from mixquant_sglang.runtime import Runtime
 

@@ -124,7 +124,7 @@ def check_checkpoint(model_config: Any) -> None:
                 "convert it, or pass --dtype bfloat16 to cast it at load"
             )
         if _recipe is not None and _recipe.prefill_weights:
-            from mixquant_sglang.prefill_weights import PrefillWeights
+            from mixquant_sglang.prefill_weights.weights import PrefillWeights
 
             ready = PrefillWeights.open(_recipe.prefill_weights, _recipe.prefill_weights_at)
             ready.check_model(model_config.hf_text_config)

@@ -19,7 +19,7 @@ from mixquant_sglang.kernels.activations import QuantizedActivations
 from mixquant_sglang.kernels.verify import Pair
 from mixquant_sglang.outputs import SplitOutput
 from mixquant_sglang.phase import Phase
-from mixquant_sglang.ready_linear import ReadyLinear, Share
+from mixquant_sglang.prefill_weights.linear import ReadyLinear, Share
 from mixquant_sglang.refusals import refusing
 from mixquant_sglang.runtime import GRAPH_ROWS
 

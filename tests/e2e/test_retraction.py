@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mixquant_sglang.checkpoint import quantize_checkpoint
+from mixquant_sglang.checkpoint.quantize import quantize_checkpoint
 from tests.e2e.test_servers import FLAGS, Counted, Servers, ids, together
 from tests.support import plugins
 from tests.support.server import Server

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mixquant_sglang import checkpoint, checkpoint_files
+from mixquant_sglang.checkpoint import files as checkpoint_files
+from mixquant_sglang.checkpoint import quantize as checkpoint
 from mixquant_sglang.formats import nvfp4
 
 HIDDEN, INNER, LAYERS = 64, 96, 2

@@ -19,8 +19,9 @@ import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
-from mixquant_sglang import checkpoint, checkpoint_files
-from mixquant_sglang.checkpoint import quantize_checkpoint
+from mixquant_sglang.checkpoint import files as checkpoint_files
+from mixquant_sglang.checkpoint import quantize as checkpoint
+from mixquant_sglang.checkpoint.quantize import quantize_checkpoint
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
 

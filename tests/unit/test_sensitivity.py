@@ -15,14 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant_sglang import calibration, cli, planner, recipe, sensitivity
+from mixquant_sglang import cli, recipe
+from mixquant_sglang.checkpoint import calibration
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels.emulated import EmulatedFP8, EmulatedNVFP4
 from mixquant_sglang.matching import RuleMatcher
-from mixquant_sglang.planner_data import find_gpu
-from mixquant_sglang.sensitivity_choice import Measured, Prices, choose, groups_of
-from mixquant_sglang.sensitivity_kl import KL, Group, Measurement, kl_divergence
-from mixquant_sglang.sensitivity_report import as_yaml, patterns
+from mixquant_sglang.planner import plan as planner
+from mixquant_sglang.planner.data import find_gpu
+from mixquant_sglang.sensitivity import measure as sensitivity
+from mixquant_sglang.sensitivity.choice import Measured, Prices, choose, groups_of
+from mixquant_sglang.sensitivity.kl import KL, Group, Measurement, kl_divergence
+from mixquant_sglang.sensitivity.report import as_yaml, patterns
 
 LAYERS, HIDDEN, INNER, WORDS = 2, 64, 96, 128
 KINDS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")

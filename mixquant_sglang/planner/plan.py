@@ -10,9 +10,9 @@ norms and SiLU (in "elementwise"; "quantise" is what remains by itself), FP8 spa
 layer computes o_proj and the MLP for the rows that are read; ``prefill: {fuse: false}`` turns these off. A pass in
 which prompts end reads the weights of the decode precision once more for its protected rows; others, such as middle
 chunks, pay for the launches. A decode step reads weights and KV and has an overhead by layer. The fractions and where
-they come from: ``planner_data.py``.
+they come from: ``data.py``.
 
-Refused: arguments out of range, and what ``planner_data.py`` refuses. Not modelled: passes that mix prefill and decode
+Refused: arguments out of range, and what ``data.py`` refuses. Not modelled: passes that mix prefill and decode
 rows, passes with more than 64 protected rows (which run without a graph), rates by linear rather than by layer, which
 linears the last layer has in low precision (each counts by 1 / layers), blocks that are not fused, tile quantisation at
 small M. Needs neither a GPU nor torch nor SGLang.
@@ -28,13 +28,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mixquant_sglang import planner_data as data
 from mixquant_sglang import recipe as recipes
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels import Device, select
 from mixquant_sglang.matching import RuleMatcher
-from mixquant_sglang.planner_cost import MOST_TOKENS, Cost, Linear, Plan, Workload, bf16_bytes, kv_bytes, linear_shapes
-from mixquant_sglang.planner_data import Gpu, Host, Model, find_gpu, find_model
+from mixquant_sglang.planner import data
+from mixquant_sglang.planner.cost import MOST_TOKENS, Cost, Linear, Plan, Workload, bf16_bytes, kv_bytes, linear_shapes
+from mixquant_sglang.planner.data import Gpu, Host, Model, find_gpu, find_model
 
 DEFAULT_RECIPES = ("bf16", "fp8", "nvfp4", "nvfp4-emulated", "nvfp4-everywhere")
 BASELINE = "bf16"

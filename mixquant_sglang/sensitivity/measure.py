@@ -1,6 +1,6 @@
 """``mixquant sensitivity MODEL --data FILE``: which layers to keep in BF16, by what each does to the logits.
 
-Each group (the linears that SGLang fuses into one GEMM) runs in low precision alone; sensitivity_kl.py measures what
+Each group (the linears that SGLang fuses into one GEMM) runs in low precision alone; kl.py measures what
 that does to the predictions, and ``mixquant plan``'s roofline says how many milliseconds of prefill it gains:
 
     worth of a group in BF16 = KL of the answer / milliseconds that it gains in low precision
@@ -15,7 +15,7 @@ KL does not add up over groups, so the chosen recipe is run as a whole, and so i
 emulation; times are predicted. Groups are packed one at a time, and together only for those two runs.
 
 Refused (MixQuantError): recipes that decode in low precision, use ready-made weights or gain nothing on the GPU, and
-what ``mixquant plan`` and sensitivity_kl.py refuse.
+what ``mixquant plan`` and kl.py refuse.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mixquant_sglang import recipe as recipes
-from mixquant_sglang.calibration import read_samples
-from mixquant_sglang.checkpoint_files import Source
+from mixquant_sglang.checkpoint.calibration import read_samples
+from mixquant_sglang.checkpoint.files import Source
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels import Device, select
-from mixquant_sglang.planner_data import find_gpu, find_model
+from mixquant_sglang.planner.data import find_gpu, find_model
 from mixquant_sglang.recipe import show
-from mixquant_sglang.sensitivity_choice import Measured, Prices, Result, Run, choose, groups_of
-from mixquant_sglang.sensitivity_kl import Measurement
-from mixquant_sglang.sensitivity_report import as_json, as_yaml, comments
+from mixquant_sglang.sensitivity.choice import Measured, Prices, Result, Run, choose, groups_of
+from mixquant_sglang.sensitivity.kl import Measurement
+from mixquant_sglang.sensitivity.report import as_json, as_yaml, comments
 
 DEFAULT_GPU = "H200"
 

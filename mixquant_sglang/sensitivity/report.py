@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mixquant_sglang.recipe import REGEX
-from mixquant_sglang.sensitivity_choice import Measured, Result
+from mixquant_sglang.sensitivity.choice import Measured, Result
 
 
 def as_yaml(result: Result) -> str:

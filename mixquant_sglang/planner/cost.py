@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mixquant_sglang import planner_data as data
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.planner_data import Gpu, Model
+from mixquant_sglang.planner import data
+from mixquant_sglang.planner.data import Gpu, Model
 
 MOST_TOKENS = 50_000_000  # of one prefill: what a second of planning can walk through
 _WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}  # per element, block scales included

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from mixquant_sglang.calibration import load_model, token_ids
+from mixquant_sglang.checkpoint.calibration import load_model, token_ids
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels import packed_linear
 from mixquant_sglang.kernels.base import PackedLinear

@@ -9,14 +9,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mixquant_sglang import planner
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels import Selection, packed_linear
 from mixquant_sglang.matching import RuleMatcher
-from mixquant_sglang.planner_cost import Cost, Linear, Plan, Workload, linear_shapes
-from mixquant_sglang.planner_data import Gpu, Model
+from mixquant_sglang.planner import plan as planner
+from mixquant_sglang.planner.cost import Cost, Linear, Plan, Workload, linear_shapes
+from mixquant_sglang.planner.data import Gpu, Model
 from mixquant_sglang.recipe import Recipe
-from mixquant_sglang.sensitivity_kl import KL, Group
+from mixquant_sglang.sensitivity.kl import KL, Group
 
 
 @dataclass(frozen=True)

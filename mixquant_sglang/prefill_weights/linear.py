@@ -1,4 +1,4 @@
-"""One linear of SGLang out of a ready-made NVFP4 checkpoint (``prefill_weights.py``): which slices a rank holds.
+"""One linear of SGLang out of a ready-made NVFP4 checkpoint (``weights.py``): which slices a rank holds.
 
 Slices follow SGLang's own weight loaders (``layers/linear.py``): column parallel takes rows, row parallel takes inputs
 (K/2 bytes, K/16 scales), and a key or value head that there are too few of is held by neighbouring ranks alike.
@@ -16,7 +16,7 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 
 if TYPE_CHECKING:
-    from mixquant_sglang.prefill_weights import PrefillWeights
+    from mixquant_sglang.prefill_weights.weights import PrefillWeights
 
 
 @dataclass(frozen=True)

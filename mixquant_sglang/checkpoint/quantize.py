@@ -34,9 +34,9 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mixquant_sglang import __version__
-from mixquant_sglang import checkpoint_files as files
-from mixquant_sglang.calibration import input_amax, read_samples
-from mixquant_sglang.checkpoint_files import DTYPES, Bytes, Progress, Source
+from mixquant_sglang.checkpoint import files
+from mixquant_sglang.checkpoint.calibration import input_amax, read_samples
+from mixquant_sglang.checkpoint.files import DTYPES, Bytes, Progress, Source
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.recipe import REGEX, did_you_mean, nearest, show

@@ -32,11 +32,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from mixquant_sglang.checkpoint_files import DTYPES, Source, Stored
+from mixquant_sglang.checkpoint.files import DTYPES, Source, Stored
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats.nvfp4 import BLOCK, NVFP4Tensor
-from mixquant_sglang.prefill_weights_format import Layout, detect
-from mixquant_sglang.ready_linear import ReadyLinear
+from mixquant_sglang.prefill_weights.layout import Layout, detect
+from mixquant_sglang.prefill_weights.linear import ReadyLinear
 
 logger = logging.getLogger(__name__)
 

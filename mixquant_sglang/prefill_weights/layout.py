@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mixquant_sglang.checkpoint_files import Source
+from mixquant_sglang.checkpoint.files import Source
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats.nvfp4 import BLOCK
 

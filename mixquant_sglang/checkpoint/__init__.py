@@ -1,0 +1,1 @@
+"""``mixquant quantize``: an NVFP4 checkpoint from a BF16 one, layer by layer; and safetensors by parts."""
