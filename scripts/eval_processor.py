@@ -1,0 +1,88 @@
+"""What eval_accuracy runs inside the servers: logit processors that force a token, and that sample by a seed.
+
+``Replay`` makes decode itself walk along a given answer, so that the logits at each of its tokens are those of the
+server's own prompt KV and of its own decode passes.  (Input logprobs would not do: there the answer is prefilled, in
+low precision.)  SGLang returns the best logprobs of what a processor leaves behind, so the processor leaves log p with
+two changes: the token to force is raised to SHIFT, and the place of SPARE, a token that no answer contains, holds that
+token's own log p, raised by LIFT so that it is always among the best.  The sum of exponentials is then exp(SHIFT) to
+the last bit of FP32: log p is SHIFT more than what came back, within 4e-6.  Lost are the probability of SPARE, and how
+far the forced token's is below exp(FLOOR).
+
+``Sample`` draws with the noise of (seed, step, token id), because SGLang heeds seeds only in deterministic inference,
+which mixquant refuses.  Arms that draw with the same seed draw with the same noise: their difference is the model's.
+
+Both go by the number of tokens generated so far, which is right only with ``--disable-overlap-schedule``; the client
+checks what came of it.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import torch
+
+SHIFT, LIFT, FLOOR = 48.0, 31.0, -30.0
+SPARE = 0  # <|endoftext|>
+_LOW_53 = (1 << 53) - 1
+
+
+def _mixed(z: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finaliser; int64 wraps, and its shifts are made logical by a mask."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * (factor - (1 << 64))
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def gumbel(seeds: torch.Tensor, steps: torch.Tensor, vocab: int) -> torch.Tensor:
+    """FP64 [R, vocab]: Gumbel noise, a function of seed, step and token id alone."""
+    rows = _mixed(_mixed(seeds) + steps)
+    bits = _mixed(rows[:, None] + _mixed(torch.arange(1, vocab + 1, device=seeds.device))[None])
+    uniform = (((bits >> 11) & _LOW_53).double() + 0.5) * 2.0**-53
+    return -torch.log(-torch.log(uniform))
+
+
+def _steps(params: list[dict[str, Any]]) -> list[int]:
+    return [len(one["__req__"].output_ids) for one in params]
+
+
+class Replay:
+    """Forces ``custom_params["replay"]``, a list of token ids."""
+
+    def __call__(self, logits: torch.Tensor, params: list[dict[str, Any]]) -> torch.Tensor:
+        wanted = [one["replay"][step] for one, step in zip(params, _steps(params), strict=True)]
+        ids = torch.tensor(wanted, device=logits.device)[:, None]
+        out = torch.log_softmax(logits.float(), dim=-1)
+        out[:, SPARE : SPARE + 1] = out.gather(1, ids).clamp(min=FLOOR) + LIFT
+        return out.scatter_(1, ids, SHIFT).to(logits.dtype)
+
+
+class Sample:
+    """Draws by ``custom_params``: seed, temperature, top_p; the request itself is greedy."""
+
+    def __call__(self, logits: torch.Tensor, params: list[dict[str, Any]]) -> torch.Tensor:
+        def column(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=logits.device)
+
+        seeds, steps = column([one["seed"] for one in params], torch.int64), column(_steps(params), torch.int64)
+        temperature = column([one["temperature"] for one in params], torch.float64)[:, None]
+        top_p = column([one["top_p"] for one in params], torch.float64)[:, None]
+        ordered, ids = torch.softmax(logits.double() / temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
+        ordered[ordered.cumsum(-1) - ordered > top_p] = 0.0  # as SGLang's sampler does
+        noise = gumbel(seeds, steps, logits.shape[-1]).gather(1, ids)
+        drawn = ids.gather(1, (ordered.log() + noise).argmax(dim=-1, keepdim=True))
+        return torch.zeros_like(logits).scatter_(1, drawn, 1.0)
+
+
+def distribution(found: list[Any], token: int) -> tuple[list[int], list[float]]:
+    """Token ids and log p of one step that forced ``token``, its own last, from SGLang's (logprob, id, text)."""
+    at = {place: logprob + SHIFT for logprob, place, _ in found}
+    own = at.pop(SPARE) - LIFT
+    at.pop(token)
+    return [*at, token], [*at.values(), own]
+
+
+def to_str(processor: type) -> str:
+    """The form that SGLang takes: a reference, so the server must find this module (the caller's PYTHONPATH)."""
+    return json.dumps({"callable": pickle.dumps(processor, protocol=0).hex()})

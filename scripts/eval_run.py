@@ -1,0 +1,196 @@
+"""A run of eval_accuracy: cells, the files they lie in, the servers they are measured on, and the report."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shutil import copy
+from typing import Any
+
+from bench_servers import Arm, machine
+from eval_arms import Client, recipe
+from eval_cells import MEASURES, Plan, Problem, Raw, figures, measure, problems
+from eval_report import plot, tables
+from eval_statistics import REFERENCE, WORST, analyse
+from tiny_tasks import default_lines, examples
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Cell:
+    task: str
+    level: int
+    length: int
+
+    def file(self, out: Path, arm: str) -> Path:
+        return out / "cells" / f"{self.task}-{self.level}-{self.length}-{arm.replace('/', '-')}.json"
+
+
+def identity(args: argparse.Namespace, lines: list[str]) -> dict[str, Any]:
+    """All that the figures of a cell depend on, the cell itself aside."""
+    names = ("n", "samples", "temperature", "top_p", "top", "answer_tokens", "seed", "kv_tokens", "wave", "flags")
+    digest = hashlib.sha256()
+    for file in sorted(args.model.iterdir()):
+        if file.suffix == ".safetensors" or file.name in ("config.json", "tokenizer.json"):
+            digest.update(file.read_bytes())
+    text = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    where = {key: value for key, value in machine().items() if key != "commit"}
+    fixed = {name: getattr(args, name) for name in names}
+    return {**where, "model": digest.hexdigest()[:16], "text": text[:16], **fixed}
+
+
+def state_of(arm: Arm) -> dict[str, Any]:
+    """What the server says of its precisions and kernels."""
+    with urllib.request.urlopen(f"{arm.url}/server_info", timeout=60) as response:
+        state = json.loads(response.read())["internal_states"][0]["mixquant"]
+    return {key: state[key] for key in ("version", "precision", "kernel")}
+
+
+@contextlib.contextmanager
+def processor_on_path() -> Iterator[None]:
+    """Servers that start inside find eval_processor.py, and nothing else of this folder."""
+    before = os.environ.get("PYTHONPATH")
+    with tempfile.TemporaryDirectory(prefix="eval_processor_") as folder:
+        copy(HERE / "eval_processor.py", folder)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, before]))
+        try:
+            yield
+        finally:
+            os.environ.pop("PYTHONPATH")
+            if before is not None:
+                os.environ["PYTHONPATH"] = before
+
+
+class Run:
+    """Cells, the files they lie in, and what BF16 did in each, which the other arms are compared with."""
+
+    def __init__(self, args: argparse.Namespace, cells: list[Cell]) -> None:
+        self.args, self.cells = args, cells
+        if args.data:
+            self.lines = gzip.decompress((args.data / "eval.txt.gz").read_bytes()).decode().splitlines()
+        else:
+            self.lines = default_lines("eval")
+        self.identity = identity(args, self.lines)
+        self.plan = Plan(
+            args.samples, args.temperature, args.top_p, args.answer_tokens, args.seed, args.kv_tokens, args.wave
+        )
+        self.modes = ("kept", "flushed") if args.multi_turn else ("",)
+        self.reference: dict[Cell, list[Raw]] = {}
+        (args.out / "cells").mkdir(parents=True, exist_ok=True)
+
+    def names(self, arm: str) -> list[str]:
+        return [f"{arm}/{mode}" if mode else arm for mode in self.modes]
+
+    def stored(self, cell: Cell, arm: str) -> dict[str, Any] | None:
+        file = cell.file(self.args.out, arm)
+        if not file.is_file():
+            return None
+        found = json.loads(file.read_text())
+        expected = {**self.identity, "recipe": recipe(arm.partition("/")[0])}
+        other = [name for name, value in expected.items() if found["identity"].get(name) != value]
+        if other:
+            raise SystemExit(f"{file} was measured with another {other[0]}: name another --out, or remove it")
+        return dict(found)
+
+    def waiting(self) -> list[Cell]:
+        """Cells that some arm lacks; these are measured for every arm, because all are compared with BF16's tokens."""
+        every = [name for arm in self.args.arms for name in self.names(arm)]
+        return [cell for cell in self.cells if any(self.stored(cell, name) is None for name in every)]
+
+    def problems_of(self, cell: Cell) -> list[Problem]:
+        args = self.args
+        made = problems(
+            examples(cell.task, "eval", args.n, args.seed, level=cell.level, length=cell.length, lines=self.lines),
+            args.tokenizer,
+        )
+        most = json.loads((args.model / "config.json").read_text())["max_position_embeddings"]
+        longest = max(problem.room for problem in made)
+        if longest > min(most, args.kv_tokens):
+            raise SystemExit(
+                f"{cell.task} at {cell.length}: a conversation may take {longest} tokens; the model has {most}, "
+                f"--kv-tokens {args.kv_tokens}: give shorter --lengths or more --kv-tokens"
+            )
+        return made
+
+    def measure(self, arms: list[Arm], cells: list[Cell]) -> None:
+        """The cells on servers that are up, side by side."""
+        states = {Path(arm.name).stem: state_of(arm) for arm in arms}
+        with ThreadPoolExecutor(len(arms)) as pool:
+            for cell in cells:
+                began = time.monotonic()
+                every = self.problems_of(cell)
+
+                def work(arm: Arm, every: list[Problem] = every) -> list[list[Raw]]:
+                    client = Client(arm, self.args.top)
+                    flushed = [mode == "flushed" for mode in self.modes]
+                    return [measure(client, every, self.plan, self.args.tokenizer, flushed=f) for f in flushed]
+
+                jobs = {Path(arm.name).stem: pool.submit(work, arm) for arm in arms}
+                done = {arm: job.result() for arm, job in jobs.items()}
+                if REFERENCE in done:
+                    self.reference[cell] = done[REFERENCE][0]
+                for arm, by_mode in done.items():
+                    for name, raw in zip(self.names(arm), by_mode, strict=True):
+                        found = {
+                            "identity": {**self.identity, "recipe": recipe(arm)},
+                            "cell": asdict(cell),
+                            "arm": name,
+                            "server": states[arm],
+                            **figures(raw, self.reference[cell]),
+                        }
+                        part = cell.file(self.args.out, name).with_suffix(".part")
+                        part.write_text(json.dumps(found) + "\n")
+                        part.replace(cell.file(self.args.out, name))
+                spent = f"{time.monotonic() - began:.1f} s: {', '.join(done)}"
+                print(f"{cell.task} {cell.length}, {len(every)} examples, {spent}", file=sys.stderr, flush=True)
+
+    def report(self) -> dict[str, Any]:
+        """Writes the files; the line for stdout."""
+        args = self.args
+        names = [name for arm in args.arms for name in self.names(arm)]
+        found = {cell: {name: self.stored(cell, name) for name in names} for cell in self.cells}
+        files = {cell: {n: one for n, one in row.items() if one} for cell, row in found.items()}
+        values = {
+            (c.task, c.length): {n: {m: one[m] for m in MEASURES} for n, one in row.items()} for c, row in files.items()
+        }
+        base = self.names(REFERENCE)[0]
+        pairs = [(name, base) for name in names if name != base]
+        if args.multi_turn:
+            pairs += [(f"{arm}/flushed", f"{arm}/kept") for arm in args.arms if arm != REFERENCE]
+        results = analyse(values, pairs, (base, self.names(WORST)[0]), args.seed, args.draws)
+        row = files[self.cells[0]]
+        servers = {name: row[name]["server"] for name in names}
+        emulated = sorted({p for s in servers.values() for p, kernel in s["kernel"].items() if kernel == "emulated"})
+        head = (
+            f"{args.n} examples of each task and length, {args.samples} samples at T {args.temperature:g}, top-p "
+            f"{args.top_p:g}; GPU {self.identity['gpu']}, SGLang {self.identity['sglang']}, torch "
+            f"{self.identity['torch']}; emulated: {', '.join(emulated) or 'nothing'}"
+        )
+        text = f"{head}\n\n{tables(results)}\n"
+        turns = {f"{c.task} {c.length}": {n: one["by_turn"] for n, one in r.items()} for c, r in files.items()}
+        facts = {
+            **machine(),
+            "identity": self.identity,
+            "servers": servers,
+            "recipes": {a: recipe(a) for a in args.arms},
+        }
+        full = {**facts, "cells": [asdict(cell) for cell in self.cells], "results": results, "by_turn": turns}
+        (args.out / "results.json").write_text(json.dumps(full, indent=1) + "\n")
+        (args.out / "tables.txt").write_text(text)
+        drawn = plot(results, args.out / "accuracy.png", head)
+        print(text if drawn else f"{text}\n(no plot: matplotlib is not installed)\n")
+        short = {measure: results["all"][measure] for measure in MEASURES}
+        return {**machine(), "out": str(args.out), "n": args.n, "emulated": emulated, "all": short}
