@@ -63,7 +63,7 @@ class FusedRMSNorm:
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, post_residual_addition: torch.Tensor | None = None
     ) -> Any:
-        plain = x.ndim != 2 or x.shape[0] == 0 or post_residual_addition is not None
+        plain = not _rows(x) or post_residual_addition is not None or (residual is not None and not _rows(residual))
         fusable = None if plain else self._linear.fusable(x.shape[0])
         if fusable is None:
             # SGLang's method takes the last argument by position in one version and by name in the other.
@@ -88,14 +88,18 @@ class FusedSiluAndMul:
         self._forward = compat.forward_method(act)
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor | QuantizedActivations:
-        plain = gate_up.ndim != 2 or gate_up.shape[0] == 0
-        fusable = None if plain else self._linear.fusable(gate_up.shape[0])
+        fusable = self._linear.fusable(gate_up.shape[0]) if _rows(gate_up) else None
         if fusable is None:
             return self._forward(gate_up)  # type: ignore[no-any-return]
         fmt, rows = fusable
         if gate_up.is_cuda:
             return activations.silu_mul(gate_up, fmt, rows)
         return activations.quantize(self._forward(gate_up), fmt, rows)
+
+
+def _rows(x: torch.Tensor) -> bool:
+    """Whether it is what the fused kernels take: at least one token row, BF16, without gaps."""
+    return x.ndim == 2 and x.shape[0] > 0 and x.dtype is torch.bfloat16 and x.is_contiguous()
 
 
 def fuse(model: torch.nn.Module) -> Counter[str]:

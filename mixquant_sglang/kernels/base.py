@@ -43,7 +43,7 @@ class PackedLinear(ABC):
 
     def multiply(self, operand: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
         """Quantised activations [M, K] of the format ``activation_format``, M >= 0, and BF16 [N] -> BF16 [M, N]."""
-        raise NotImplementedError(f"{type(self).__name__} quantises activations itself")
+        raise TypeError(f"{type(self).__name__} quantises activations itself: call matmul")
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """BF16 [M, K] contiguous, M >= 0, and BF16 [N] -> BF16 [M, N].  Row i depends on ``x[i]`` alone."""

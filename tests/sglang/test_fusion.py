@@ -173,6 +173,10 @@ def test_no_rows_and_additions_take_the_plain_norm() -> None:
         assert isinstance(layer.input_layernorm(x[:0]), torch.Tensor)
         y, _ = layer.input_layernorm(x, x.clone(), x.clone())
         assert isinstance(y, torch.Tensor)
+        gaps = torch.randn(TOKENS, 2 * HIDDEN, dtype=torch.bfloat16)[:, :HIDDEN]
+        assert isinstance(layer.input_layernorm(gaps), torch.Tensor)
+        y, _ = layer.input_layernorm(x.clone(), gaps)
+        assert isinstance(y, torch.Tensor)
         wrong = eager(plan([RequestRows(5, 0, 5)], last_prompt_token=True), x.device)
         with phase.scope(Pass(Phase.PREFILL, wrong)), pytest.raises(RuntimeError, match="qkv_proj got 9 rows"):
             layer.input_layernorm(x)
