@@ -57,6 +57,7 @@ class Recipe:
     scales: str
     layers: tuple[LayerRule, ...]
     description: str = ""
+    protected_tail: int = 1  # how many tokens at the prompt's end protect_last_prompt_token keeps in BF16
     verify: bool = True  # compare the native NVFP4 kernel with the emulated one at load
     prefill_weights: str = ""  # the folder or hub name of an NVFP4 checkpoint; "" packs from the BF16 one
     prefill_weights_at: str = ""  # "file:line prefill.weights"
@@ -134,6 +135,9 @@ def _parse(name: str, file: str, text: str) -> Recipe:
     prefill = root.section("prefill", ("precision", "min_tokens", "fuse", "weights"))
     precision = prefill.choice("precision", PREFILL_PRECISIONS, "auto")
     layers = tuple(_rule(entry) for entry in root.entries("layers", ("match", "prefill", "decode")))
+    protect = root.section("protect", ("last_prompt_token", "last_prompt_tokens"))
+    if "last_prompt_tokens" in protect.nodes and not protect.boolean("last_prompt_token", True):
+        raise protect.error("last_prompt_tokens", "asks for rows that last_prompt_token: false gives up")
     return Recipe(
         name=name,
         source=file,
@@ -141,12 +145,13 @@ def _parse(name: str, file: str, text: str) -> Recipe:
         min_tokens=prefill.integer("min_tokens", 1, least=1),
         fuse=prefill.boolean("fuse", True),
         decode=root.section("decode", ("precision",)).choice("precision", PRECISIONS, "bf16"),
-        protect_last_prompt_token=root.section("protect", ("last_prompt_token",)).boolean("last_prompt_token", True),
+        protect_last_prompt_token=protect.boolean("last_prompt_token", True),
         kernel=root.choice("kernel", KERNELS, "auto"),
         scales=root.section("weights", ("scales",)).choice("scales", SCALES, "search"),
         layers=layers,
         description=root.text("description"),
         verify=root.boolean("verify", True),
+        protected_tail=protect.integer("last_prompt_tokens", 1, least=1),
         prefill_weights=_ready_made(prefill, precision, layers),
         prefill_weights_at=prefill.at("weights") if "weights" in prefill.nodes else "",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_passes
+import orjson
 
 HERE = Path(__file__).resolve().parent
 
@@ -98,7 +100,9 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 class Arm:
     """One server, starting from the moment that this is made.  ``timed``: it writes down its prefill passes."""
 
-    def __init__(self, name: str, args: argparse.Namespace, plugin: Path | None, timed: bool) -> None:
+    def __init__(
+        self, name: str, args: argparse.Namespace, plugin: Path | None, timed: bool, gpu: str | None = None
+    ) -> None:
         self.name = name
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -123,6 +127,8 @@ class Arm:
         env.pop(bench_passes.FILE_ENV, None)
         if plugin:
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(plugin), os.environ.get("PYTHONPATH")]))
+        if gpu is not None:
+            env["CUDA_VISIBLE_DEVICES"] = gpu
         if timed:
             env[bench_passes.FILE_ENV] = str(self.passes_file)
         # Not started from the checkout: its package directory would hide the installed one.
@@ -137,7 +143,7 @@ class Arm:
             )
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> bytes:
-        data = None if body is None else json.dumps(body).encode()
+        data = None if body is None else orjson.dumps(body)  # hundreds of prompts as token ids
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=600) as response:
             return bytes(response.read())
@@ -205,6 +211,17 @@ class Arm:
         self.process.wait()
 
 
+def gpu_names(count: int) -> list[str] | list[None]:
+    """What CUDA_VISIBLE_DEVICES is for each of ``count`` GPUs; for one, whatever it is already."""
+    if count == 1:
+        return [None]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(i) for i in range(count)]
+    if len(names) < count:
+        raise SystemExit(f"--gpus {count}: CUDA_VISIBLE_DEVICES has {len(names)}")
+    return names[:count]
+
+
 def parse_passes(text: str) -> list[tuple[str, int, float]]:
     """(forward mode, rows, milliseconds) of each complete line."""
     lines = text[: text.rfind("\n") + 1].splitlines()
@@ -232,8 +249,9 @@ def serving(args: argparse.Namespace, *, timed: bool) -> Iterator[list[Arm]]:
         # Without a GPU the plugin is also what lets stock SGLang start; with one, a server that nothing times has none.
         plugin = make_plugin(Path(folder) / "plugin") if timed or {"cpu", "--device=cpu"} & {*args.flags} else None
         try:
-            for name in args.arms:
-                arms.append(Arm(name, args, plugin, timed))
+            gpus = gpu_names(getattr(args, "gpus", 1))
+            for name, gpu in zip(args.arms, itertools.cycle(gpus), strict=False):
+                arms.append(Arm(name, args, plugin, timed, gpu))
             for arm in arms:
                 arm.wait(args.start_limit)
             time.sleep(0.5)  # the passes of SGLang's own warm-up and health check are written down by then

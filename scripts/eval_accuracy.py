@@ -13,7 +13,11 @@ Arms, each a recipe (prefill / decode / last prompt token):
 Measures by example: right or not, greedily and as the mean of samples (--temperature, --top-p); KL from BF16 and
 negative log-likelihood at each token of the reference answer, given the KV that the arm made of the prompt
 (eval_processor.py); tokens until the greedy answer first differs from BF16's, whether it ever does, and its length.
-An agent's conversation counts as one example.  Intervals: paired bootstrap (eval_statistics.py).
+An agent's conversation counts as one example.  The task ``text`` goes on with real, held-out code: there the
+probabilities are spread as in a large model, and accuracy is that of single tokens.  Intervals: paired bootstrap
+(eval_statistics.py).
+
+--ablation: the recipe nvfp4 with one choice changed in each arm (eval_arms.py).
 
 --multi-turn: the agent task at its longest.  Each arm twice: ``kept``, where the radix cache holds earlier answers as
 decode made them, and ``flushed`` before every turn, where they are prefilled again, as by a pipeline of two servers.
@@ -23,8 +27,9 @@ and requests travel in batches that do not depend on time: the same command on t
 (FP8 on a GPU times its GEMMs at the first start and keeps the choice in ~/.cache/mixquant, which belongs to the machine
 then.)  NVFP4 is emulated where the GPU has no tensor cores for it; the table says so.
 
-Writes OUT/cells/*.json (a finished cell is not measured again: the same command goes on where it was cut short),
-OUT/results.json, OUT/tables.txt, OUT/accuracy.png.  The last line of stdout is JSON.
+Writes OUT/cells/*.json (an arm's finished cells are not measured again: the same command goes on where it was cut
+short), OUT/results.json, OUT/tables.txt, OUT/accuracy.png, and with --ablation OUT/tradeoff.png.  The last line of
+stdout is JSON.
 """
 
 from __future__ import annotations
@@ -36,8 +41,8 @@ import sys
 from pathlib import Path
 
 from bench_servers import serving
-from eval_arms import FLAGS, RECIPES, write_recipes
-from eval_run import Cell, Run, processor_on_path
+from eval_arms import ABLATIONS, FLAGS, RECIPES, write_recipes
+from eval_run import TEXT, Cell, Run, processor_on_path
 from eval_statistics import REFERENCE
 from tiny_tasks import LENGTHS, LEVEL, LEVELS, TASKS
 from tiny_text import SPECIAL, Tokenizer
@@ -51,27 +56,33 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Cell]
     add("--out", type=Path, required=True, help="folder for the results")
     add("--data", type=Path, help="what train_tiny_model --prepare wrote (default: this Python's own held-out sources)")
     add("--multi-turn", action="store_true", help="earlier answers kept or prefilled again, over long agent loops")
-    add("--arms", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="ARM", help="default: all")
-    add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help="default: all")
+    add("--ablation", action="store_true", help="what each choice of the recipe nvfp4 buys; no samples")
+    add("--arms", nargs="+", choices=[*RECIPES, *ABLATIONS], metavar="ARM", help="default: all of the mode's")
+    add("--tasks", nargs="+", choices=(*TASKS, TEXT), metavar="TASK", help="default: all")
     add("--lengths", nargs="+", type=int, default=list(LENGTHS), help="prompt tokens (default: %(default)s)")
     add("--level", type=int, choices=range(3), help="of every task (default: 1; 2 with --multi-turn)")
-    add("--n", type=int, default=500, help="examples of each task and length (default: %(default)s)")
-    add("--samples", type=int, default=4, help="of each example (default: %(default)s)")
+    add("--n", type=int, default=170, help="examples of each task and length (default: %(default)s)")
+    add("--samples", type=int, help="of each example (default: 4; 0 with --ablation)")
     add("--temperature", type=float, default=0.6)
     add("--top-p", type=float, default=0.95)
     add("--top", type=int, default=20, help="tokens that KL compares one by one (default: %(default)s)")
-    add("--answer-tokens", type=int, default=4096, help="of a reference turn that KL and NLL look at, at most")
+    add("--answer-tokens", type=int, default=256, help="of a reference turn that KL and NLL look at, at most")
     add("--seed", type=int, default=0, help="of problems, samples and bootstrap (default: %(default)s)")
     add("--draws", type=int, default=10000, help="of the bootstrap (default: %(default)s)")
-    add("--kv-tokens", type=int, default=2_000_000, help="KV pool of each server (default: %(default)s)")
-    add("--wave", type=int, default=500, help="examples under way at once, at most (default: %(default)s)")
-    add("--at-once", type=int, default=len(RECIPES), help="servers that are up at once (default: all)")
+    add("--kv-tokens", type=int, default=6_000_000, help="KV pool of each server (default: %(default)s)")
+    add("--wave", type=int, default=510, help="examples under way at once, at most (default: %(default)s)")
+    add("--at-once", type=int, default=len(RECIPES), help="servers that are up at once (default: %(default)s)")
+    add("--gpus", type=int, default=1, help="that the servers are spread over (default: %(default)s)")
     add("--start-limit", type=float, default=400, help="seconds a server may take (default: %(default)s)")
     add("flags", nargs="*", help="after --: more flags for every server")
     args = parser.parse_args(argv)
-    args.tasks = args.tasks or (["agent"] if args.multi_turn else list(TASKS))
-    args.arms = list(dict.fromkeys([REFERENCE, *args.arms]))  # it is what all are compared with
-    least = {"n": 1, "samples": 0, "top": 1, "answer_tokens": 1, "draws": 100, "at_once": 1, "wave": 1, "seed": 0}
+    args.tasks = args.tasks or (["agent"] if args.multi_turn else [*TASKS, TEXT])
+    arms = args.arms or (["everywhere", "mix", "mix-unprotected", *ABLATIONS] if args.ablation else list(RECIPES))
+    args.arms = list(dict.fromkeys([REFERENCE, *arms]))  # it is what all are compared with
+    if args.samples is None:
+        args.samples = 0 if args.ablation else 4
+    least = {"n": 1, "samples": 0, "top": 1, "answer_tokens": 1, "draws": 100, "at_once": 1, "gpus": 1, "wave": 1}
+    least |= {"seed": 0}
     for name, low in least.items():
         if getattr(args, name) < low:
             parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is less than {low}")
@@ -79,8 +90,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Cell]
         parser.error("arguments --temperature, --top-p: above 0, and --top-p at most 1")
     if args.multi_turn and args.tasks != ["agent"]:
         parser.error("argument --multi-turn: only the task agent has several turns; leave --tasks out")
+    if args.multi_turn and args.ablation:
+        parser.error("argument --ablation: not together with --multi-turn; name the --arms there")
     if not (args.model / "config.json").is_file():
         parser.error(f"argument --model: {args.model} has no config.json; name a folder of train_tiny_model")
+    config = json.loads((args.model / "config.json").read_text())
+    args.context, args.layers = config["max_position_embeddings"], config["num_hidden_layers"]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         args.tokenizer = Tokenizer(args.model / "tokenizer.json")
         ids = json.loads((args.model / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
@@ -89,11 +104,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Cell]
             parser.error(f"argument --model: the tokenizer has no {missing[0]!r} in its place; use a tiny model's")
     if not hasattr(args, "tokenizer"):
         parser.error(f"argument --model: {args.model}/tokenizer.json cannot be read as a byte-level BPE")
-    if args.data and not (args.data / "eval.txt.gz").is_file():
-        parser.error(f"argument --data: {args.data} has no eval.txt.gz; name what train_tiny_model --prepare wrote")
-    levels = dict.fromkeys(TASKS, 2) if args.multi_turn else LEVEL
-    level = {task: levels[task] if args.level is None else args.level for task in args.tasks}
-    assert all(level[task] < len(LEVELS[task]) for task in args.tasks)
+    for name in ("eval.txt.gz", "eval.npz") if args.data else ():
+        if not (args.data / name).is_file():
+            parser.error(f"argument --data: {args.data} has no {name}; name what train_tiny_model --prepare wrote")
+    levels = {**(dict.fromkeys(TASKS, 2) if args.multi_turn else LEVEL), TEXT: 0}
+    level = {task: levels[task] if args.level is None or task == TEXT else args.level for task in args.tasks}
+    assert all(level[task] < len(LEVELS[task]) for task in args.tasks if task != TEXT)
     return args, [Cell(task, level[task], length) for task in args.tasks for length in args.lengths]
 
 
@@ -103,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(args, cells)
     if waiting := run.waiting():
         args.dummy, args.model_path, args.logs = False, args.model.resolve(), args.out / "logs"
-        files = write_recipes(args.logs, args.arms)
+        files = write_recipes(args.logs, args.arms, args.layers)
         args.flags = [*FLAGS, "--random-seed", str(args.seed), *args.flags]
         for at in range(0, len(files), args.at_once):
             group = argparse.Namespace(**{**vars(args), "arms": files[at : at + args.at_once]})

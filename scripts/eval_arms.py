@@ -8,13 +8,13 @@ depend on the batch.  The chat template renders the same text: tests/unit/test_t
 
 from __future__ import annotations
 
-import json
 import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 from bench_servers import Arm
 from eval_processor import Replay, Sample, distribution, to_str
 from tiny_text import END_OF_TEXT, IM_END
@@ -28,22 +28,42 @@ RECIPES = {
     "decode-only": ("bf16", "nvfp4", False),  # together with mix-unprotected: each pass of `everywhere` once
     "mix-fp8": ("fp8", "bf16", True),
 }
+# What each choice of the recipe nvfp4 buys: one of them changed. Rules name layers as every Qwen3 and Llama has them;
+# EDGES stands for the numbers of the first and the last one.
+ABLATIONS = {
+    "absmax": {"weights": "{scales: absmax}"},
+    "tail-16": {"protect": "{last_prompt_tokens: 16}"},
+    "tail-64": {"protect": "{last_prompt_tokens: 64}"},
+    "tail-256": {"protect": "{last_prompt_tokens: 256}"},
+    "down-bf16": {"layers": r"[{match: 're:.*\.down_proj', prefill: bf16}]"},
+    "o-bf16": {"layers": r"[{match: 're:.*\.o_proj', prefill: bf16}]"},
+    "qkv-bf16": {"layers": r"[{match: 're:.*\.qkv_proj', prefill: bf16}]"},
+    "edges-bf16": {"layers": r"[{match: 're:model\.layers\.(EDGES)\..*', prefill: bf16}]"},
+    "down-fp8": {"layers": r"[{match: 're:.*\.down_proj', prefill: fp8}]"},
+    "min-tokens-512": {"prefill": "{precision: nvfp4, min_tokens: 512}"},
+}
 FLAGS = ["--enable-custom-logit-processor", "--disable-overlap-schedule"]  # see eval_processor.py
 
 
-def recipe(name: str) -> str:
-    prefill, decode, protect = RECIPES[name]
-    return (
-        f"version: 1\nprefill: {{precision: {prefill}}}\ndecode: {{precision: {decode}}}\n"
-        f"protect: {{last_prompt_token: {str(protect).lower()}}}\n"
-    )
+def recipe(name: str, layers: int) -> str:
+    """The YAML of an arm for a model of so many ``layers``."""
+    prefill, decode, protect = RECIPES[name if name in RECIPES else "mix"]
+    sections = {
+        "version": "1",
+        "prefill": f"{{precision: {prefill}}}",
+        "decode": f"{{precision: {decode}}}",
+        "protect": f"{{last_prompt_token: {str(protect).lower()}}}",
+        **ABLATIONS.get(name, {}),
+    }
+    text = "".join(f"{key}: {value}\n" for key, value in sections.items())
+    return text.replace("EDGES", f"0|{layers - 1}")
 
 
-def write_recipes(folder: Path, names: list[str]) -> list[str]:
+def write_recipes(folder: Path, names: list[str], layers: int) -> list[str]:
     """A file for each arm; SGLang gets the path, and logs are named after it."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / f"{name}.yaml").write_text(recipe(name))
+        (folder / f"{name}.yaml").write_text(recipe(name, layers))
     return [str(folder / f"{name}.yaml") for name in names]
 
 
@@ -66,7 +86,7 @@ class Client:
     def _wave(self, prompts: list[list[int]], params: list[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
         body = {"input_ids": prompts, "sampling_params": params, **more}
         try:
-            found = json.loads(self.arm.post("/generate", body))
+            found = orjson.loads(self.arm.post("/generate", body))
         except urllib.error.HTTPError as error:
             raise self.arm.failed(f"answered {error.code}: {error.read()[:300]!r}") from None
         except (OSError, ValueError) as error:

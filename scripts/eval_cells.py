@@ -1,4 +1,4 @@
-"""One task at one length on one server: conversations played greedily, sampled, and replayed along the reference.
+"""One task on one server: conversations played greedily, sampled, and replayed along the reference.
 
 All examples of a group go through a turn together, as one wave (eval_arms.py); a group is what the KV pool holds and
 starts with an empty cache.  So a later turn finds the KV of the earlier ones as this server made it, and replayed
@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 from eval_arms import Answer, Client
-from eval_statistics import agreement, divergence
+from eval_statistics import agreement, divergence, drawn_probability
 from tiny_tasks import Example, correct, segments
 from tiny_text import END_OF_TEXT, IM_END, Tokenizer
 
 SLACK = 32  # tokens that an answer may have beyond 1.5 times the reference
-MEASURES = ("accuracy", "sampled", "kl", "nll", "same", "identical", "tokens")
+MEASURES = ("accuracy", "sampled", "kl", "first", "nll", "same", "identical", "tokens")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,22 @@ class Problem:
 
 def limit(reference: int) -> int:
     return reference + reference // 2 + SLACK
+
+
+def text_problems(corpus: list[int], n: int, length: int, tokens: int) -> list[Problem]:
+    """`n` windows of `length` tokens of real text, evenly spaced, each answered by the `tokens` that follow it there:
+    no document ends in an answer, and no token is in two of them."""
+    step = (len(corpus) - length) // n
+    made = []
+    for number in range(n):
+        at = length + number * step
+        while END_OF_TEXT in corpus[at : at + tokens]:
+            at += 1 + corpus[at : at + tokens].index(END_OF_TEXT)
+        if at + tokens > min(length + (number + 1) * step, len(corpus)):
+            raise SystemExit(f"the held-out text is too short for {n} answers of {tokens} tokens: give a smaller --n")
+        example = Example("text", None, length, [], "", [])
+        made.append(Problem(example, number, corpus[at - length : at], [corpus[at : at + tokens]], []))
+    return made
 
 
 def heard(page: str, tokenizer: Tokenizer) -> list[int]:
@@ -149,12 +165,12 @@ def measure(
             seeds = [talk.seed + len(talk.answers) for talk in talks]
             return client.sampled([t.prompt for t in talks], _limits(talks), seeds, plan.temperature, plan.top_p)
 
-        sampled = []  # one after the other: what the last one left in the cache may go
-        for number in range(plan.samples):
-            sampled.append([Talk(p, p.prompt, [], _seed(plan, p, number)) for p in group])
-            _play(sampled[-1], draw, client, tokenizer, flushed)
+        sampled = [Talk(p, p.prompt, [], _seed(plan, p, number)) for p in group for number in range(_draws(plan, p))]
+        if sampled:
+            _play(sampled, draw, client, tokenizer, flushed)
         for i, talk in enumerate(greedy):
-            share = sum(talks[i].right for talks in sampled) / max(1, plan.samples)
+            drawn = [one.right for one in sampled if one.problem is talk.problem]
+            share = sum(drawn) / max(1, len(drawn))
             raw.append(Raw(talk.said, talk.right, share, [turns[i] for turns in replayed if turns[i] is not None]))
     return raw
 
@@ -163,8 +179,14 @@ def _seed(plan: Plan, problem: Problem, sample: int) -> int:
     return zlib.crc32(f"{plan.seed}/{problem.example.task}/{problem.number}/{sample}".encode())
 
 
+def _draws(plan: Plan, problem: Problem) -> int:
+    """Text needs none: what draws would find by the token is computed from the replayed distributions."""
+    return 0 if problem.example.task == "text" else plan.samples
+
+
 def _limits(talks: list[Talk]) -> list[int]:
-    return [limit(len(t.problem.said[min(len(t.answers), len(t.problem.said) - 1)])) for t in talks]
+    lengths = [len(t.problem.said[min(len(t.answers), len(t.problem.said) - 1)]) for t in talks]
+    return [n if t.problem.example.task == "text" else limit(n) for t, n in zip(talks, lengths, strict=True)]
 
 
 def _replay(client: Client, group: list[Problem], plan: Plan, flushed: bool) -> list[list[Any]]:
@@ -193,7 +215,8 @@ def groups(every: list[Problem], plan: Plan) -> list[list[Problem]]:
     made: list[list[Problem]] = [[]]
     used = 0
     for problem in every:
-        need = 2 * problem.room  # the conversation and the one before it, which may have left the same path
+        own = len(problem.prompt) if len(problem.said) == 1 else 0  # samples of an agent part at its first answer
+        need = own + (1 + max(1, _draws(plan, problem))) * (problem.room - own)
         if made[-1] and (used + need > plan.kv_tokens or len(made[-1]) == plan.wave):
             made.append([])
             used = 0
@@ -202,8 +225,12 @@ def groups(every: list[Problem], plan: Plan) -> list[list[Problem]]:
     return made
 
 
-def figures(raw: list[Raw], reference: list[Raw]) -> dict[str, Any]:
-    """``{measure: [by example]}`` against BF16's, and KL and NLL by turn (means over the examples that have it)."""
+def figures(raw: list[Raw], reference: list[Raw], text: Plan | None = None) -> dict[str, Any]:
+    """``{measure: [by example]}`` against BF16's, and KL and NLL by turn (means over the examples that have it).
+
+    Of ``text``, which has no right answer, accuracy is that of its single tokens, each after the true ones: the share
+    that is the most probable, and the mean probability with which a draw finds it.
+    """
     found: dict[str, list[float]] = {name: [] for name in MEASURES}
     by_turn: dict[str, list[list[float]]] = {"kl": [], "nll": []}
     for mine, base in zip(raw, reference, strict=True):
@@ -218,8 +245,17 @@ def figures(raw: list[Raw], reference: list[Raw]) -> dict[str, Any]:
                     by_turn[name].append([])
                 by_turn[name][turn].append(float(values.mean()))
         same = agreement(mine.greedy, base.greedy)
-        row = (mine.right, mine.sampled, np.concatenate(kl).mean(), np.concatenate(nll).mean(), same)
+        right: tuple[float, float] = (mine.right, mine.sampled)
+        if text:
+            right = token_accuracy(mine.turns, text.temperature, text.top_p)
+        row = (*right, np.concatenate(kl).mean(), kl[0][0], np.concatenate(nll).mean(), same)
         for name, value in zip(MEASURES, (*row, mine.greedy == base.greedy, len(mine.greedy)), strict=True):
             found[name].append(round(float(value), 9))
     turns = {name: [round(float(np.mean(values)), 9) for values in rows] for name, rows in by_turn.items()}
     return {**found, "by_turn": turns}
+
+
+def token_accuracy(turns: list[Answer], temperature: float, top_p: float) -> tuple[float, float]:
+    logprobs = np.concatenate([np.asarray(turn.top_logprobs) for turn in turns])  # the true token's own is the last
+    best = (logprobs[:, -1:] > logprobs[:, :-1]).all(1)
+    return float(best.mean()), float(drawn_probability(logprobs, temperature, top_p).mean())

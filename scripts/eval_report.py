@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 TITLES = {
-    "accuracy": "accuracy, greedy",
-    "sampled": "accuracy, sampled (mean of an example's samples)",
+    "accuracy": "accuracy, greedy (of text: of its tokens, each after the true ones)",
+    "sampled": "accuracy, sampled (mean of an example's samples; of text: probability that a draw finds the token)",
     "kl": "KL of BF16's from the arm's distribution at each token of the reference answer, nats (lower bound)",
+    "first": "the same KL at the first token of the answer",
     "nll": "negative log-likelihood of the reference answer, nats per token",
     "same": "tokens until the greedy answer first differs from BF16's (all of BF16's where it never does)",
     "identical": "share of greedy answers that equal BF16's",
@@ -25,7 +26,7 @@ def figure(found: list[float] | None, signed: bool = False) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def _table(head: str, columns: list[str], rows: list[tuple[str, list[str]]]) -> str:
+def table(head: str, columns: list[str], rows: list[tuple[str, list[str]]]) -> str:
     sizes = [max(len(name), *(len(cells[i]) for _, cells in rows)) for i, name in enumerate(columns)]
     first = max(len(name) for name, _ in rows) if rows else 0
     lines = [head, " " * first + "".join(f"  {name:>{size}}" for name, size in zip(columns, sizes, strict=True))]
@@ -45,7 +46,7 @@ def tables(results: Results) -> str:
                 for group, found in results.items()
             ]
             if columns:
-                out.append(_table(f"{head} [95% interval]", columns, rows))
+                out.append(table(f"{head} [95% interval]", columns, rows))
     return "\n\n".join(out)
 
 
@@ -60,7 +61,7 @@ def plot(results: Results, path: Path, title: str) -> bool:
 
     groups = [group for group in results if " " not in group]
     pairs = list(results["all"]["accuracy"]["minus"])
-    grid, axes = pyplot.subplots(4, 2, figsize=(14, 3.2 * 4), layout="constrained")
+    grid, axes = pyplot.subplots(3, 3, figsize=(20, 3.4 * 3), layout="constrained")
     for axis, measure in zip(axes.flat, TITLES, strict=False):
         for i, pair in enumerate(pairs):
             found = [results[group][measure]["minus"][pair] for group in groups]

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -19,14 +20,18 @@ from pathlib import Path
 from shutil import copy
 from typing import Any
 
+import numpy as np
 from bench_servers import Arm, machine
+from eval_ablation import plot_tradeoff, speeds, tradeoff
 from eval_arms import Client, recipe
-from eval_cells import MEASURES, Plan, Problem, Raw, figures, measure, problems
+from eval_cells import MEASURES, Plan, Problem, Raw, figures, measure, problems, text_problems
 from eval_report import plot, tables
 from eval_statistics import REFERENCE, WORST, analyse
 from tiny_tasks import default_lines, examples
+from tiny_text import END_OF_TEXT, Tokenizer, stdlib_files
 
 HERE = Path(__file__).resolve().parent
+TEXT, TEXT_TOKENS = "text", 128  # the task of continuing real text, and how many tokens of it count
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,13 @@ def identity(args: argparse.Namespace, lines: list[str]) -> dict[str, Any]:
     where = {key: value for key, value in machine().items() if key != "commit"}
     fixed = {name: getattr(args, name) for name in names}
     return {**where, "model": digest.hexdigest()[:16], "text": text[:16], **fixed}
+
+
+def corpus(data: Path | None, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of the held-out files, each with its end."""
+    if data:
+        return list(np.load(data / "eval.npz")["tokens"].tolist())
+    return [token for text in stdlib_files("eval").values() for token in (*tokenizer.encode(text), END_OF_TEXT)]
 
 
 def state_of(arm: Arm) -> dict[str, Any]:
@@ -83,6 +95,9 @@ class Run:
             self.lines = gzip.decompress((args.data / "eval.txt.gz").read_bytes()).decode().splitlines()
         else:
             self.lines = default_lines("eval")
+        self.corpus: list[int] = []
+        if any(cell.task == TEXT for cell in cells):
+            self.corpus = corpus(args.data, args.tokenizer)
         self.identity = identity(args, self.lines)
         self.plan = Plan(
             args.samples, args.temperature, args.top_p, args.answer_tokens, args.seed, args.kv_tokens, args.wave
@@ -90,6 +105,9 @@ class Run:
         self.modes = ("kept", "flushed") if args.multi_turn else ("",)
         self.reference: dict[Cell, list[Raw]] = {}
         (args.out / "cells").mkdir(parents=True, exist_ok=True)
+
+    def recipe(self, arm: str) -> str:
+        return recipe(arm, self.args.layers)
 
     def names(self, arm: str) -> list[str]:
         return [f"{arm}/{mode}" if mode else arm for mode in self.modes]
@@ -99,7 +117,7 @@ class Run:
         if not file.is_file():
             return None
         found = json.loads(file.read_text())
-        expected = {**self.identity, "recipe": recipe(arm.partition("/")[0])}
+        expected = {**self.identity, "recipe": self.recipe(arm.partition("/")[0])}
         other = [name for name, value in expected.items() if found["identity"].get(name) != value]
         if other:
             raise SystemExit(f"{file} was measured with another {other[0]}: name another --out, or remove it")
@@ -112,50 +130,63 @@ class Run:
 
     def problems_of(self, cell: Cell) -> list[Problem]:
         args = self.args
-        made = problems(
-            examples(cell.task, "eval", args.n, args.seed, level=cell.level, length=cell.length, lines=self.lines),
-            args.tokenizer,
-        )
-        most = json.loads((args.model / "config.json").read_text())["max_position_embeddings"]
+        if cell.task == TEXT:
+            made = text_problems(self.corpus, args.n, cell.length, TEXT_TOKENS)
+        else:
+            made = problems(
+                examples(cell.task, "eval", args.n, args.seed, level=cell.level, length=cell.length, lines=self.lines),
+                args.tokenizer,
+            )
         longest = max(problem.room for problem in made)
-        if longest > min(most, args.kv_tokens):
+        if longest > min(args.context, args.kv_tokens):
             raise SystemExit(
-                f"{cell.task} at {cell.length}: a conversation may take {longest} tokens; the model has {most}, "
-                f"--kv-tokens {args.kv_tokens}: give shorter --lengths or more --kv-tokens"
+                f"{cell.task} at {cell.length}: a conversation may take {longest} tokens; the model has "
+                f"{args.context}, --kv-tokens {args.kv_tokens}: give shorter --lengths or more --kv-tokens"
             )
         return made
 
     def measure(self, arms: list[Arm], cells: list[Cell]) -> None:
-        """The cells on servers that are up, side by side."""
-        states = {Path(arm.name).stem: state_of(arm) for arm in arms}
+        """The cells on servers that are up, each arm at its own pace; cells of one task, which differ in length, share
+        waves, because a wave takes as long as its longest answer."""
+        by_task = [list(group) for _, group in itertools.groupby(cells, key=lambda cell: cell.task)]
+        every = [[self.problems_of(cell) for cell in group] for group in by_task]
         with ThreadPoolExecutor(len(arms)) as pool:
-            for cell in cells:
-                began = time.monotonic()
-                every = self.problems_of(cell)
+            jobs = [pool.submit(self._measure_arm, arm, by_task, every) for arm in arms]
+            done = {Path(arm.name).stem: job.result() for arm, job in zip(arms, jobs, strict=True)}
+        if REFERENCE in done:
+            self.reference = {cell: raw for (cell, mode), raw in done[REFERENCE].items() if mode == self.modes[0]}
+        for arm in arms:
+            stem = Path(arm.name).stem
+            state = state_of(arm)
+            for (cell, mode), raw in done[stem].items():
+                self._store(cell, f"{stem}/{mode}" if mode else stem, stem, state, raw)
 
-                def work(arm: Arm, every: list[Problem] = every) -> list[list[Raw]]:
-                    client = Client(arm, self.args.top)
-                    flushed = [mode == "flushed" for mode in self.modes]
-                    return [measure(client, every, self.plan, self.args.tokenizer, flushed=f) for f in flushed]
+    def _measure_arm(
+        self, arm: Arm, by_task: list[list[Cell]], every: list[list[list[Problem]]]
+    ) -> dict[tuple[Cell, str], list[Raw]]:
+        client, found = Client(arm, self.args.top), {}
+        for cells, lists in zip(by_task, every, strict=True):
+            began = time.monotonic()
+            together = [problem for part in lists for problem in part]
+            for mode in self.modes:
+                raw = measure(client, together, self.plan, self.args.tokenizer, flushed=mode == "flushed")
+                for cell, part in zip(cells, lists, strict=True):
+                    found[cell, mode], raw = raw[: len(part)], raw[len(part) :]
+            spent = f"{len(together)} examples in {time.monotonic() - began:.1f} s"
+            print(f"{Path(arm.name).stem}: {cells[0].task}, {spent}", file=sys.stderr, flush=True)
+        return found
 
-                jobs = {Path(arm.name).stem: pool.submit(work, arm) for arm in arms}
-                done = {arm: job.result() for arm, job in jobs.items()}
-                if REFERENCE in done:
-                    self.reference[cell] = done[REFERENCE][0]
-                for arm, by_mode in done.items():
-                    for name, raw in zip(self.names(arm), by_mode, strict=True):
-                        found = {
-                            "identity": {**self.identity, "recipe": recipe(arm)},
-                            "cell": asdict(cell),
-                            "arm": name,
-                            "server": states[arm],
-                            **figures(raw, self.reference[cell]),
-                        }
-                        part = cell.file(self.args.out, name).with_suffix(".part")
-                        part.write_text(json.dumps(found) + "\n")
-                        part.replace(cell.file(self.args.out, name))
-                spent = f"{time.monotonic() - began:.1f} s: {', '.join(done)}"
-                print(f"{cell.task} {cell.length}, {len(every)} examples, {spent}", file=sys.stderr, flush=True)
+    def _store(self, cell: Cell, name: str, arm: str, state: dict[str, Any], raw: list[Raw]) -> None:
+        found = {
+            "identity": {**self.identity, "recipe": self.recipe(arm)},
+            "cell": asdict(cell),
+            "arm": name,
+            "server": state,
+            **figures(raw, self.reference[cell], self.plan if cell.task == TEXT else None),
+        }
+        part = cell.file(self.args.out, name).with_suffix(".part")
+        part.write_text(json.dumps(found) + "\n")
+        part.replace(cell.file(self.args.out, name))
 
     def report(self) -> dict[str, Any]:
         """Writes the files; the line for stdout."""
@@ -180,12 +211,17 @@ class Run:
             f"{self.identity['torch']}; emulated: {', '.join(emulated) or 'nothing'}"
         )
         text = f"{head}\n\n{tables(results)}\n"
+        fast: dict[str, float] = {}
+        if args.ablation:
+            fast = speeds(args.arms)
+            text = f"{head}\n\n{tradeoff(results, fast)}\n\n{tables(results)}\n"
+            plot_tradeoff(results, fast, args.out / "tradeoff.png", head)
         turns = {f"{c.task} {c.length}": {n: one["by_turn"] for n, one in r.items()} for c, r in files.items()}
         facts = {
             **machine(),
             "identity": self.identity,
             "servers": servers,
-            "recipes": {a: recipe(a) for a in args.arms},
+            "recipes": {a: self.recipe(a) for a in args.arms},
         }
         full = {**facts, "cells": [asdict(cell) for cell in self.cells], "results": results, "by_turn": turns}
         (args.out / "results.json").write_text(json.dumps(full, indent=1) + "\n")
@@ -193,4 +229,5 @@ class Run:
         drawn = plot(results, args.out / "accuracy.png", head)
         print(text if drawn else f"{text}\n(no plot: matplotlib is not installed)\n")
         short = {measure: results["all"][measure] for measure in MEASURES}
-        return {**machine(), "out": str(args.out), "n": args.n, "emulated": emulated, "all": short}
+        predicted = {"predicted_prefill_speedup": fast} if fast else {}
+        return {**machine(), "out": str(args.out), "n": args.n, "emulated": emulated, **predicted, "all": short}

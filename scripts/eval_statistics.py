@@ -39,6 +39,17 @@ def divergence(ids: Array, logprobs: Array, other_ids: Array, other_logprobs: Ar
     return np.maximum(total, 0.0)
 
 
+def drawn_probability(logprobs: Array, temperature: float, top_p: float) -> Array:
+    """By row, the probability that a draw at ``temperature`` from the best ``top_p`` finds the last token of
+    ``logprobs`` [N, K]; what the list lacks has no share."""
+    scaled = np.exp((logprobs - logprobs.max(1, keepdims=True)) / temperature)
+    p = scaled / scaled.sum(1, keepdims=True)
+    before = np.where(p > p[:, -1:], p, 0.0).sum(1)  # SGLang keeps a token while those before it have at most top_p
+    order = -np.sort(-p, axis=1)
+    kept = np.where(np.cumsum(order, axis=1) - order <= top_p, order, 0.0).sum(1)
+    return np.where(before <= top_p, p[:, -1] / kept, 0.0)
+
+
 def agreement(tokens: list[int], reference: list[int]) -> int:
     """Tokens before the first one that differs; all of the reference where none does."""
     for place, token in enumerate(reference):

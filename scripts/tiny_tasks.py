@@ -29,11 +29,11 @@ from tiny_text import stdlib_files, usable_lines
 # Knobs by level, the easiest first. digits: of a key; near: the share of keys that are another one with one digit
 # changed; hops, lines, pages: written steps; versions: copies of the excerpt.
 LEVELS: dict[str, tuple[dict[str, float], ...]] = {
-    "find": ({"digits": 4, "near": 0.0}, {"digits": 5, "near": 0.8}, {"digits": 7, "near": 0.95}),
-    "hops": ({"digits": 4, "hops": 4}, {"digits": 4, "hops": 12}, {"digits": 4, "hops": 32}),
-    "order": ({"digits": 4, "lines": 3}, {"digits": 4, "lines": 8}, {"digits": 5, "lines": 20}),
-    "agent": ({"digits": 3, "pages": 2}, {"digits": 3, "pages": 4}, {"digits": 4, "pages": 8}),
-    "quote": ({"versions": 2, "lines": 1}, {"versions": 5, "lines": 3}, {"versions": 12, "lines": 6}),
+    "find": ({"digits": 5, "near": 0.8}, {"digits": 7, "near": 0.95}, {"digits": 8, "near": 0.99}),
+    "hops": ({"digits": 4, "hops": 12}, {"digits": 4, "hops": 32}, {"digits": 4, "hops": 64}),
+    "order": ({"digits": 4, "lines": 8}, {"digits": 5, "lines": 20}, {"digits": 5, "lines": 28}),
+    "agent": ({"digits": 3, "pages": 4}, {"digits": 4, "pages": 8}, {"digits": 4, "pages": 14}),
+    "quote": ({"versions": 5, "lines": 3}, {"versions": 12, "lines": 6}, {"versions": 20, "lines": 8}),
 }
 EASIEST = {"hops": 1, "lines": 1, "pages": 1}  # training goes down to these
 TASKS = tuple(LEVELS)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-np = pytest.importorskip("numpy")
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -36,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     vocab = {token: i for i, token in enumerate([*SPECIAL, *_byte_letters().values()])}
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocab, "merges": []}}))
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 16384}))
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 16384, "num_hidden_layers": 8}))
     return folder
 
 
@@ -105,11 +107,11 @@ def test_a_server_finds_the_processor_by_its_module_alone(tmp_path: Path) -> Non
 
 def test_the_recipes_are_what_the_arms_are_called(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
-    from eval_arms import RECIPES, write_recipes
+    from eval_arms import ABLATIONS, RECIPES, write_recipes
 
     from mixquant_sglang.recipe import load
 
-    found = {Path(file).stem: load(file) for file in write_recipes(tmp_path, list(RECIPES))}
+    found = {Path(file).stem: load(file) for file in write_recipes(tmp_path, list(RECIPES), layers=8)}
     shipped = {"mix": "nvfp4", "mix-fp8": "fp8", "everywhere": "nvfp4-everywhere", "bf16": "bf16"}
     for name, recipe in found.items():
         assert (recipe.prefill, recipe.decode, recipe.protect_last_prompt_token) == RECIPES[name]
@@ -117,6 +119,14 @@ def test_the_recipes_are_what_the_arms_are_called(tmp_path: Path) -> None:
             same = load(shipped[name])
             assert (recipe.prefill, recipe.decode, recipe.kernel) == (same.prefill, same.decode, same.kernel)
             assert (recipe.protect_last_prompt_token, recipe.scales) == (same.protect_last_prompt_token, same.scales)
+    names = ["mix", *ABLATIONS]
+    different = {name: load(file) for name, file in zip(names, write_recipes(tmp_path, names, layers=8), strict=True)}
+    facts = {
+        (r.prefill, r.decode, r.protected_tail, r.min_tokens, r.scales, tuple((x.match, x.prefill) for x in r.layers))
+        for r in different.values()
+    }
+    assert len(facts) == len(names) and all(r.decode == "bf16" for r in different.values())
+    assert re.search(different["edges-bf16"].layers[0].match.removeprefix("re:"), "model.layers.7.mlp.down_proj")
 
 
 class FakeArm:
@@ -159,11 +169,14 @@ class FakeArm:
 
 
 def made(model: Path, task: str, n: int = 3) -> tuple[list[Any], Any]:
-    from eval_cells import problems
+    from eval_cells import problems, text_problems
     from tiny_tasks import examples
     from tiny_text import Tokenizer
 
     tokenizer = Tokenizer(model / "tokenizer.json")
+    if task == "text":
+        corpus = [token for line in LINES * 4 for token in (*tokenizer.encode(line), 0)]
+        return text_problems(corpus, n, 400, 4), tokenizer
     return problems(examples(task, "eval", n, level=0, length=400, lines=LINES), tokenizer), tokenizer
 
 
@@ -216,7 +229,39 @@ def test_conversations_become_figures(task: str, model: Path) -> None:
         if "seed" in p.get("custom_params", {})
     ]
     assert len({*seeds}) == len(seeds) == 3 * 2 * turns
-    assert good.flushes == 1 and len(good.asked) == (1 + 1 + 2) * turns
+    assert good.flushes == 1 and len(good.asked) == 3 * turns
+
+
+def test_text_is_held_out_windows_that_do_not_share_answers(model: Path) -> None:
+    from eval_arms import Client
+    from eval_cells import figures, measure, text_problems
+
+    corpus = [0 if i % 50 == 0 else 3 + i for i in range(3000)]
+    windows = text_problems(corpus, 8, 400, 20)
+    at = [corpus.index(window.said[0][0]) for window in windows]
+    assert at == sorted(at) and min(b - a for a, b in pairwise(at)) >= 20
+    for start, window in zip(at, windows, strict=True):
+        assert window.prompt == corpus[start - 400 : start] and window.said == [corpus[start : start + 20]]
+        assert 0 not in window.said[0]
+    with pytest.raises(SystemExit, match="too short for 200 answers"):
+        text_problems(corpus, 200, 400, 20)
+
+    every, tokenizer = made(model, "text")
+    arm = FakeArm(every, wrong={2})
+    raw = measure(Client(arm, 2), every, plan(), tokenizer)  # type: ignore[arg-type]
+    found = figures(raw, raw, plan())
+    assert len(arm.asked) == 2  # no samples
+    assert found["accuracy"] == [1, 1, 1]  # -2 is more than the other token's -3
+    assert found["sampled"] == pytest.approx([1, 1, np.exp(-2 / 0.6) / (np.exp(-2 / 0.6) + np.exp(-3 / 0.6))])
+
+
+def test_the_probability_of_a_draw() -> None:
+    from eval_statistics import drawn_probability
+
+    logp = np.log(np.array([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0.3, 0.5, 0.2]]))
+    assert drawn_probability(logp, 1.0, 1.0) == pytest.approx([0.2, 0.5, 0.2])
+    assert drawn_probability(logp, 1.0, 0.75) == pytest.approx([0, 0.5 / 0.8, 0])
+    assert drawn_probability(logp, 0.5, 1.0) == pytest.approx([0.04 / 0.38, 0.25 / 0.38, 0.04 / 0.38])
 
 
 def test_the_cache_is_flushed_between_turns_or_must_be_there(model: Path) -> None:
@@ -227,7 +272,7 @@ def test_the_cache_is_flushed_between_turns_or_must_be_there(model: Path) -> Non
     turns = len(every[0].said)
     arm = FakeArm(every, cached=0)
     measure(Client(arm, 2), every, plan(), tokenizer, flushed=True)  # type: ignore[arg-type]
-    assert arm.flushes == 1 + (1 + 1 + 2) * turns
+    assert arm.flushes == 1 + 3 * turns
     with pytest.raises(SystemExit, match="more --kv-tokens"):
         measure(Client(arm, 2), every, plan(), tokenizer)  # type: ignore[arg-type]
 
@@ -237,7 +282,8 @@ def test_groups_fit_into_the_pool(model: Path) -> None:
 
     every, _ = made(model, "find", 7)
     assert [len(group) for group in groups(every, plan(wave=3))] == [3, 3, 1]
-    assert [len(group) for group in groups(every, plan(kv_tokens=5 * every[0].room))] == [2, 2, 2, 1]
+    room = len(every[0].prompt) + 3 * (every[0].room - len(every[0].prompt))
+    assert [len(group) for group in groups(every, plan(kv_tokens=int(2.5 * room)))] == [2, 2, 2, 1]
 
 
 def test_a_server_that_fails_ends_in_a_line(model: Path) -> None:
@@ -349,6 +395,7 @@ def test_the_wrapper_parses_and_has_the_run_bit() -> None:
         ("--arms everywhere nvfp5", "nvfp5"),
         ("--multi-turn --tasks find", "--multi-turn"),
         ("--data nowhere", "eval.txt.gz"),
+        ("--ablation --multi-turn", "--ablation"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -367,7 +414,7 @@ def test_a_tokenizer_that_lacks_tokens_is_refused(
 ) -> None:
     from eval_accuracy import parse
 
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64, "num_hidden_layers": 1}')
     if vocab:
         (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": []}}))
     with pytest.raises(SystemExit):
@@ -377,16 +424,33 @@ def test_a_tokenizer_that_lacks_tokens_is_refused(
 
 def test_the_defaults_leave_nothing_out(model: Path, tmp_path: Path) -> None:
     from eval_accuracy import parse
-    from eval_arms import RECIPES
+    from eval_arms import ABLATIONS, RECIPES
     from tiny_tasks import LENGTHS, TASKS
 
     args, cells = parse(["--model", str(model), "--out", str(tmp_path), "--arms", "mix"])
     assert args.arms == ["bf16", "mix"]
     args, cells = parse(["--model", str(model), "--out", str(tmp_path)])
-    assert args.n >= 500 and args.samples == 4 and args.arms == list(RECIPES)
-    assert [(cell.task, cell.length) for cell in cells] == [(task, length) for task in TASKS for length in LENGTHS]
+    assert args.n * len(LENGTHS) >= 500 and args.samples == 4 and args.arms == list(RECIPES)
+    tasks = (*TASKS, "text")
+    assert [(cell.task, cell.length) for cell in cells] == [(task, length) for task in tasks for length in LENGTHS]
+    args, _ = parse(["--model", str(model), "--out", str(tmp_path), "--ablation"])
+    assert {"bf16", "everywhere", "mix", *ABLATIONS} <= {*args.arms} and args.samples == 0
     _, cells = parse(["--model", str(model), "--out", str(tmp_path), "--multi-turn"])
     assert {(cell.task, cell.level) for cell in cells} == {("agent", 2)}
+
+
+def test_an_ablation_shows_quality_beside_speed() -> None:
+    from eval_ablation import speeds, tradeoff
+    from eval_arms import ABLATIONS
+
+    arms = ["bf16", "everywhere", "mix", *ABLATIONS]
+    fast = speeds(arms)
+    assert fast["bf16"] == 1 < fast["down-bf16"] < fast["mix"] <= fast["everywhere"]
+    value = {arm: [0.25, 0.125, 0.5] for arm in arms}
+    one = {"value": value, "minus": {f"{arm} - bf16": [0.0] * 3 for arm in arms[1:]}}
+    lines = tradeoff({"all": dict.fromkeys(("first", "kl", "accuracy"), one)}, fast).splitlines()
+    assert len(lines) == 2 + len(arms) and all("0.2500 [0.1250, 0.5000]" in line for line in lines[2:])
+    assert lines[4].split()[0] == "mix" and lines[4].endswith(f"{fast['mix']:.2f}x")
 
 
 @pytest.mark.parametrize("multi_turn", [False, True])

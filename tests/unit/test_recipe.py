@@ -101,6 +101,11 @@ def test_decode_precisions(tmp_path: Path, precision: str) -> None:
     assert recipe.load(str(write(tmp_path, f"version: 1\ndecode: {{precision: {precision}}}"))).decode == precision
 
 
+def test_a_protected_tail(tmp_path: Path) -> None:
+    loaded = recipe.load(str(write(tmp_path, "version: 1\nprotect: {last_prompt_tokens: 16}")))
+    assert (loaded.protect_last_prompt_token, loaded.protected_tail) == (True, 16)
+
+
 def test_a_decode_only_rule_keeps_the_prefill_default(tmp_path: Path) -> None:
     (rule,) = recipe.load(str(write(tmp_path, "version: 1\nlayers: [{match: a.b, decode: fp8}]"))).layers
     assert (rule.prefill, rule.decode) == (None, "fp8")
@@ -370,6 +375,18 @@ MISTAKES = {
         2,
         "protect.last_prompt_token",
         ["'yes' is not one of them; allowed: true, false"],
+    ),
+    "a tail of none": (
+        "version: 1\nprotect: {last_prompt_tokens: 0}",
+        2,
+        "protect.last_prompt_tokens",
+        ["0 is too small; allowed: an integer of at least 1"],
+    ),
+    "a tail without the last token": (
+        "version: 1\nprotect:\n  last_prompt_token: false\n  last_prompt_tokens: 4",
+        4,
+        "protect.last_prompt_tokens",
+        ["gives up"],
     ),
     "unknown kernel": (
         "version: 1\nkernel: emulate",
