@@ -8,6 +8,7 @@ depend on the batch.  The chat template renders the same text: tests/unit/test_t
 
 from __future__ import annotations
 
+import time
 import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,15 +83,20 @@ class Client:
 
     def __init__(self, arm: Arm, top: int) -> None:
         self.arm, self.top = arm, top
+        self.spent = {"greedy": 0.0, "sampled": 0.0, "replayed": 0.0}  # seconds in requests
 
-    def _wave(self, prompts: list[list[int]], params: list[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
+    def _wave(
+        self, kind: str, prompts: list[list[int]], params: list[dict[str, Any]], **more: Any
+    ) -> list[dict[str, Any]]:
         body = {"input_ids": prompts, "sampling_params": params, **more}
+        began = time.monotonic()
         try:
             found = orjson.loads(self.arm.post("/generate", body))
         except urllib.error.HTTPError as error:
             raise self.arm.failed(f"answered {error.code}: {error.read()[:300]!r}") from None
         except (OSError, ValueError) as error:
             raise self.arm.failed(f"did not answer ({error!r})") from None
+        self.spent[kind] += time.monotonic() - began
         if len(found) != len(prompts):
             raise self.arm.failed(f"gave {len(found)} answers to {len(prompts)} prompts")
         for one in found:
@@ -99,7 +105,7 @@ class Client:
         return list(found)
 
     def greedy(self, prompts: list[list[int]], limits: list[int]) -> list[Answer]:
-        return self._answers(self._wave(prompts, [_params(limit) for limit in limits]))
+        return self._answers(self._wave("greedy", prompts, [_params(limit) for limit in limits]))
 
     def sampled(
         self, prompts: list[list[int]], limits: list[int], seeds: list[int], temperature: float, top_p: float
@@ -109,7 +115,7 @@ class Client:
             _params(limit) | {"custom_params": {"seed": seed, **drawn}}
             for limit, seed in zip(limits, seeds, strict=True)
         ]
-        return self._answers(self._wave(prompts, params, custom_logit_processor=to_str(Sample)))
+        return self._answers(self._wave("sampled", prompts, params, custom_logit_processor=to_str(Sample)))
 
     def replayed(self, prompts: list[list[int]], answers: list[list[int]]) -> list[Answer]:
         """The distribution at each token of ``answers``, decoded."""
@@ -119,7 +125,7 @@ class Client:
         ]
         more = {"return_logprob": True, "top_logprobs_num": self.top + 1, "custom_logit_processor": to_str(Replay)}
         out = []
-        for ids, one in zip(answers, self._wave(prompts, params, **more), strict=True):
+        for ids, one in zip(answers, self._wave("replayed", prompts, params, **more), strict=True):
             meta = one["meta_info"]
             if one["output_ids"] != ids:
                 raise self.arm.failed(f"did not replay an answer: {one['output_ids'][:8]}... for {ids[:8]}...")

@@ -146,34 +146,34 @@ class Run:
         return made
 
     def measure(self, arms: list[Arm], cells: list[Cell]) -> None:
-        """The cells on servers that are up, each arm at its own pace; cells of one task, which differ in length, share
-        waves, because a wave takes as long as its longest answer."""
-        by_task = [list(group) for _, group in itertools.groupby(cells, key=lambda cell: cell.task)]
-        every = [[self.problems_of(cell) for cell in group] for group in by_task]
+        """The cells on servers that are up, side by side.  Cells of one task, which differ in length, share waves,
+        because a wave takes as long as its longest answer."""
+        states = {Path(arm.name).stem: state_of(arm) for arm in arms}
         with ThreadPoolExecutor(len(arms)) as pool:
-            jobs = [pool.submit(self._measure_arm, arm, by_task, every) for arm in arms]
-            done = {Path(arm.name).stem: job.result() for arm, job in zip(arms, jobs, strict=True)}
-        if REFERENCE in done:
-            self.reference = {cell: raw for (cell, mode), raw in done[REFERENCE].items() if mode == self.modes[0]}
-        for arm in arms:
-            stem = Path(arm.name).stem
-            state = state_of(arm)
-            for (cell, mode), raw in done[stem].items():
-                self._store(cell, f"{stem}/{mode}" if mode else stem, stem, state, raw)
+            for task, group in itertools.groupby(cells, key=lambda cell: cell.task):
+                together = {cell: self.problems_of(cell) for cell in group}
+                jobs = {Path(arm.name).stem: pool.submit(self._measure_arm, arm, task, together) for arm in arms}
+                done = {arm: job.result() for arm, job in jobs.items()}
+                if REFERENCE in done:
+                    self.reference |= {cell: done[REFERENCE][cell, self.modes[0]] for cell in together}
+                for arm, found in done.items():
+                    for (cell, mode), raw in found.items():
+                        self._store(cell, f"{arm}/{mode}" if mode else arm, arm, states[arm], raw)
 
     def _measure_arm(
-        self, arm: Arm, by_task: list[list[Cell]], every: list[list[list[Problem]]]
+        self, arm: Arm, task: str, together: dict[Cell, list[Problem]]
     ) -> dict[tuple[Cell, str], list[Raw]]:
+        began = time.monotonic()
         client, found = Client(arm, self.args.top), {}
-        for cells, lists in zip(by_task, every, strict=True):
-            began = time.monotonic()
-            together = [problem for part in lists for problem in part]
-            for mode in self.modes:
-                raw = measure(client, together, self.plan, self.args.tokenizer, flushed=mode == "flushed")
-                for cell, part in zip(cells, lists, strict=True):
-                    found[cell, mode], raw = raw[: len(part)], raw[len(part) :]
-            spent = f"{len(together)} examples in {time.monotonic() - began:.1f} s"
-            print(f"{Path(arm.name).stem}: {cells[0].task}, {spent}", file=sys.stderr, flush=True)
+        every = [problem for part in together.values() for problem in part]
+        for mode in self.modes:
+            raw = measure(client, every, self.plan, self.args.tokenizer, flushed=mode == "flushed")
+            for cell, part in together.items():
+                found[cell, mode], raw = raw[: len(part)], raw[len(part) :]
+        spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in client.spent.items())
+        name = Path(arm.name).stem
+        print(f"{name}: {task}, {len(every)} examples, {time.monotonic() - began:.1f} s: {spent}", file=sys.stderr)
+        sys.stderr.flush()
         return found
 
     def _store(self, cell: Cell, name: str, arm: str, state: dict[str, Any], raw: list[Raw]) -> None:

@@ -128,8 +128,9 @@ def training_example(task: str, rng: random.Random, length: int, lines: list[str
 
 
 def correct(task: str, output: str, answer: str) -> bool:
-    """Whether the model's last turn has the right result: the quoted lines, or the last number of the text."""
-    if task == "quote":
+    """Whether the model's last turn has the right result: the quoted lines, or the last number of the text.  Real text
+    has none."""
+    if task in ("quote", "text"):
         return output.strip() == answer.strip()
     numbers = re.findall("[0-9]+", output)
     return bool(numbers) and numbers[-1] == re.findall("[0-9]+", answer)[-1]

@@ -143,7 +143,7 @@ def test_orders_add_up_with_every_carry_written() -> None:
 def test_an_agent_is_answered_by_pages_that_depend_on_its_calls() -> None:
     from tiny_tasks import call, examples
 
-    (example,) = examples("agent", "eval", 1, level=1, lines=LINES)
+    (example,) = examples("agent", "eval", 1, level=0, lines=LINES)
     calls = 0
     for turn, result in itertools.pairwise(example.turns):
         if turn["role"] == "assistant":
@@ -169,11 +169,11 @@ def test_the_agents_system_message_is_what_the_template_makes_of_its_tool(data: 
 def test_quotes_name_a_version_that_differs_from_the_others() -> None:
     from tiny_tasks import LEVELS, examples
 
-    for example in examples("quote", "eval", 5, level=1, lines=LINES):
+    for example in examples("quote", "eval", 5, level=0, lines=LINES):
         versions = example.messages[0]["content"].split("\n\n")[:-1]
-        assert len(versions) == LEVELS["quote"][1]["versions"]
+        assert len(versions) == LEVELS["quote"][0]["versions"]
         assert sum(example.answer in version for version in versions) == 1
-        assert len(example.answer.splitlines()) == LEVELS["quote"][1]["lines"]
+        assert len(example.answer.splitlines()) == LEVELS["quote"][0]["lines"]
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
