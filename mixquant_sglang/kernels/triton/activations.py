@@ -136,6 +136,7 @@ def _launch(
             BLOCKS=16 * warps,
             SOURCE=source,
             FORMAT=fmt,
+            SM=_sm(x.device),
             num_warps=warps,
             enable_fp_fusion=False,
         )
@@ -168,6 +169,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def _sm(device: torch.device) -> int:
+    """As in ``sm_90``; 0 for Triton's interpreter, which has no inline PTX."""
+    major, minor = _capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor
+
+
 def _require(
     tensor: torch.Tensor, name: str, shape: tuple[int | str, ...], dtype: torch.dtype = torch.bfloat16
 ) -> None:
@@ -197,6 +204,7 @@ def _quantize_rows(
     BLOCKS: tl.constexpr,
     SOURCE: tl.constexpr,
     FORMAT: tl.constexpr,
+    SM: tl.constexpr,
 ) -> None:
     """One program for each row; pointers that a case does not need are None.
 
@@ -212,9 +220,9 @@ def _quantize_rows(
     if SOURCE == "norm":
         if residual_ptr is not None:
             residual_ptr += row * K
-        y = _norm(x_ptr + row * K, residual_ptr, weight_ptr, eps, K, BLOCKS)
+        y = _norm(x_ptr + row * K, residual_ptr, weight_ptr, eps, K, BLOCKS, SM)
     elif SOURCE == "silu":
-        y = _silu(x_ptr + row * 2 * K, K, BLOCKS)
+        y = _silu(x_ptr + row * 2 * K, K, BLOCKS, SM)
     else:
         y = _load_row(x_ptr + row * K, K, BLOCKS)
     if slots_ptr is not None and slot >= 0:
@@ -222,7 +230,7 @@ def _quantize_rows(
     if FORMAT == "fp8":
         _store_fp8(out_ptr + row * K, scale_ptr + row, y, K, BLOCKS)
     elif FORMAT == "nvfp4":
-        _store_nvfp4(out_ptr + row * (K // 8), scale_ptr, row_scale_ptr + row, row, y, K, BLOCKS)
+        _store_nvfp4(out_ptr + row * (K // 8), scale_ptr, row_scale_ptr + row, row, y, K, BLOCKS, SM)
     else:
         _store_qdq(out_ptr + row * K, y, K, BLOCKS)
 
@@ -244,14 +252,26 @@ def _store_row(row_ptr: tl.tensor, row: tl.tuple, K: tl.constexpr, BLOCKS: tl.co
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _load(row_ptr: tl.tensor, START: tl.constexpr, K: tl.constexpr, BLOCKS: tl.constexpr) -> tl.tensor:
-    column = START + tl.arange(0, BLOCKS)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    return tl.load(row_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+    column = START // 2 + tl.arange(0, BLOCKS)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    pair_ptr = row_ptr.to(tl.pointer_type(tl.uint32)) + column
+    pair = tl.load(pair_ptr) if START + BLOCKS * 16 <= K else tl.load(pair_ptr, mask=column < K // 2, other=0)
+    return _halves(pair, BLOCKS)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _halves(pair: tl.tensor, BLOCKS: tl.constexpr) -> tl.tensor:
+    """FP32 [BLOCKS, 16] of the BF16 pairs in words [BLOCKS, 8], one instruction for each."""
+    low, high = (pair << 16).to(tl.float32, bitcast=True), (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(low, high), [BLOCKS, 16])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _store(row_ptr: tl.tensor, START: tl.constexpr, value: tl.tensor, K: tl.constexpr, BLOCKS: tl.constexpr) -> None:
     column = START + tl.arange(0, BLOCKS)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    tl.store(row_ptr + column, value, mask=column < K)
+    if START + BLOCKS * 16 <= K:
+        tl.store(row_ptr + column, value)
+    else:
+        tl.store(row_ptr + column, value, mask=column < K)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -262,6 +282,7 @@ def _norm(
     eps: tl.tensor,
     K: tl.constexpr,
     BLOCKS: tl.constexpr,
+    SM: tl.constexpr,
 ) -> tl.tuple:
     t = _load_row(x_ptr, K, BLOCKS)
     if residual_ptr is not None:  # loads do not move up past stores, so all of them come first
@@ -274,7 +295,7 @@ def _norm(
     y: tl.tuple = ()
     for i in tl.static_range(len(t)):
         weight = _load(weight_ptr, i * BLOCKS * 16, K, BLOCKS)
-        y += ((t[i] * r * weight).to(tl.bfloat16).to(tl.float32),)
+        y += (_rounded(t[i] * r * weight, BLOCKS, SM),)
     return y
 
 
@@ -287,7 +308,7 @@ def _sum(a: tl.tuple, b: tl.tuple) -> tl.tuple:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _silu(gate_ptr: tl.tensor, K: tl.constexpr, BLOCKS: tl.constexpr) -> tl.tuple:
+def _silu(gate_ptr: tl.tensor, K: tl.constexpr, BLOCKS: tl.constexpr, SM: tl.constexpr) -> tl.tuple:
     """exp2 and rsqrt flush subnormals, which changes nothing here: 1 + e is at least 1, and is 1 long before e gets
     subnormal. An IEEE division for each element would take a third of the instructions that memory leaves time for."""
     y: tl.tuple = ()
@@ -295,7 +316,7 @@ def _silu(gate_ptr: tl.tensor, K: tl.constexpr, BLOCKS: tl.constexpr) -> tl.tupl
         gate = _load(gate_ptr, start, K, BLOCKS)
         up = _load(gate_ptr + K, start, K, BLOCKS)
         root = tl.rsqrt(1.0 + tl.exp2(gate * -1.4426950408889634))
-        y += ((gate * root * root * up).to(tl.bfloat16).to(tl.float32),)
+        y += (_rounded(gate * root * root * up, BLOCKS, SM),)
     return y
 
 
@@ -338,22 +359,137 @@ def _store_nvfp4(
     y: tl.tuple,
     K: tl.constexpr,
     BLOCKS: tl.constexpr,
+    SM: tl.constexpr,
 ) -> None:
-    """Times a power of two, a value of a small format has that format's bits at the end of FP32's exponent and the
-    start of its fraction, subnormals included. Eight codes make a 32-bit word, the first code lowest."""
-    largest = _largest(y)
+    """Eight codes make a 32-bit word, the first code lowest; a block's maximum serves its row too.
+
+    Instructions are scarce: an H200 issues 17 for each element in the time that ``quantize`` needs for its bytes.
+    """
+    magnitudes: tl.tuple = ()
+    for i in tl.static_range(len(y)):
+        magnitudes += (_block_maximum(y[i], BLOCKS),)
+    largest = _largest(magnitudes)
     row_scale, inverse = _row_scale(largest)
     tl.store(row_scale_ptr, row_scale)
+    finite = largest < 0x7F800000
+    scaled = y
+    factor = inverse
+    if SM >= 100:
+        scaled = _times(y, inverse)
+    elif largest >= 0x70000000:  # 2^97: inverse * encode would be too small for a normal float
+        scaled = _times(y, 5.421010862427522e-20)  # 2^-64
+        factor = inverse * 1.8446744073709552e19
     for i in tl.static_range(len(y)):
-        finite = tl.where(largest < 0x7F800000, y[i], 0.0)
-        value, scale = _nvfp4_blocks(finite, inverse)
-        code = (value * 1.1754943508222875e-38).to(tl.int32, bitcast=True) >> 22  # 2^-126
-        code = code | ((_sign(finite) >> 28) & 8)
-        word = tl.sum(tl.reshape(code, [BLOCKS * 2, 8]) << (tl.arange(0, 8) * 4)[None, :], axis=1)
+        scale = _block_scale(magnitudes[i] * inverse)
+        if SM >= 100:
+            word = _e2m1_words(scaled[i], tl.minimum(tl.div_rn(1.0, scale), 3.4028234663852886e38), BLOCKS)
+        else:
+            encode = tl.minimum(_half_encode(scale) * factor, 3.4028234663852886e38)
+            word = _words(y[i], scaled[i], encode, BLOCKS, SM)
+        word = tl.where(finite, word, 0)
         column = i * BLOCKS * 2 + tl.arange(0, BLOCKS * 2)
-        tl.store(row_ptr + column, word, mask=column < K // 8)
-        byte = (scale * 7.52316384526264e-37).to(tl.int32, bitcast=True) >> 20  # 2^-120
-        _store_scales(scale_ptr, row, i * BLOCKS, byte, K, BLOCKS)
+        if (i + 1) * BLOCKS * 2 <= K // 8:
+            tl.store(row_ptr + column, word)
+        else:
+            tl.store(row_ptr + column, word, mask=column < K // 8)
+        # 2^-120 makes E4M3's subnormals FP32's
+        byte = (scale * 7.52316384526264e-37).to(tl.int32, bitcast=True) >> 20
+        _store_scales(scale_ptr, row, i * BLOCKS, tl.where(finite, byte, 0), K, BLOCKS)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _times(y: tl.tuple, factor: tl.tensor) -> tl.tuple:
+    product: tl.tuple = ()
+    for i in tl.static_range(len(y)):
+        product += (y[i] * factor,)
+    return product
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _block_maximum(y: tl.tensor, BLOCKS: tl.constexpr) -> tl.tensor:
+    return tl.reduce(tl.reduce(tl.reshape(tl.abs(y), [BLOCKS, 2, 8]), 2, _larger), 1, _larger)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _half_encode(scale: tl.tensor) -> tl.tensor:
+    """What to multiply magnitudes by, so that the product in FP16, rounded to one fraction bit, is the E2M1 code.
+
+    2^-14 makes E2M1's subnormals FP16's. y has 8 bits and the scale S/8 * 2^n 4, so y/scale is either a tie of E2M1 or
+    further than 1/240 from it: FP16 keeps the sides apart and swallows an approximate 1/scale, and a tie stays one. The
+    reference's FP32 product leaves a tie only where 1/scale was rounded, always upwards: for S = 13 and 14 at ties that
+    go up to the even code anyway, for S = 15 at all but .25, hence 2^-10 more, which FP16 swallows at .25 alone. At
+    scale 0 the reference multiplies by the largest float, below 2^128: its ties go down, hence 2^-10 less.
+    """
+    c = tl.where((scale.to(tl.int32, bitcast=True) & 0x700000) == 0x700000, 6.109476089477539e-05, 6.103515625e-05)
+    root = tl.rsqrt(scale)
+    return tl.minimum(root * root * c, 2.0749025997443246e34)  # 2^114 * (1 - 2^-10)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _words(y: tl.tensor, scaled: tl.tensor, encode: tl.tensor, BLOCKS: tl.constexpr, SM: tl.constexpr) -> tl.tensor:
+    """Codes of ``scaled * encode`` with the signs of ``y``, which is ``scaled`` times a power of two."""
+    code = tl.minimum(tl.abs(scaled) * encode[:, None], 0.0003662109375)  # 6 * 2^-14
+    low, high = tl.split(tl.reshape(code, [BLOCKS * 2, 2, 2, 2]))
+    pair = _pair(low, high, tl.float16, SM)
+    pair += ((pair >> 9) & 0x00010001) + 0x00FF00FF  # to nearest even at bit 9
+    low, high = tl.split(tl.reshape(y, [BLOCKS * 2, 2, 2, 2]))
+    low, high = low.to(tl.uint32, bitcast=True), high.to(tl.uint32, bitcast=True)
+    pair |= ((low >> 16) | (high & 0xFFFF0000)) & 0x80008000
+    # sign and code are bits 7 and 3 to 1 of each half's upper byte; gather the upper bytes of four pairs in two words
+    first, second = tl.split(pair)
+    first = ((first >> 8) & 0x00FF00FF) | (second & 0xFF00FF00)
+    first, second = tl.split(first)
+    even = (first & 0xFFFF) | (second << 16)
+    odd = (first >> 16) | (second & 0xFFFF0000)
+    word = ((even >> 1) & 0x07070707) | ((even >> 4) & 0x08080808)
+    word |= ((odd << 3) & 0x70707070) | (odd & 0x80808080)
+    return word.to(tl.int32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _pair(low: tl.tensor, high: tl.tensor, FORMAT: tl.constexpr, SM: tl.constexpr) -> tl.tensor:
+    """Two FP32 to the halves of a word, rounded to FP16 or BF16: one instruction, where Triton's conversions take
+    two slow ones and two to put the halves together."""
+    if SM == 0:
+        low = low.to(FORMAT).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return low | (high.to(FORMAT).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    elif FORMAT.is_fp16():
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rounded(y: tl.tensor, BLOCKS: tl.constexpr, SM: tl.constexpr) -> tl.tensor:
+    """To BF16 and back."""
+    low, high = tl.split(tl.reshape(y, [BLOCKS, 8, 2]))
+    return _halves(_pair(low, high, tl.bfloat16, SM), BLOCKS)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _e2m1_words(y: tl.tensor, encode: tl.tensor, BLOCKS: tl.constexpr) -> tl.tensor:
+    """The instruction of SM100 and later; it saturates, and keeps the sign of zero."""
+    a, b = tl.split(tl.reshape(y * encode[:, None], [BLOCKS * 2, 2, 2, 2]))
+    word = tl.inline_asm_elementwise(
+        "{ .reg .b8 c; cvt.rn.satfinite.e2m1x2.f32 c, $2, $1; cvt.u32.u8 $0, c; }",
+        "=r,f,f",
+        [a, b],
+        dtype=tl.uint32,
+        is_pure=True,
+        pack=1,
+    )
+    first, second = tl.split(word)
+    first, second = tl.split(first | (second << 8))
+    return (first | (second << 16)).to(tl.int32, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -374,10 +510,12 @@ def _store_scales(
     """Scales of BLOCKS blocks from START on, in the 128x4 layout; those that pad K/16 to a multiple of four are zero
     because ``_load`` is zero beyond K."""
     padded: tl.constexpr = (K + 63) // 64 * 4
-    block = START + tl.arange(0, BLOCKS)
-    tile = row // 128 * (padded // 4) + block // 4
-    offset = tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
-    tl.store(scale_ptr + offset, byte.to(tl.uint8), mask=block < padded)
+    twice = tl.arange(0, BLOCKS * 2)  # two threads share a block; in any other order this goes through shared memory
+    block = twice // 2
+    byte = tl.reshape(tl.broadcast_to(byte[:, None], [BLOCKS, 2]), [BLOCKS * 2])
+    offset = row // 128 * (padded * 128) + row % 32 * 16 + row % 128 // 32 * 4  # of the row
+    offset += START * 128 + (block // 4 * 512 + block % 4)  # START is a multiple of four
+    tl.store(scale_ptr + offset, byte.to(tl.uint8), mask=(twice % 2 == 0) & (START + block < padded))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -393,10 +531,16 @@ def _row_scale(largest: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 @triton.jit  # type: ignore[untyped-decorator]
 def _nvfp4_blocks(y: tl.tensor, inverse: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Magnitudes on the E2M1 grid [BLOCKS, 16] and scales on the E4M3 grid [BLOCKS], both FP32, of ``y * inverse``."""
-    magnitude = tl.abs(y) * inverse
-    scale = _round_to_grid(tl.minimum(tl.max(magnitude, axis=1) * 0.16666667163372040, 448.0), 3, 0.015625)
+    scaled = y * inverse
+    scale = _block_scale(tl.max(tl.abs(scaled), axis=1))
     encode = tl.minimum(tl.div_rn(1.0, scale), 3.4028234663852886e38)
-    return _round_to_grid(tl.minimum(magnitude * encode[:, None], 6.0), 1, 1.0), scale
+    return _round_to_grid(tl.minimum(tl.abs(scaled) * encode[:, None], 6.0), 1, 1.0), scale
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _block_scale(largest: tl.tensor) -> tl.tensor:
+    """On the E4M3 grid, in FP32, from a block's largest magnitude."""
+    return _round_to_grid(tl.minimum(largest * 0.16666667163372040, 448.0), 3, 0.015625)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
