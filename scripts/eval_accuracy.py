@@ -19,7 +19,7 @@ probabilities are spread as in a large model, and accuracy is that of single tok
 
 --ablation: the recipe nvfp4 with one choice changed in each arm (eval_arms.py).
 
---multi-turn: the agent task at its longest.  Each arm twice: ``kept``, where the radix cache holds earlier answers as
+--multi-turn: the agent task alone.  Each arm twice: ``kept``, where the radix cache holds earlier answers as
 decode made them, and ``flushed`` before every turn, where they are prefilled again, as by a pipeline of two servers.
 
 Problems are held-out ones of tiny_tasks.py, at their default level; seeds are fixed, samples draw by their own seeds,
@@ -57,10 +57,11 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Cell]
     add("--data", type=Path, help="what train_tiny_model --prepare wrote (default: this Python's own held-out sources)")
     add("--multi-turn", action="store_true", help="earlier answers kept or prefilled again, over long agent loops")
     add("--ablation", action="store_true", help="what each choice of the recipe nvfp4 buys; no samples")
+    add("--report", action="store_true", help="the report of a run in OUT, on whatever machine, and no measurement")
     add("--arms", nargs="+", choices=[*RECIPES, *ABLATIONS], metavar="ARM", help="default: all of the mode's")
     add("--tasks", nargs="+", choices=(*TASKS, TEXT), metavar="TASK", help="default: all")
     add("--lengths", nargs="+", type=int, default=list(LENGTHS), help="prompt tokens (default: %(default)s)")
-    add("--level", type=int, choices=range(3), help="of every task (default: 1; 2 with --multi-turn)")
+    add("--level", type=int, choices=range(3), help="of every task (default: 1)")
     add("--n", type=int, default=170, help="examples of each task and length (default: %(default)s)")
     add("--samples", type=int, help="of each example (default: 4; 0 with --ablation)")
     add("--temperature", type=float, default=0.6)
@@ -107,7 +108,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Cell]
     for name in ("eval.txt.gz", "eval.npz") if args.data else ():
         if not (args.data / name).is_file():
             parser.error(f"argument --data: {args.data} has no {name}; name what train_tiny_model --prepare wrote")
-    levels = {**(dict.fromkeys(TASKS, 2) if args.multi_turn else LEVEL), TEXT: 0}
+    levels = {**LEVEL, TEXT: 0}
     level = {task: levels[task] if args.level is None or task == TEXT else args.level for task in args.tasks}
     assert all(level[task] < len(LEVELS[task]) for task in args.tasks if task != TEXT)
     return args, [Cell(task, level[task], length) for task in args.tasks for length in args.lengths]
@@ -117,7 +118,10 @@ def main(argv: list[str] | None = None) -> None:
     args, cells = parse(argv)
     args.out = args.out.resolve()
     run = Run(args, cells)
-    if waiting := run.waiting():
+    waiting = run.waiting()
+    if waiting and args.report:
+        raise SystemExit(f"{args.out}: {waiting[0].task} at {waiting[0].length} is not measured for every arm")
+    if waiting:
         args.dummy, args.model_path, args.logs = False, args.model.resolve(), args.out / "logs"
         files = write_recipes(args.logs, args.arms, args.layers)
         args.flags = [*FLAGS, "--random-seed", str(args.seed), *args.flags]

@@ -31,6 +31,7 @@ from tiny_tasks import default_lines, examples
 from tiny_text import END_OF_TEXT, Tokenizer, stdlib_files
 
 HERE = Path(__file__).resolve().parent
+FIXED = ("n", "samples", "temperature", "top_p", "top", "answer_tokens", "seed", "kv_tokens", "wave", "flags")
 TEXT, TEXT_TOKENS = "text", 128  # the task of continuing real text, and how many tokens of it count
 
 
@@ -46,14 +47,13 @@ class Cell:
 
 def identity(args: argparse.Namespace, lines: list[str]) -> dict[str, Any]:
     """All that the figures of a cell depend on, the cell itself aside."""
-    names = ("n", "samples", "temperature", "top_p", "top", "answer_tokens", "seed", "kv_tokens", "wave", "flags")
     digest = hashlib.sha256()
     for file in sorted(args.model.iterdir()):
         if file.suffix == ".safetensors" or file.name in ("config.json", "tokenizer.json"):
             digest.update(file.read_bytes())
     text = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     where = {key: value for key, value in machine().items() if key != "commit"}
-    fixed = {name: getattr(args, name) for name in names}
+    fixed = {name: getattr(args, name) for name in FIXED}
     return {**where, "model": digest.hexdigest()[:16], "text": text[:16], **fixed}
 
 
@@ -91,6 +91,12 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, cells: list[Cell]) -> None:
         self.args, self.cells = args, cells
+        self.modes = ("kept", "flushed") if args.multi_turn else ("",)
+        self.reference: dict[Cell, list[Raw]] = {}
+        if args.report:
+            self.identity = self._identity_of_files()
+            vars(args).update({name: self.identity[name] for name in FIXED})
+            return
         if args.data:
             self.lines = gzip.decompress((args.data / "eval.txt.gz").read_bytes()).decode().splitlines()
         else:
@@ -102,9 +108,15 @@ class Run:
         self.plan = Plan(
             args.samples, args.temperature, args.top_p, args.answer_tokens, args.seed, args.kv_tokens, args.wave
         )
-        self.modes = ("kept", "flushed") if args.multi_turn else ("",)
-        self.reference: dict[Cell, list[Raw]] = {}
         (args.out / "cells").mkdir(parents=True, exist_ok=True)
+
+    def _identity_of_files(self) -> dict[str, Any]:
+        """What the first cell was measured with; ``stored`` refuses the others if they differ."""
+        for cell in self.cells:
+            file = cell.file(self.args.out, self.names(REFERENCE)[0])
+            if file.is_file():
+                return {k: v for k, v in json.loads(file.read_text())["identity"].items() if k != "recipe"}
+        raise SystemExit(f"{self.args.out}: holds no cell of this command: name the folder of a finished run")
 
     def recipe(self, arm: str) -> str:
         return recipe(arm, self.args.layers)
@@ -207,7 +219,7 @@ class Run:
         emulated = sorted({p for s in servers.values() for p, kernel in s["kernel"].items() if kernel == "emulated"})
         head = (
             f"{args.n} examples of each task and length, {args.samples} samples at T {args.temperature:g}, top-p "
-            f"{args.top_p:g}; GPU {self.identity['gpu']}, SGLang {self.identity['sglang']}, torch "
+            f"{args.top_p:g}; GPU {' and '.join(sorted({*self.identity['gpu'].splitlines()}))}, SGLang {self.identity['sglang']}, torch "
             f"{self.identity['torch']}; emulated: {', '.join(emulated) or 'nothing'}"
         )
         text = f"{head}\n\n{tables(results)}\n"
@@ -217,8 +229,11 @@ class Run:
             text = f"{head}\n\n{tradeoff(results, fast)}\n\n{tables(results)}\n"
             plot_tradeoff(results, fast, args.out / "tradeoff.png", head)
         turns = {f"{c.task} {c.length}": {n: one["by_turn"] for n, one in r.items()} for c, r in files.items()}
+        where = machine()
+        if args.report:  # the commit is that of this command, and not known of the run
+            where |= {"commit": "unknown", **{name: self.identity[name] for name in ("gpu", "sglang", "torch")}}
         facts = {
-            **machine(),
+            **where,
             "identity": self.identity,
             "servers": servers,
             "recipes": {a: self.recipe(a) for a in args.arms},
@@ -230,4 +245,4 @@ class Run:
         print(text if drawn else f"{text}\n(no plot: matplotlib is not installed)\n")
         short = {measure: results["all"][measure] for measure in MEASURES}
         predicted = {"predicted_prefill_speedup": fast} if fast else {}
-        return {**machine(), "out": str(args.out), "n": args.n, "emulated": emulated, **predicted, "all": short}
+        return {**where, "out": str(args.out), "n": args.n, "emulated": emulated, **predicted, "all": short}

@@ -436,7 +436,7 @@ def test_the_defaults_leave_nothing_out(model: Path, tmp_path: Path) -> None:
     args, _ = parse(["--model", str(model), "--out", str(tmp_path), "--ablation"])
     assert {"bf16", "everywhere", "mix", *ABLATIONS} <= {*args.arms} and args.samples == 0
     _, cells = parse(["--model", str(model), "--out", str(tmp_path), "--multi-turn"])
-    assert {(cell.task, cell.level) for cell in cells} == {("agent", 2)}
+    assert {(cell.task, cell.level) for cell in cells} == {("agent", 1)}
 
 
 def test_an_ablation_shows_quality_beside_speed() -> None:
@@ -507,3 +507,11 @@ def test_a_run_is_reported_from_its_files_and_goes_on(
         assert facts["all"]["accuracy"]["value"]["mix"] == [1, 1, 1]
     with pytest.raises(SystemExit, match="another n"):
         eval_accuracy.main([*command, "--n", "5"])
+    monkeypatch.setattr(eval_run, "machine", lambda: {"gpu": "x", "sglang": "0", "torch": "0", "commit": "c"})
+    with pytest.raises(SystemExit, match="another gpu"):
+        eval_accuracy.main(command)
+    eval_accuracy.main([*command, "--n", "5", "--report"])  # with what the files say
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again == {**facts, "commit": "unknown"}
+    with pytest.raises(SystemExit, match=r"find at 500|agent at 500"):
+        eval_accuracy.main([*command, "--lengths", "400", "500", "--report"])
