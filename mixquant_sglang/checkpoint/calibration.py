@@ -1,4 +1,5 @@
-"""The largest input of each linear over a file of samples, for ``mixquant quantize --calibration``.
+"""The inputs of each linear over a file of samples, for ``mixquant quantize --calibration``: the largest magnitude, and
+the mean square of each column.
 
 Runs the whole model with transformers, so it needs the memory for it; refuses models whose linears transformers names
 differently, samples that are not ``{"text": ...}`` or ``{"messages": [...]}``, and inputs that are NaN or infinite.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +59,19 @@ def token_ids(tokenizer: Any, sample: dict[str, Any], *, open_turn: bool = False
     return ids
 
 
-def input_amax(
+@dataclass(frozen=True)
+class Inputs:
+    """By module: ``amax``, the largest magnitude, shared over its fused group; ``energy`` float32 [K], the mean square
+    of each column over all tokens. Both are 0 for a module that no token reached (an expert)."""
+
+    amax: dict[str, float]
+    energy: dict[str, torch.Tensor]
+
+
+def measure_inputs(
     folder: Path, samples: list[dict[str, Any]], quantised: Mapping[str, tuple[str, ...]], device: str
-) -> dict[str, float]:
-    """Module -> the largest magnitude of its inputs over the samples' first 2048 tokens each, shared over its group."""
+) -> Inputs:
+    """Over the samples' first 2048 tokens each; ``quantised``: module -> its fused group."""
     model, tokenizer = load_model(folder, device)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if missing := [module for module in quantised if module not in linears]:
@@ -68,12 +79,17 @@ def input_amax(
             f"--calibration: transformers has no linear {missing[0]} in {type(model).__name__} (it holds experts in "
             "one tensor, or names layers in its own way); leave --calibration out"
         )
-    seen: dict[str, torch.Tensor] = {}
+    amax = {name: torch.zeros((), device=device) for name in quantised}
+    squares = {name: torch.zeros(linears[name].in_features, dtype=torch.float64, device=device) for name in quantised}
+    tokens = dict.fromkeys(quantised, 0)
 
     def note(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            amax = inputs[0].abs().amax().float()
-            seen[name] = torch.maximum(seen.get(name, amax), amax)
+            x = inputs[0].flatten(0, -2).float()
+            if len(x):
+                amax[name] = torch.maximum(amax[name], x.abs().amax())
+                squares[name] += x.square().sum(dim=0, dtype=torch.float64)
+                tokens[name] += len(x)
 
         return hook
 
@@ -82,7 +98,7 @@ def input_amax(
     with torch.inference_mode():
         for sample in tqdm(samples, desc="calibration", disable=None):
             model.base_model(input_ids=token_ids(tokenizer, sample)[:, :TOKENS].to(device), use_cache=False)
-    found = {name: max(float(seen[member]) for member in group) for name, group in quantised.items()}
-    if bad := next((name for name, amax in found.items() if not 0 <= amax < float("inf")), None):
+    energy = {name: (total / max(tokens[name], 1)).float().cpu() for name, total in squares.items()}
+    if bad := next((name for name in quantised if not (amax[name].isfinite() and energy[name].isfinite().all())), None):
         raise MixQuantError(f"--calibration: the input of {bad} is NaN or infinity; check the checkpoint")
-    return found
+    return Inputs({name: max(float(amax[member]) for member in group) for name, group in quantised.items()}, energy)

@@ -28,6 +28,7 @@ from mixquant_sglang.errors import MixQuantError
 
 INDEX = "model.safetensors.index.json"
 PROGRESS = ".mixquant-progress.json"
+COLUMNS = ".mixquant-columns"  # safetensors: what calibration found of each linear's columns, until the end as well
 PARTIAL = ".partial"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

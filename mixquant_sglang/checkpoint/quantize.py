@@ -13,6 +13,10 @@ one g in forty some number differs in BF16, and then g goes down by an ulp until
 to 2688, are exact to E4M3 for blocks whose maximum is at least 0.094, and zero under 0.006. It is for other engines:
 mixquant scales each token by itself and does not read it.
 
+``--scales weighted`` searches block scales (``formats.nvfp4``) with each column's errors weighted by the mean square of
+that column's inputs in the calibration run: the squared error of the output, if inputs are uncorrelated. It exists here
+alone: a server that packs at load has seen no input.
+
 Kept as they are: embeddings, lm_head, norms, routers, kv_b_proj, vision and audio towers, draft layers, what
 ``--ignore`` names, linears whose K is no multiple of 16, and every name that is not in ``LINEARS``. Refused
 (MixQuantError): quantised or integer checkpoints, NaN or infinity, ``--ignore`` that matches nothing or splits a group.
@@ -31,11 +35,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mixquant_sglang import __version__
 from mixquant_sglang.checkpoint import files
-from mixquant_sglang.checkpoint.calibration import input_amax, read_samples
+from mixquant_sglang.checkpoint.calibration import Inputs, measure_inputs, read_samples
 from mixquant_sglang.checkpoint.files import DTYPES, Bytes, Progress, Source
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
@@ -48,6 +53,8 @@ OUTSIDE = re.compile(
     r"(?:^|.*\.)(?:visual|vision_(?:tower|model|encoder)|audio_tower|multi_modal_projector|mm_projector|mtp)\."
 )
 WINDOW = 1.0
+WEIGHTED = "weighted"
+SCALES = (*nvfp4.SCALE_MODES, WEIGHTED)
 
 _WEIGHT = ".weight"
 _QUANTISED = re.compile(r".*\.(weight_(packed|scale|scale_inv|scale_2|global_scale)|qweight|qzeros|weight\.absmax)$")
@@ -98,13 +105,19 @@ class Plan:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="a folder with a BF16 checkpoint in safetensors")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; an interrupted one is finished")
-    parser.add_argument("--scales", choices=nvfp4.SCALE_MODES, default="absmax", help="block scales (default: absmax)")
+    parser.add_argument(
+        "--scales",
+        choices=SCALES,
+        default="absmax",
+        help="block scales: from the largest weight (absmax, the default), by least squared error (search), or by "
+        "least squared error with columns weighted by their inputs' mean square (weighted; needs --calibration)",
+    )
     parser.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE.jsonl",
         help='lines of {"text": ...} or {"messages": [...]}: runs the whole model over them (transformers) for its '
-        f"input scales; without: {WINDOW}, which mixquant itself does not need",
+        f"input scales (without: {WINDOW}; mixquant itself does not need them) and for --scales weighted",
     )
     parser.add_argument(
         "--ignore",
@@ -156,6 +169,11 @@ def quantize_checkpoint(
     temporaries of ``nvfp4.quantize`` in memory; the whole model only while it calibrates."""
     if device == "cuda" and not torch.cuda.is_available():
         raise MixQuantError("--device cuda: this machine has no CUDA device that torch can use; use --device cpu")
+    if scales == WEIGHTED and calibration is None:
+        raise MixQuantError(
+            "--scales weighted: columns count by their inputs, so it needs --calibration FILE.jsonl; "
+            "or use --scales search"
+        )
     if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
         raise MixQuantError(f"{out}: lies in MODEL; name a folder outside of {model}")
     if out.exists() and not out.is_dir():
@@ -163,19 +181,24 @@ def quantize_checkpoint(
     source = Source.open(model)
     plan = Plan.of(source, ignore)
     samples = read_samples(calibration) if calibration else None
+    weighted = scales == WEIGHTED
     settings = {
         "mixquant": __version__,
         "scales": scales,
         "ignore": list(ignore),
-        "device": device,  # the order of sums in "search" may depend on it
         "calibration": hashlib.sha256(json.dumps(samples).encode()).hexdigest() if samples else None,
     }
     with files.locked(out):
         progress = Progress.of(out, settings, source)
-        if samples and not progress.input_amax:
-            progress.input_amax = input_amax(source.folder, samples, plan.quantised, device)
+        measured = progress.input_amax and (not weighted or (out / files.COLUMNS).exists())
+        if samples and not measured:
+            inputs = measure_inputs(source.folder, samples, plan.quantised, device)
+            if weighted:
+                files.publish(out / files.COLUMNS, [save(inputs.energy)])
+            progress.input_amax = inputs.amax
             progress.save()
-        _write(source, plan, progress, scales, device)
+        inputs = Inputs(progress.input_amax, load_file(out / files.COLUMNS) if weighted else {})
+        _write(source, plan, progress, inputs, scales, device)
     return plan
 
 
@@ -234,7 +257,7 @@ def _group(module: str, shapes: Collection[str], kept: dict[str, str]) -> tuple[
     return members
 
 
-def _write(source: Source, plan: Plan, progress: Progress, scales: str, device: str) -> None:
+def _write(source: Source, plan: Plan, progress: Progress, inputs: Inputs, scales: str, device: str) -> None:
     out = progress.out
     shapes = {shard: dict(_shapes(source, plan, shard)) for shard in source.shards}
     weights: dict[tuple[str, ...], torch.Tensor] = {}
@@ -244,7 +267,7 @@ def _write(source: Source, plan: Plan, progress: Progress, scales: str, device: 
             if shard in progress.finished:
                 bar.update(sum(stored.nbytes for stored in source.tensors.values() if stored.shard == shard))
                 continue
-            pieces = _pieces(source, plan, shard, weights, progress.input_amax, scales, device, bar.update)
+            pieces = _pieces(source, plan, shard, weights, inputs, scales, device, bar.update)
             bar.set_description(shard)
             files.write_shard(out / shard, shapes[shard], pieces)
             progress.finish(shard)
@@ -256,6 +279,7 @@ def _write(source: Source, plan: Plan, progress: Progress, scales: str, device: 
         files.publish(out / files.INDEX, [_pretty({"metadata": {"total_size": size}, "weight_map": where})])
     config = {**source.config, "quantization_config": _quantization_config(plan)}
     files.publish(out / "config.json", [_pretty(config)])
+    (out / files.COLUMNS).unlink(missing_ok=True)
     (out / files.PROGRESS).unlink()
 
 
@@ -277,7 +301,7 @@ def _pieces(
     plan: Plan,
     shard: str,
     weights: dict[tuple[str, ...], torch.Tensor],
-    inputs: dict[str, float],
+    inputs: Inputs,
     scales: str,
     device: str,
     tick: Callable[[int], object],
@@ -294,11 +318,16 @@ def _pieces(
                 others = (member + _WEIGHT for member in group if member != module)
                 amax = max((_amax(source, other, source.read(other).to(device)) for other in others), default=0.0)
                 weights[group] = encode_scale(max(amax, _amax(source, name, weight)))
-            quantised = nvfp4.quantize(weight, scales=scales, tensor_scale=weights[group].reciprocal()[0])
+            quantised = nvfp4.quantize(
+                weight,
+                scales="absmax" if scales == "absmax" else "search",
+                tensor_scale=weights[group].reciprocal()[0],
+                column_weights=inputs.energy.get(module),
+            )
             yield f"{module}.weight_packed", files.bytes_of(quantised.packed)
             yield f"{module}.weight_scale", files.bytes_of(quantised.block_scales)
             yield f"{module}.weight_global_scale", files.bytes_of(weights[group])
-            yield f"{module}.input_global_scale", files.bytes_of(_input_scale(inputs.get(module)))
+            yield f"{module}.input_global_scale", files.bytes_of(_input_scale(inputs.amax.get(module)))
             del weight, quantised
         else:
             for chunk in source.chunks(name):

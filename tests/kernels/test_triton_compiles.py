@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mixquant_sglang.kernels.triton import activations, few_rows, nvfp4, rows  # noqa: E402
+from mixquant_sglang.kernels.triton import activations, few_rows, nvfp4, rows, scale_search  # noqa: E402
 
 Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
@@ -38,6 +38,17 @@ def activations_case(source: str, fmt: str, k: int, residual: bool = False, kept
     return activations._quantize_rows, {name: kind for name, kind in types.items() if kind}, constants, warps
 
 
+def search_case(dtype: str, weighted: bool = False, strided: bool = False) -> Case:
+    types = {"x_ptr": dtype, "weight_ptr": "*fp32", "packed_ptr": "*i32", "scale_ptr": "*u8"}
+    types |= dict.fromkeys(("blocks", "row_blocks", "row_stride", "column_stride"), "i32")
+    types |= dict.fromkeys(("g", "g_sixth", "g_inverse"), "fp32")
+    constants: dict[str, Any] = {"FIRST": -2, "LAST": 6, "GAIN": 1 - 2.0**-14, "BLOCKS": 128}
+    constants |= {} if weighted else {"weight_ptr": None}
+    constants |= {} if strided else {"column_stride": 1}
+    kept = {name: kind for name, kind in types.items() if name not in constants}
+    return scale_search._search_scales, kept, constants, 4
+
+
 # kernel, types of its arguments, constants, warps: what the launches in the package pass
 CASES: dict[str, Case] = {
     "activations_rows_fp8": activations_case("rows", "fp8", 4096),
@@ -49,6 +60,9 @@ CASES: dict[str, Case] = {
     "activations_silu_fp8": activations_case("silu", "fp8", 12288, kept=True),
     "activations_silu_nvfp4": activations_case("silu", "nvfp4", 4096),
     "activations_silu_qdq": activations_case("silu", "qdq", 11008),
+    "scale_search": search_case("*bf16"),
+    "scale_search_weighted": search_case("*bf16", weighted=True),
+    "scale_search_float": search_case("*fp32", strided=True),
     "unpack_weights": (
         nvfp4._unpack_weights,
         {"packed_ptr": "*u8", "scale_ptr": "*u8", "out_ptr": "*i32", "blocks": "i32"},
@@ -99,12 +113,25 @@ CASES: dict[str, Case] = {
 
 # device functions that kernels call
 HELPERS = {
+    "_block_maximum",
+    "_block_scale",
+    "_e2m1",
+    "_e2m1_words",
+    "_e4m3",
+    "_encode",
+    "_error",
+    "_half_encode",
+    "_halved",
+    "_halves",
+    "_larger",
     "_largest",
     "_load",
     "_load_row",
     "_norm",
     "_nvfp4_blocks",
+    "_pair",
     "_round_to_grid",
+    "_rounded",
     "_rows",
     "_row_scale",
     "_sign",
@@ -116,6 +143,8 @@ HELPERS = {
     "_store_row",
     "_store_scales",
     "_sum",
+    "_times",
+    "_words",
     "_zero_scales",
 }
 # exp2 and rsqrt of the SiLU and the norm flush subnormals, of which neither has one that matters
@@ -125,7 +154,7 @@ FLUSHING = ("ex2.approx.ftz.f32", "rsqrt.approx.ftz.f32")
 def test_every_kernel_is_in_the_table() -> None:
     kernels = {
         name
-        for module in (activations, few_rows, nvfp4, rows)
+        for module in (activations, few_rows, nvfp4, rows, scale_search)
         for name, value in vars(module).items()
         if isinstance(value, triton.runtime.JITFunction) and name not in HELPERS
     }
@@ -139,6 +168,8 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         capability = 89  # the first that has E4M3
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, arguments, constants, warps = CASES[case]
+    if case.startswith("activations"):
+        constants = constants | {"SM": capability}
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
@@ -155,7 +186,11 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         ptx = ptx.replace(instruction, "")
     assert "fma." not in ptx and ".ftz" not in ptx and "div.full" not in ptx  # each would change the numbers
     if case.startswith("activations"):
-        assert "div.rn.f32" in ptx
+        e2m1 = "nvfp4" in case and capability >= 100  # has the instruction, and needs the exact quotient
+        assert ("cvt.rn.satfinite.e2m1x2.f32" in ptx) == e2m1
+        assert ("div.rn.f32" in ptx) == ("nvfp4" not in case or "norm" in case or e2m1)
+        if "nvfp4" in case and not e2m1:
+            assert "cvt.rn.f16x2.f32" in ptx and "cvt.rn.f16.f32" not in ptx
         loads = ptx.count("ld.global.v4.b32")  # 16 bytes: eight elements for each thread of 32 * warps
         row = triton.cdiv(constants["K"], 256 * warps)
         assert loads == row * (1 + ("weight_ptr" in arguments) + ("residual_ptr" in arguments) + ("silu" in case))
@@ -202,6 +237,7 @@ torch.manual_seed(0)
 TYPES = {
     tl.float32: (torch.float32, torch.int32),
     tl.bfloat16: (torch.bfloat16, torch.int16),
+    tl.float16: (torch.float16, torch.int16),
     tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
 }
 
@@ -317,13 +353,97 @@ for (m, k), fmt in itertools.product([(0, 16), (1, 16), (7, 48), (3, 1040)], act
     produce = lambda fmt, **options: activations.silu_mul(gate_up, fmt, **options)
     check(produce, torch.nn.functional.silu(gate) * up, m, k, fmt)
 
+# every block scale with every significand in the binades below its largest magnitude, and scale 0 around 2^-128 too
+scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().clamp(min=2.0**-11)
+units = torch.cat([scales, torch.tensor([2.0**-127])])[:, None]
+values = torch.cat([torch.arange(128.0, 256.0) * 2.0**-e for e in range(5, 12)]) * units
+values = torch.nn.functional.pad(values.minimum(6 * units), (0, 4)).reshape(-1, 15)
+row = torch.cat([values, (6 * units).repeat_interleave(60, 0)], dim=1).flatten()
+row = torch.nn.functional.pad(row, (0, 16), value=2688.0)
+for exponent in (-120, 12, 116):
+    x = (row.copysign(torch.arange(len(row)) % 2 - 0.5) * 2.0**exponent).bfloat16()[None]
+    for got, want in zip(activations.quantize(x, "nvfp4"), oracle(x, "nvfp4"), strict=True):
+        same(got, want)
+
 x = torch.randn(130, 80).bfloat16()  # two tiles of scales, padded both ways
 for got, want in zip(activations.quantize(x, "nvfp4"), oracle(x, "nvfp4"), strict=True):
     same(got, want)
 """
 
 
-@pytest.mark.parametrize("script", [INTERPRETED, ACTIVATIONS], ids=["weights_and_rows", "activations"])
+SEARCH = """
+reference._empty_codes = lambda x: (
+    torch.full((x.shape[0], x.shape[1] // 2), 0xA5, dtype=torch.uint8),
+    torch.full((x.shape[0], x.shape[1] // 16), float("nan")).to(torch.float8_e4m3fn),
+)
+
+
+def check(x, **options):
+    results = []
+    for kernel in (True, False):
+        reference._has_kernel = lambda device: kernel
+        quantised = reference.quantize(x, scales="search", **options)
+        results.append((quantised.packed, quantised.block_scales.view(torch.uint8), quantised.tensor_scale))
+    for got, want in zip(*results, strict=True):
+        same(got, want)
+
+
+student = torch.distributions.StudentT(3.0)
+for n, k in ((0, 16), (1, 16), (33, 48), (3, 1040)):
+    for sample in (torch.randn(n, k), torch.distributions.Laplace(0.0, 1.0).sample((n, k)), student.sample((n, k))):
+        check(sample.bfloat16())
+x = torch.randn(32, 64)
+check((x * 4).round() / 4, tensor_scale=0.25)  # ties
+check(x.half())
+check(x.t())
+check(x[::3, 16:48].bfloat16())
+x = torch.cat([torch.full((2, 32), 0.3), torch.zeros(2, 32), -torch.zeros(2, 32), torch.tensor([[1.0, -0.0] * 16])])
+check(x)
+check(torch.zeros(2, 32))
+wide = torch.randn(1, 64, 16) * torch.exp2(torch.linspace(-148, 125, 64))[:, None]  # FP32 subnormals to its largest
+wide = wide.reshape(8, 128)
+check(wide)
+check(wide.bfloat16())
+for outer in (2.0**-126, 2.0**-20, 0.000731, 1.0, 2.0**126):
+    check(wide, tensor_scale=outer)
+x = student.sample((16, 96)).bfloat16()
+energy = (torch.randn(96) * 3).exp2().square()
+energy[16:32] = 0
+energy[32:48:2] = 0
+energy[50] = 1e30
+check(x, column_weights=energy)
+check(x[:, :48].float().t(), column_weights=torch.ones(16))
+
+# one weight of each block where the choice changes, to the last bit of it: nothing but the same errors choose alike
+torch.manual_seed(0)
+x = student.sample((1, 4096))
+energy = torch.rand(4096) * 0.2
+energy[::16] = 1  # the largest, so that the ratios stay as they are
+low, high = torch.full((256,), 2.0**-20), torch.full((256,), 1.0)
+
+
+def choice(weight):
+    reference._has_kernel = lambda device: False
+    energy[15::16] = weight
+    return reference.quantize(x, scales="search", column_weights=energy).block_scales.view(torch.uint8)[0]
+
+
+changes = choice(low) != choice(high)
+assert changes.sum() > 100
+before = choice(low)
+for _ in range(50):
+    middle = (low + high) / 2
+    same_as_low = choice(middle) == before
+    low, high = torch.where(same_as_low, middle, low), torch.where(same_as_low, high, middle)
+for step in range(-6, 7):
+    energy[15::16] = (high.view(torch.int32) + step).view(torch.float32).clamp(max=1)
+    check(x, column_weights=energy)
+"""
+
+
+@pytest.mark.parametrize(
+    "script", [INTERPRETED, ACTIVATIONS, SEARCH], ids=["weights_and_rows", "activations", "scale_search"]
+)
 def test_interpreted_kernels_equal_torch(script: str) -> None:
     """In a process of its own, since Triton reads TRITON_INTERPRET when a kernel is defined."""
     run = subprocess.run(

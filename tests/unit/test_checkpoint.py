@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import tracemalloc
 import warnings
 import weakref
@@ -522,9 +523,61 @@ def test_calibration(tmp_path: Path, micro_model: Path) -> None:
     unfinished_out = tmp_path / "unfinished"
     unfinished(micro_model, unfinished_out, calibration=file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "input_amax", None)  # it is not run again
+        patch.setattr(checkpoint, "measure_inputs", None)  # it is not run again
         quantize_checkpoint(micro_model, unfinished_out, calibration=file)
     assert contents(unfinished_out) == contents(tmp_path / "out")
+
+
+def test_weighted_scales(tmp_path: Path, micro_model: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "w1 w2"}\n{"text": "w3 w4 w5"}')
+    made = read(micro_model)
+    embedding = made["model.embed_tokens.weight"]
+    embedding[:, 5] *= 40  # an outlier channel
+    embedding[:, 16:32] = 0  # a block of columns without any input
+    model = tmp_path / "model"
+    shutil.copytree(micro_model, model)
+    save_file(made, model / "model.safetensors", metadata={"format": "pt"})
+    for scales in ("absmax", "search", "weighted"):
+        quantize_checkpoint(model, tmp_path / scales, scales=scales, calibration=file)
+    loaded, config = read(tmp_path / "weighted"), config_of(tmp_path / "weighted")
+    assert set(contents(tmp_path / "weighted")) == set(contents(tmp_path / "search"))
+
+    x = embedding[[1, 2, 3, 4, 5]].float()
+    energy = (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).bfloat16().float().square().mean(0)
+    assert (energy[16:32] == 0).all() and energy[5] > 10 * energy[4]
+    for name in (f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv"):
+        weight = made[f"{name}.weight"].float()
+        error = {}
+        for scales in ("absmax", "search", "weighted"):
+            values = decompressed(read(tmp_path / scales), config, name).float()
+            error[scales] = ((values - weight).square() * energy).view(-1, 16).sum(-1)
+        assert (error["weighted"] <= error["absmax"] * (1 + 1e-5)).all()
+        assert error["weighted"].sum() < 0.7 * error["search"].sum()
+        other = load_file(tmp_path / "search" / "model.safetensors")
+        assert torch.equal(loaded[f"{name}.weight_global_scale"], other[f"{name}.weight_global_scale"])
+        dead = slice(8, 16), slice(1, 2)  # bytes of codes, scale
+        assert torch.equal(loaded[f"{name}.weight_packed"][:, dead[0]], other[f"{name}.weight_packed"][:, dead[0]])
+        assert torch.equal(loaded[f"{name}.weight_scale"][:, 1].float(), other[f"{name}.weight_scale"][:, 1].float())
+
+    for after, again in ((False, True), (True, False)):  # dies before or after the note that holds the measurement
+        out = tmp_path / f"unfinished{after}"
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, Path, "replace", 3, after=after)  # note, columns, note
+            with pytest.raises(Killed):
+                quantize_checkpoint(model, out, scales="weighted", calibration=file)
+        assert (out / checkpoint_files.COLUMNS).exists()
+        with pytest.MonkeyPatch.context() as patch:
+            if not again:
+                patch.setattr(checkpoint, "measure_inputs", None)
+            quantize_checkpoint(model, out, scales="weighted", calibration=file)
+        assert contents(out) == contents(tmp_path / "weighted")
+
+
+def test_weighted_scales_need_calibration(tmp_path: Path) -> None:
+    with pytest.raises(MixQuantError, match=r"--scales weighted.*needs --calibration FILE\.jsonl"):
+        quantize_checkpoint(write(tmp_path / "m", tensors()), tmp_path / "out", scales="weighted")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("line", ["{", '{"prompt": "x"}', '{"text": ""}', "[1]", ""])

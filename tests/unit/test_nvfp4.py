@@ -293,6 +293,85 @@ def test_search_depends_on_the_block_alone() -> None:
         assert torch.equal(alone.packed[0], q.packed[i])
 
 
+def energies(kind: str, k: int) -> torch.Tensor:
+    """Mean squares of inputs by column."""
+    torch.manual_seed(1)
+    spread = torch.randn(k).exp().square()
+    if kind == "outliers":
+        spread = torch.ones(k)
+        spread[:: k // 8] = 900
+    if kind == "dead":
+        spread[::2] = 0
+        spread[16:48] = 0
+    return spread
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["spread", "outliers", "dead"])
+def test_column_weights_lower_the_weighted_error_and_make_no_block_worse(name: str, kind: str) -> None:
+    x, energy = sample(name, 64, 512), energies(kind, 512)
+    weighted = nvfp4.quantize(x, scales="search", column_weights=energy)
+    assert weighted.tensor_scale == nvfp4.quantize(x).tensor_scale
+
+    def errors(q: nvfp4.NVFP4Tensor) -> np.ndarray:
+        return block_errors(x * energy.sqrt(), q.dequantize(torch.float64) * energy.sqrt().double())
+
+    before, plain, after = errors(nvfp4.quantize(x)), errors(nvfp4.quantize(x, scales="search")), errors(weighted)
+    assert (after <= before * (1 + 1e-6) + 1e-13 * (x.double() ** 2 * energy).view(-1, 16).sum(-1).numpy()).all()
+    assert after.sum() < 0.9 * plain.sum()
+
+
+def test_column_weights_count_by_their_ratios_in_a_block() -> None:
+    x, energy = sample("student", 16, 96), energies("dead", 96)
+    q = nvfp4.quantize(x, scales="search", column_weights=energy)
+    assert_same(nvfp4.quantize(x, scales="search", column_weights=energy.double() * 2.0**200), q)
+    energy[32:48] = 7
+    assert_same(nvfp4.quantize(x, scales="search", column_weights=energy), q)
+    plain = nvfp4.quantize(x, scales="search")
+    assert_same(nvfp4.quantize(x, scales="search", column_weights=torch.full((96,), 0.3)), plain)
+    assert_same(nvfp4.quantize(x, scales="search", column_weights=torch.zeros(96)), plain)
+    assert np.array_equal(bytes_of(q.block_scales)[:, 1:3], bytes_of(plain.block_scales)[:, 1:3])
+    assert not np.array_equal(bytes_of(q.block_scales), bytes_of(plain.block_scales))
+
+
+def test_column_weights_are_checked() -> None:
+    x = sample("gaussian", 2, 32)
+    with pytest.raises(ValueError, match="scales='search', got scales='absmax'"):
+        nvfp4.quantize(x, column_weights=torch.ones(32))
+    for bad in (torch.ones(16), torch.ones(1, 32), -torch.ones(32), torch.full((32,), math.nan), torch.ones(32) / 0):
+        with pytest.raises(ValueError, match=r"must be \[32\], finite and >= 0"):
+            nvfp4.quantize(x, scales="search", column_weights=bad)
+
+
+def search_error(magnitude: np.ndarray, weights: np.ndarray, code: int, g: np.float32) -> np.float32:
+    scale = F32(E4M3[code])
+    value = E2M1[nearest(E2M1, magnitude * (F32(1) / (scale * (F32(1) / g))))].astype(F32)
+    difference = value * scale - magnitude * g
+    terms = difference * difference * weights
+    for half in (8, 4, 2, 1):
+        terms = terms[:half] + terms[half:]
+    return terms[0]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_search_equals_its_stated_order_of_summation(weighted: bool) -> None:
+    """NumPy FP32, one operation at a time."""
+    x, energy = sample("student", 8, 64), energies("spread", 64) if weighted else torch.ones(64)
+    q = nvfp4.quantize(x, scales="search", tensor_scale=0.01, column_weights=energy if weighted else None)
+    ratios = energy.double().view(-1, 16).numpy()
+    ratios = (ratios / ratios.max(-1, keepdims=True)).astype(F32)
+    g = F32(1) / F32(0.01)
+    _, absmax = reference(x, 0.01)
+    for row, block in np.ndindex(absmax.shape):
+        magnitude, weights = np.abs(x[row].view(-1, 16)[block].numpy()), ratios[block]
+        best = first = int(absmax[row, block])
+        for offset in (-2, -1, 1, 2, 3, 4, 5, 6):
+            code = min(max(first + offset, 0), 126)
+            bar = search_error(magnitude, weights, best, g) * F32(1 - 2.0**-14)
+            best = code if search_error(magnitude, weights, code, g) < bar else best
+        assert bytes_of(q.block_scales)[row, block] == best
+
+
 # ---- activations ----
 
 
