@@ -2,12 +2,14 @@
 
     scripts/demo [--recipe NAME|FILE] [--model PATH] [--turns N] [any sglang.launch_server argument]
 
-Starts a server with --quantization mixquant (on a machine without a GPU: a tiny random model on the CPU), plays one
-conversation, and shows a table by turn. The agent reads files of Python's standard library: every turn sends the whole
-conversation again with one more long tool result, so the prefix cache serves the old part and only the new part is
-prefilled. `new`, `cached` and `generated` are what the API reports as usage; `low`, `high` and `protected` are what the
-server counted in its forward passes (/server_info). The last line of stdout is a line of JSON; `ok` says that the two
-accounts agree, that prompts ran in low precision, and that no generated token did.
+Starts a server with --quantization mixquant, on a machine without a GPU on the CPU, plays one conversation, and shows a
+table by turn. The small model in tests/models opens page after page with its tool, finds on each the reference that it
+was given and in it the number of the next page, and answers what the last page says. Another --model is shown files of
+Python's standard library. Every turn sends the whole conversation again with one more long tool result, so the prefix
+cache serves the old part and only the new part is prefilled. `new`, `cached` and `generated` are what the API reports
+as usage; `low`, `high` and `protected` are what the server counted in its forward passes (/server_info). The last line
+of stdout is a line of JSON; `ok` says that the two accounts agree, that prompts ran in low precision, and that no
+generated token did.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,16 +32,19 @@ from pathlib import Path
 from typing import Any
 
 import openai
+from tiny_tasks import Example, correct, examples
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parent / ".cache"
+MODEL = HERE.parent / "tests" / "models" / "tiny-qwen3"
 CPU_ARGS = ["--device", "cpu", "--attention-backend", "torch_native", "--disable-cuda-graph"]
 CPU_ARGS += ["--max-total-tokens", "20000"]
 STARTUP_S = 900
-NEW_TOKENS = 32
+NEW_TOKENS = 48
 SYSTEM = "You are a coding agent. You read source files with your tools and say in one sentence what each does."
 FILES = "json.decoder textwrap heapq fractions string shutil enum functools statistics dataclasses"  # one per turn
 EXCERPT = 2400  # characters of a file per tool result
+TOOL_CALL = re.compile(r'"name": "(\w+)", "arguments": \{"page": "(\d+)"\}')
 
 
 def gpu_name() -> str | None:
@@ -160,17 +165,28 @@ def ask(client: openai.OpenAI, model: str, messages: list[Any]) -> tuple[str, di
     return text, {"new": new, "cached": cached, "generated": usage.completion_tokens, "ttft": ttft}
 
 
-def converse(url: str, turns: int) -> tuple[dict[str, int], list[str]]:
+def short(text: str) -> str:
+    found = TOOL_CALL.search(text)
+    return f"{found[1]}({found[2]})" if found else text[:40]
+
+
+def converse(url: str, turns: int, task: Example | None) -> tuple[dict[str, int], list[str]]:
     """Play the conversation; the totals, and what does not hold about them."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
     model = client.models.list().data[0].id
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "What do these files do?"}]
+    messages: list[Any] = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": "What do these files do?"},
+    ]
+    if task:
+        messages = list(task.messages)
     columns = ("new", "cached", "low", "high", "protected", "generated", "ttft")
     print("turn " + "".join(f"{c + ' ms' if c == 'ttft' else c:>11}" for c in columns) + "  answer")
     total: dict[str, int] = {}
     before = counters(url)
     for turn in range(turns):
-        messages.append(tool_result(turn))
+        if not task:
+            messages.append(tool_result(turn))
         text, row = ask(client, model, messages)
         messages.append({"role": "assistant", "content": text})
         after = counters(url)
@@ -178,7 +194,14 @@ def converse(url: str, turns: int) -> tuple[dict[str, int], list[str]]:
         row |= {"low": row["prefill_low"], "high": row["prefill_high"]}
         before = after
         total = {name: total.get(name, 0) + value for name, value in row.items()}
-        print(f"{turn + 1:<5}" + "".join(f"{row[c]:>11}" for c in columns) + f"  {text[:24]!r}", flush=True)
+        print(f"{turn + 1:<5}" + "".join(f"{row[c]:>11}" for c in columns) + f"  {short(text)!r}", flush=True)
+        if task:
+            page = task.reply(text, turn) if turn < task.max_calls else None
+            if page is None:
+                right = correct("agent", text, task.answer)
+                print(f"the answer is {'right' if right else f'wrong: {task.answer!r} it is'}")
+                break
+            messages.append({"role": "tool", "tool_call_id": f"open-{turn}", "content": page})
     print(f"{'all':<5}" + "".join(f"{total[c]:>11}" for c in columns[:-1]) + "\n")
 
     wrong = []
@@ -196,21 +219,18 @@ def converse(url: str, turns: int) -> tuple[dict[str, int], list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", help="a shipped recipe or a recipe file (default: auto)")
-    parser.add_argument("--model", help="a checkpoint (default: a tiny random one, made under .cache/)")
-    parser.add_argument("--turns", type=int, default=6, help="turns of the conversation (default: %(default)s)")
+    parser.add_argument("--model", help="a checkpoint (default: the small one in tests/models)")
+    parser.add_argument("--turns", type=int, default=9, help="turns of the conversation (default: %(default)s)")
     options, server_args = parser.parse_known_args()
     # Ctrl-C, a closed terminal and a plain kill all unwind through server(), which stops what it started.
     for sig in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, lambda number, _: sys.exit(128 + number))
 
     CACHE.mkdir(exist_ok=True)
-    model = options.model
-    if model is None:
-        maker = HERE / "make_tiny_model.py"
-        model = str(CACHE / f"tiny-qwen3-{zlib.crc32(maker.read_bytes()):08x}")  # another script, another model
-        subprocess.run([sys.executable, str(maker), model], check=True)
-    elif Path(model).exists():
+    model = options.model or str(MODEL)
+    if Path(model).exists():
         model = str(Path(model).resolve())
+    task = None if options.model else examples("agent", "eval", 1, level=1, length=4096)[0]
     gpu = gpu_name()
     port = free_port()
     url, log = f"http://127.0.0.1:{port}", CACHE / f"demo-{port}.log"
@@ -224,7 +244,7 @@ def main() -> int:
     print(" ".join(["python", *command[1:]]) + f"\n  server log: {log}", flush=True)
     try:
         with server(command, url, log):
-            total, wrong = converse(url, options.turns)
+            total, wrong = converse(url, options.turns, task)
             result = {
                 "ok": not wrong,
                 "sglang": version("sglang"),

@@ -217,9 +217,10 @@ class Run:
         row = files[self.cells[0]]
         servers = {name: row[name]["server"] for name in names}
         emulated = sorted({p for s in servers.values() for p, kernel in s["kernel"].items() if kernel == "emulated"})
+        gpus = " and ".join(sorted({*self.identity["gpu"].splitlines()}))
         head = (
             f"{args.n} examples of each task and length, {args.samples} samples at T {args.temperature:g}, top-p "
-            f"{args.top_p:g}; GPU {' and '.join(sorted({*self.identity['gpu'].splitlines()}))}, SGLang {self.identity['sglang']}, torch "
+            f"{args.top_p:g}; GPU {gpus}, SGLang {self.identity['sglang']}, torch "
             f"{self.identity['torch']}; emulated: {', '.join(emulated) or 'nothing'}"
         )
         text = f"{head}\n\n{tables(results)}\n"

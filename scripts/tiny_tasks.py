@@ -10,8 +10,8 @@ can show; most of them then write long, step by step, because that is where an e
     agent   open a page with a tool, find a reference between lines of real code, open that page, ..., answer
     quote   several versions of an excerpt of real code that differ in a word here and there; quote lines of one
 
-Difficulty is the table LEVELS. Training draws every knob anew from the range that the table spans, and prompts of any
-length; evaluation takes one level, one length, other seeds, and lines of files that training never saw.
+Training draws every knob anew from its range in TRAINED, and prompts of any length; evaluation takes one level of
+LEVELS, one length, other seeds, and lines of files that training never saw.
 """
 
 from __future__ import annotations
@@ -26,8 +26,16 @@ from typing import Any
 
 from tiny_text import stdlib_files, usable_lines
 
-# Knobs by level, the easiest first. digits: of a key; near: the share of keys that are another one with one digit
-# changed; hops, lines, pages: written steps; versions: copies of the excerpt.
+# Knobs. digits: of a key; near: the share of keys that are another one with one digit changed; hops, lines, pages:
+# written steps; versions: copies of the excerpt. TRAINED is what training draws from, both ends included; LEVELS what
+# a measurement takes, the easiest first, and the last is beyond training.
+TRAINED: dict[str, dict[str, tuple[float, float]]] = {
+    "find": {"digits": (4, 7), "near": (0.0, 0.95)},
+    "hops": {"digits": (4, 4), "hops": (1, 32)},
+    "order": {"digits": (4, 5), "lines": (1, 20)},
+    "agent": {"digits": (3, 4), "pages": (1, 8)},
+    "quote": {"versions": (2, 12), "lines": (1, 6)},
+}
 LEVELS: dict[str, tuple[dict[str, float], ...]] = {
     "find": ({"digits": 5, "near": 0.8}, {"digits": 7, "near": 0.95}, {"digits": 8, "near": 0.99}),
     "hops": ({"digits": 4, "hops": 12}, {"digits": 4, "hops": 32}, {"digits": 4, "hops": 64}),
@@ -35,7 +43,6 @@ LEVELS: dict[str, tuple[dict[str, float], ...]] = {
     "agent": ({"digits": 3, "pages": 4}, {"digits": 4, "pages": 8}, {"digits": 4, "pages": 14}),
     "quote": ({"versions": 5, "lines": 3}, {"versions": 12, "lines": 6}, {"versions": 20, "lines": 8}),
 }
-EASIEST = {"hops": 1, "lines": 1, "pages": 1}  # training goes down to these
 TASKS = tuple(LEVELS)
 LEVEL = dict.fromkeys(TASKS, 1)  # the level that a measurement uses unless told otherwise
 LENGTHS = (2048, 4096, 8192)  # prompt tokens, roughly; a prompt is at most this long
@@ -120,9 +127,7 @@ def examples(
 def training_example(task: str, rng: random.Random, length: int, lines: list[str]) -> Example:
     """A conversation of drawn difficulty, with several questions about one prompt."""
     knobs = {}
-    for name in LEVELS[task][0]:
-        values = [level[name] for level in LEVELS[task]]
-        low, high = min(EASIEST.get(name, values[0]), *values), max(values)
+    for name, (low, high) in TRAINED[task].items():
         knobs[name] = rng.uniform(low, high) if isinstance(high, float) else rng.randint(int(low), int(high))
     return _make(task, rng, knobs, None, length, lines, rng.randint(1, QUESTIONS[task]))
 

@@ -459,7 +459,7 @@ def nvfp4_linear(weights: Weights) -> Linear:
     nvfp4 = sys.modules["nvfp4"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nvfp4)
     low = {
-        weight.data_ptr(): nvfp4.quantize(weight, scales="search").dequantize()
+        weight.data_ptr(): nvfp4.quantize(weight.cpu(), scales="search").dequantize().to(weight.device)
         for name, weight in weights.items()
         if "proj" in name
     }

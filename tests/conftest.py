@@ -21,11 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3 of random weights with tokenizer and chat template, made as ``scripts/demo`` makes it."""
-    out = tmp_path_factory.mktemp("model") / "tiny"
-    subprocess.run([sys.executable, ROOT / "scripts" / "make_tiny_model.py", out], check=True, timeout=300)
-    return out
+def tiny_model() -> Path:
+    """A trained Qwen3 of 11.2M parameters with tokenizer and chat template (tests/models/README.md)."""
+    return ROOT / "tests" / "models" / "tiny-qwen3"
 
 
 @pytest.fixture(scope="session")
