@@ -16,14 +16,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mixquant_sglang import compat
+from mixquant_sglang import compat, phase
 from mixquant_sglang.kernels import activations
 from mixquant_sglang.kernels.activations import QuantizedActivations
 from mixquant_sglang.method import MixQuantLinearMethod
+from mixquant_sglang.outputs import ReadRows
+
+if TYPE_CHECKING:
+    from mixquant_sglang.rows import Rows
 
 # Decoder layers and MLPs whose forward passes were read: the norm's result goes to the linear alone.
 BLOCKS = frozenset(
@@ -58,7 +62,7 @@ class FusedRMSNorm:
     def __init__(self, norm: Any, linear: MixQuantLinearMethod) -> None:
         self._norm = norm
         self._linear = linear
-        self._forward = compat.forward_method(norm)
+        self.plain = compat.forward_method(norm)
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, post_residual_addition: torch.Tensor | None = None
@@ -68,13 +72,13 @@ class FusedRMSNorm:
         if fusable is None:
             # SGLang's method takes the last argument by position in one version and by name in the other.
             extra = () if post_residual_addition is None else (post_residual_addition,)
-            return self._forward(x, residual, *extra)
+            return self.plain(x, residual, *extra)
         fmt, rows = fusable
         if x.is_cuda:
             norm = self._norm
             y = activations.rmsnorm(x, norm.weight.data, norm.variance_epsilon, fmt, residual, rows)
             return y if residual is None else (y, residual)
-        plain_y = self._forward(x, residual)
+        plain_y = self.plain(x, residual)
         if residual is None:
             return activations.quantize(plain_y, fmt, rows)
         return activations.quantize(plain_y[0], fmt, rows), plain_y[1]
@@ -85,16 +89,80 @@ class FusedSiluAndMul:
 
     def __init__(self, act: Any, linear: MixQuantLinearMethod) -> None:
         self._linear = linear
-        self._forward = compat.forward_method(act)
+        self.plain = compat.forward_method(act)
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor | QuantizedActivations:
         fusable = self._linear.fusable(gate_up.shape[0]) if _rows(gate_up) else None
         if fusable is None:
-            return self._forward(gate_up)  # type: ignore[no-any-return]
+            return self.plain(gate_up)  # type: ignore[no-any-return]
         fmt, rows = fusable
         if gate_up.is_cuda:
             return activations.silu_mul(gate_up, fmt, rows)
-        return activations.quantize(self._forward(gate_up), fmt, rows)
+        return activations.quantize(self.plain(gate_up), fmt, rows)
+
+
+class ReadRowsNorm:
+    """Takes the place of the forward method of the last layer's second norm: only of the rows that are read."""
+
+    def __init__(self, norm: Any) -> None:
+        self._forward = compat.forward_method(norm)
+        self._plain = _plain_method(norm)
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, post_residual_addition: torch.Tensor | None = None
+    ) -> Any:
+        extra = () if post_residual_addition is None else (post_residual_addition,)
+        read = phase.current().read
+        if read is None:
+            return self._forward(x, residual, *extra)
+        if residual is None or extra:
+            return self._plain(x, residual, *extra)
+        y, added = _add_norm(self._plain, x, residual, read)
+        read.scatter(residual, added)
+        return ReadRows(y, len(x)), residual
+
+
+class ReadRowsFinalNorm(ReadRowsNorm):
+    """The same for the model's last norm.  Zeros in the other rows keep the discarded logits of middle chunks finite:
+    what they hold before is anything."""
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, post_residual_addition: torch.Tensor | None = None
+    ) -> Any:
+        read = phase.current().read
+        if read is None or residual is None or post_residual_addition is not None:
+            return super().__call__(x, residual, post_residual_addition)
+        y, _ = _add_norm(self._plain, x, residual, read)
+        out = torch.zeros_like(x)
+        read.scatter(out, y)
+        return out, residual
+
+
+class ReadRowsSiluAndMul:
+    """Takes the place of the last layer's SiluAndMul's forward method."""
+
+    def __init__(self, act: Any) -> None:
+        self._forward = compat.forward_method(act)
+        self._plain = _plain_method(act)
+
+    def __call__(self, gate_up: torch.Tensor | ReadRows) -> torch.Tensor | QuantizedActivations | ReadRows:
+        read = phase.current().read
+        if read is None:
+            return self._forward(gate_up)  # type: ignore[no-any-return]
+        part = gate_up.part if isinstance(gate_up, ReadRows) else read.gather(gate_up)
+        y = self._plain(part) if len(part) else part[:, : part.shape[1] // 2]
+        return ReadRows(y, gate_up.shape[0])
+
+
+def _add_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor, read: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    x, residual = read.gather(x), read.gather(residual)
+    return norm(x, residual) if len(x) else (x, residual)
+
+
+def _plain_method(op: Any) -> Any:
+    """What SGLang had installed: it takes and gives BF16."""
+    method = compat.forward_method(op)
+    return method.plain if isinstance(method, (FusedRMSNorm, FusedSiluAndMul)) else method
 
 
 def _rows(x: torch.Tensor) -> bool:
@@ -125,28 +193,36 @@ def fuse(model: torch.nn.Module) -> Counter[str]:
 
 
 def prune_last_layer(model: Any) -> bool:
-    """Lets the linears of the last layer behind attention leave out rows whose results nobody reads.
+    """Lets the last layer leave out rows whose results nobody reads; call it after ``fuse``.
 
     Of the last layer's result, SGLang reads the row of each request that it samples from; the other rows have done
-    their work once their keys and values are written.  So o_proj and the MLP there compute the rows ``Pass.read``
-    alone.  The others get zeros, which keep the discarded logits of middle chunks finite.
+    their work once their keys and values are written.  So all that is behind attention there computes the rows
+    ``Pass.read`` alone, and the other rows' queries are zeros: attention gives some average of values for them, and
+    nobody looks.
     """
     if _name(model) not in MODELS:
         return False
     layer = model.model.layers[-1]
     if _name(layer) not in BLOCKS or _name(layer.mlp) not in MLPS or getattr(model, "capture_aux_hidden_states", False):
         return False
-    pruned = False
-    for linear, unread in (
-        (layer.self_attn.o_proj, torch.zeros),
-        (layer.mlp.gate_up_proj, torch.empty),  # read by the activation alone, row by row
-        (layer.mlp.down_proj, torch.zeros),
-    ):
-        method = _fusable_method(linear)
-        if method:
-            method.unread = unread
-            pruned = True
-    return pruned
+    o, gate_up, down = (
+        _fusable_method(linear) for linear in (layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+    )
+    methods = [method for method in (o, gate_up, down) if method]
+    if not methods:
+        return False
+    for method in methods:
+        method.prunes = True
+    if gate_up:
+        layer.post_attention_layernorm._forward_method = ReadRowsNorm(layer.post_attention_layernorm)
+        gate_up.hands_over = down is not None
+    if down:
+        layer.mlp.act_fn._forward_method = ReadRowsSiluAndMul(layer.mlp.act_fn)
+    model.model.norm._forward_method = ReadRowsFinalNorm(model.model.norm)
+    qkv = _fusable_method(layer.self_attn.qkv_proj)
+    if qkv and qkv.apart:
+        qkv.prunes_apart = True
+    return True
 
 
 def _name(module: torch.nn.Module) -> str:

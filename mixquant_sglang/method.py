@@ -7,7 +7,6 @@ same loaders, same fused BF16 kernels in decode.  ``layer.weight`` is never repa
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from mixquant_sglang import compat, phase
 from mixquant_sglang.kernels import activations, packed_linear
 from mixquant_sglang.kernels.activations import QuantizedActivations
 from mixquant_sglang.kernels.verify import Pair
-from mixquant_sglang.outputs import SplitOutput
+from mixquant_sglang.outputs import ReadRows, SplitOutput
 from mixquant_sglang.phase import Phase
 from mixquant_sglang.prefill_weights.linear import ReadyLinear, Share
 from mixquant_sglang.refusals import refusing
@@ -44,7 +43,9 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.refusal: str | None = None
         self.apart = 0  # columns of the result that prefill writes to a matrix of their own (fusion.py)
         self._parts: tuple[PackedLinear, ...] = ()
-        self.unread: Callable[..., torch.Tensor] | None = None  # makes the result where most rows are not read
+        # In the last layer (fusion.py): whether the rows ``Pass.read`` alone are computed, of the whole result or of
+        # the part that is kept apart, and whether they are handed over as ``ReadRows``.
+        self.prunes = self.prunes_apart = self.hands_over = False
         self._runtime = runtime
         self._layer: torch.nn.Module | None = None
         self._ready = ready
@@ -141,13 +142,19 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             return self._ready.load(self._layer.weight.data, check=check)  # type: ignore[arg-type]
 
     def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor | QuantizedActivations, bias: torch.Tensor | None = None
-    ) -> torch.Tensor | SplitOutput:
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor | QuantizedActivations | ReadRows,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor | SplitOutput | ReadRows:
         running = phase.current()
         precision = self.precision[running.column]
         rows = running.rows if self.split else None
         if rows is None and precision == "bf16":
             return super().apply(layer, x, bias)  # type: ignore[no-any-return]
+        if self.prunes and running.read is not None:
+            assert not isinstance(x, QuantizedActivations), "of few rows, norms and activations hand over BF16"
+            return self._read_rows(layer, x, running.read, rows, bias)
         if isinstance(x, torch.Tensor):
             shape = x.shape[:-1]
             x = x.reshape(-1, x.shape[-1])
@@ -157,31 +164,38 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             if packed is None or packed.activation_format is None:
                 out = self._linear(running.column, layer, x, bias)
                 if rows is not None:
-                    self._protect(layer, out, rows.gather(x), rows, bias)
+                    self._high(layer, rows.gather(x), rows, bias, out)
                 return out.view(*shape, out.shape[-1])
-            if self.unread is None or running.read is None:
-                x = activations.quantize(x.contiguous(), packed.activation_format, rows)
+            x = activations.quantize(x.contiguous(), packed.activation_format, rows)
         else:
             shape = x.shape[:1]
-        if self.unread is not None and running.read is not None:
-            return self._read_rows(layer, x, running.read, rows, bias)
         assert isinstance(x, QuantizedActivations)
         if self.apart and running.column is Phase.PREFILL:
-            return self._apart(layer, x, rows, bias)
+            return self._apart(layer, x, rows, running.read, bias)
         out = self._packed[precision].multiply(x.operand, bias)
         if rows is not None:
-            self._protect(layer, out, x.kept, rows, bias)
+            assert x.kept is not None
+            self._high(layer, x.kept, rows, bias, out)
         return out.view(*shape, out.shape[-1])
 
     def _apart(
-        self, layer: torch.nn.Module, x: QuantizedActivations, rows: Rows | None, bias: torch.Tensor | None
+        self,
+        layer: torch.nn.Module,
+        x: QuantizedActivations,
+        rows: Rows | None,
+        read: Rows | None,
+        bias: torch.Tensor | None,
     ) -> SplitOutput:
         cut, n = self.apart, self.shape[0]
-        biases = (None, None) if bias is None else (bias[:cut], bias[cut:])
-        first, rest = (part.multiply(x.operand, b) for part, b in zip(self._parts, biases, strict=True))
+        first_bias, rest_bias = (None, None) if bias is None else (bias[:cut], bias[cut:])
+        if self.prunes_apart and read is not None:
+            first = self._first_of(x, read, rows, first_bias)
+        else:
+            first = self._parts[0].multiply(x.operand, first_bias)
+        rest = self._parts[1].multiply(x.operand, rest_bias)
         if rows is not None:
             assert x.kept is not None
-            if len(x.kept) <= GRAPH_ROWS and self.precision[Phase.DECODE] == "bf16":
+            if self._few(x.kept):
                 from mixquant_sglang.kernels.triton.few_rows import linear_rows_
 
                 linear_rows_(first, rows.index, x.kept, layer.weight, bias, rest=rest)  # type: ignore[arg-type]
@@ -190,6 +204,16 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                 rows.scatter(first, high[:, :cut].contiguous())
                 rows.scatter(rest, high[:, cut:n].contiguous())
         return SplitOutput(first, rest)
+
+    def _first_of(
+        self, x: QuantizedActivations, read: Rows, rows: Rows | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The first columns in the rows ``read``, save those of the decode column, and zeros elsewhere."""
+        assert self._layer is not None
+        first: torch.Tensor = self._layer.weight.new_zeros(x.shape[0], self.apart)  # type: ignore[operator]
+        if read is not rows and len(read.index):
+            read.scatter(first, self._parts[0].multiply(activations.gather(x, read), bias))
+        return first
 
     def set_apart(self, columns: int) -> bool:
         """Lets prefill return its first ``columns`` columns as a matrix of their own; False if the kernel cannot."""
@@ -211,25 +235,29 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def _read_rows(
         self,
         layer: torch.nn.Module,
-        x: torch.Tensor | QuantizedActivations,
+        x: torch.Tensor | ReadRows,
         read: Rows,
         rows: Rows | None,
         bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The result [T, N] where it is read; ``x`` [T, K]."""
-        assert self.unread is not None
-        packed = self._packed[self.precision[Phase.PREFILL]]
-        out = self.unread(x.shape[0], self.shape[0], dtype=layer.weight.dtype, device=layer.weight.device)
-        if read is not rows and len(read.index):
-            if isinstance(x, torch.Tensor):
-                part = packed.matmul(read.gather(x), bias)
-            else:
-                part = packed.multiply(activations.gather(x, read), bias)
-            read.scatter(out, part)
+    ) -> torch.Tensor | ReadRows:
+        """The rows ``read`` of the result, in their places of [T, N] or handed over; the others hold anything."""
+        shape = x.shape[:-1]
         if rows is not None:
-            kept = rows.gather(x) if isinstance(x, torch.Tensor) else x.kept
-            self._protect(layer, out, kept, rows, bias)
-        return out
+            self._check_rows(shape.numel(), rows)
+        part = x.part if isinstance(x, ReadRows) else read.gather(x.reshape(-1, x.shape[-1]).contiguous())
+        out = None
+        if not self.hands_over:
+            out = part.new_empty(shape.numel(), self.shape[0])
+        if read is rows:
+            result = self._high(layer, part, rows, bias, out)
+        else:
+            result = self._packed[self.precision[Phase.PREFILL]].matmul(part, bias)
+            if rows is not None:
+                protected = rows.slots[read.index] >= 0
+                result = torch.where(protected[:, None], self._high(layer, part, read, bias), result)
+            if out is not None and len(part):
+                read.scatter(out, result)
+        return ReadRows(result, shape.numel()) if out is None else out.view(*shape, out.shape[-1])
 
     @property
     def activation_format(self) -> str | None:
@@ -256,22 +284,31 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                 f"which are protected; keep it in BF16 with a recipe rule '{{match: {self.name}, prefill: bf16}}'"
             )
 
-    def _protect(
+    def _few(self, kept: torch.Tensor) -> bool:
+        """Whether the decode column of the rows ``kept`` is for the kernel of few BF16 rows."""
+        return kept.is_cuda and self.precision[Phase.DECODE] == "bf16" and len(kept) <= GRAPH_ROWS
+
+    def _high(
         self,
         layer: torch.nn.Module,
-        out: torch.Tensor,
-        kept: torch.Tensor | None,
+        kept: torch.Tensor,
         rows: Rows,
         bias: torch.Tensor | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Gives the protected rows of ``out`` [T, N] the decode column's result for ``kept`` [R, K]."""
-        assert kept is not None
-        if out.is_cuda and self.precision[Phase.DECODE] == "bf16" and len(kept) <= GRAPH_ROWS:
+        """The decode column's result for the rows ``kept`` [R, K]: [R, N], or in the places of ``rows`` in ``out``."""
+        if self._few(kept):
             from mixquant_sglang.kernels.triton.few_rows import linear_rows_
 
-            linear_rows_(out, rows.index, kept, layer.weight, bias)  # type: ignore[arg-type]
-        else:
-            rows.scatter(out, self._linear(Phase.DECODE, layer, kept, bias))
+            index = rows.index
+            if out is None:
+                out, index = kept.new_empty(len(kept), self.shape[0]), rows.places
+            linear_rows_(out, index, kept, layer.weight, bias)  # type: ignore[arg-type]
+            return out
+        high = self._linear(Phase.DECODE, layer, kept, bias)
+        if out is None:
+            return high
+        rows.scatter(out, high)
         return out
 
     def apply_into(

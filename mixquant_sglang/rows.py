@@ -2,7 +2,8 @@
 
 Per request these are a suffix of its new rows, because token positions only grow:
 
-* the last prompt token (position ``prompt - 1``), since SGLang samples the first generated token from its row;
+* the last prompt token (position ``prompt - 1``), since SGLang samples the first generated token from its row, or a
+  longer tail of the prompt;
 * generated tokens that are prefilled again after a retraction (positions from ``prompt`` on);
 * everything, if the request is a decode row of a MIXED batch or asked for BF16 prefill.
 
@@ -53,13 +54,16 @@ class RowPlan:
         return sum(stop - start for start, stop in self.protected)
 
 
-def plan(requests: Iterable[RequestRows], *, last_prompt_token: bool) -> RowPlan:
-    """Rows in the order of SGLang's extend layout: all new rows of the first request, then of the second, ..."""
+def plan(requests: Iterable[RequestRows], *, last_prompt_token: bool, tail: int = 1) -> RowPlan:
+    """Rows in the order of SGLang's extend layout: all new rows of the first request, then of the second, ...
+
+    ``tail``: how many tokens at the end of each prompt ``last_prompt_token`` protects.
+    """
     ranges: list[tuple[int, int]] = []
     last: list[tuple[int, int]] = []
     total = decode = 0
     for request in requests:
-        first = request.prompt - 1 if last_prompt_token else request.prompt
+        first = request.prompt - tail if last_prompt_token else request.prompt
         if request.decoding or request.bf16:
             first = request.prefix
         kept = min(max(first - request.prefix, 0), request.new)
@@ -91,6 +95,10 @@ class Rows(Protocol):
         """int64 [R]: their row numbers; -1 marks an unused slot, after all used ones."""
 
     @property
+    def places(self) -> torch.Tensor:
+        """int64 [R]: 0, 1, 2, ... where ``index`` has a row number, -1 in unused slots."""
+
+    @property
     def slots(self) -> torch.Tensor:
         """int32 [tokens], the inverse: where a row is in ``index``, -1 if it is not protected."""
 
@@ -115,6 +123,10 @@ class EagerRows:
         return row_numbers(self._ranges).to(self._device, non_blocking=True)
 
     @cached_property
+    def places(self) -> torch.Tensor:
+        return torch.arange(len(self.index), device=self._device)
+
+    @cached_property
     def slots(self) -> torch.Tensor:
         slots = torch.full((self.tokens,), -1, dtype=torch.int32, device=self._device)
         slots[self.index] = torch.arange(len(self.index), dtype=torch.int32, device=self._device)
@@ -131,14 +143,18 @@ class GraphRows:
     """The buffers on the GPU that captured prefill graphs read: ``capacity`` row numbers, and their inverse.
 
     A graph captured for T token rows, at most ``tokens``, reads the first ``min(capacity, T)`` row numbers and the
-    first T slots, so all graphs share these buffers.
+    first T slots, so all graphs share these buffers.  Rows that are only picked out need no inverse: with
+    ``inverse=False`` there are no slots, and to fill the buffers is one copy.
     """
 
-    def __init__(self, capacity: int, tokens: int, device: torch.device) -> None:
+    def __init__(self, capacity: int, tokens: int, device: torch.device, *, inverse: bool = True) -> None:
         self.capacity = capacity
-        self.index = torch.full((capacity,), -1, dtype=torch.int64, device=device)
-        self._slots = torch.full((tokens,), -1, dtype=torch.int32, device=device)
-        self._numbers = torch.arange(capacity, dtype=torch.int32, device=device)
+        self._tokens = tokens
+        self._inverse = inverse
+        self._numbers = torch.full((2, capacity), -1, dtype=torch.int64, device=device)
+        self.index, self._places = self._numbers
+        self._slots = torch.full((tokens if inverse else 0,), -1, dtype=torch.int32, device=device)
+        self._order = torch.arange(capacity, dtype=torch.int32, device=device)
         self._loaded: tuple[tuple[int, int], ...] = ()
 
     def fill(self, ranges: tuple[tuple[int, int], ...]) -> None:
@@ -146,17 +162,21 @@ class GraphRows:
         if ranges == self._loaded:
             return
         self._loaded = ranges
-        staged = torch.full((self.capacity,), -1, dtype=torch.int64)
+        staged = torch.full((2, self.capacity), -1, dtype=torch.int64)
         numbers = row_numbers(ranges)
-        staged[: len(numbers)] = numbers
-        self.index.copy_(staged, non_blocking=True)
-        self._slots.fill_(-1)
-        self._slots.index_copy_(0, self.index[: len(numbers)], self._numbers[: len(numbers)])
+        used = len(numbers)
+        staged[0, :used] = numbers
+        staged[1, :used] = torch.arange(used)
+        self._numbers.copy_(staged, non_blocking=True)
+        if self._inverse:
+            self._slots.fill_(-1)
+            self._slots.index_copy_(0, self.index[:used], self._order[:used])
 
     def of(self, tokens: int) -> CapturedRows:
-        if tokens > len(self._slots):
-            raise ValueError(f"a prefill graph of {tokens} rows, where the largest was to have {len(self._slots)}")
-        return CapturedRows(tokens, self.index[: min(self.capacity, tokens)], self._slots[:tokens])
+        if tokens > self._tokens:
+            raise ValueError(f"a prefill graph of {tokens} rows, where the largest was to have {self._tokens}")
+        used = min(self.capacity, tokens)
+        return CapturedRows(tokens, self.index[:used], self._places[:used], self._slots[:tokens])
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +185,7 @@ class CapturedRows:
 
     tokens: int
     index: torch.Tensor
+    places: torch.Tensor
     slots: torch.Tensor
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:

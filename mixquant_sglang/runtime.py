@@ -80,7 +80,7 @@ class Runtime:
         """Pass of EXTEND, MIXED or SPLIT_PREFILL over ``requests``, in row order; ``reads_all``: the hidden states of
         more rows than each request's last are asked for."""
         protects = self.recipe.protect_last_prompt_token
-        rows = plan(requests, last_prompt_token=protects)
+        rows = plan(requests, last_prompt_token=protects, tail=self.recipe.protected_tail)
         low, high = self.selection.prefill, self.selection.decode
         if not self.split:
             return self._plan(rows, Pass(Phase.PREFILL), low, protected=())
@@ -130,7 +130,7 @@ class Runtime:
             if self.recipe.protect_last_prompt_token:
                 self.graph_rows = GraphRows(GRAPH_ROWS, most, device)
             elif self.prunes:
-                self.graph_read = GraphRows(GRAPH_ROWS, most, device)
+                self.graph_read = GraphRows(GRAPH_ROWS, most, device, inverse=False)
         self._captured = True
         rows = self.graph_rows.of(tokens) if self.graph_rows else None
         read = None

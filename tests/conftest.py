@@ -27,5 +27,13 @@ def tiny_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 of random weights in one file, with a head of its own, from scripts/make_tiny_model."""
+    out = tmp_path_factory.mktemp("model") / "random"
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_tiny_model.py", out], check=True, timeout=300)
+    return out
+
+
+@pytest.fixture(scope="session")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("servers")

@@ -54,7 +54,7 @@ def quantize(x: torch.Tensor, fmt: str, rows: Rows | None = None) -> QuantizedAc
 
         slots, kept = _kept(x, x.shape[1], rows)
         return QuantizedActivations(activations.quantize(x, fmt, slots=slots, kept=kept), kept, x.shape, fmt)
-    kept = x.index_select(0, rows.index) if rows is not None else None
+    kept = rows.gather(x) if rows is not None else None
     return QuantizedActivations(_reference(x, fmt), kept, x.shape, fmt)
 
 

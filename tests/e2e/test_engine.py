@@ -69,13 +69,13 @@ if __name__ == "__main__":
 """
 
 
-def test_engine(tiny_model: Path, tmp_path: Path) -> None:
+def test_engine(random_model: Path, tmp_path: Path) -> None:
     import json
 
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, tiny_model, "gpu" if ON_GPU else "cpu"],
+        [sys.executable, "-W", "ignore", script, random_model, "gpu" if ON_GPU else "cpu"],
         capture_output=True,
         text=True,
         timeout=1800,
@@ -87,6 +87,8 @@ def test_engine(tiny_model: Path, tmp_path: Path) -> None:
     assert said["refused"].startswith("MixQuantError: unknown recipe 'no-such-recipe'")
     assert said["tokens"] == [6, 6]
     state = said["state"]
+    assert state["layers"] == {"nvfp4": 16, "bf16": 1}  # the head stays, and is said to
+    assert "stays BF16 (never quantised): lm_head" in done.stdout + done.stderr
     assert state["recipe"] == "nvfp4-emulated" and state["tokens"]["prefill"]["nvfp4"] >= 88
     assert state["tokens"]["prefill"]["bf16"] == state["protected_rows"] >= 2
     assert state["tokens"]["decode"].keys() == {"bf16"}

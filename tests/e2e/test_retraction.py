@@ -1,6 +1,6 @@
 """Retraction: generated tokens that are prefilled again stay BF16 (``SGLANG_TEST_RETRACT`` makes SGLang retract).
 
-Its server has ready-made prefill weights, so that it shows these serving too.
+One server has ready-made prefill weights, so that it shows these serving too; on a GPU there is one of FP8 as well.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")
-def servers(tiny_model: Path, logs: Path) -> Iterator[Servers]:
-    folder = logs / "retraction"
+def servers(request: pytest.FixtureRequest, tiny_model: Path, logs: Path) -> Iterator[Servers]:
+    """``request.param``: "ready", or the name of a recipe."""
+    folder = logs / f"retraction-{request.param}"
     folder.mkdir()
     spy_file = folder / "spy.jsonl"
     env = {"SPY_FILE": str(spy_file), "SGLANG_TEST_RETRACT": "1"}
     spy_plugin = plugins.write(folder, "spy", plugins.SPY)
-    quantize_checkpoint(tiny_model, folder / "ready", ignore=["re:.*layers.0.mlp.down_proj"])
-    recipe = f"version: 1\nprefill: {{precision: nvfp4, weights: {folder / 'ready'}}}\nkernel: emulated\n"
-    (folder / "ready.yaml").write_text(recipe)
-    flags = [*FLAGS, "--quantization", "mixquant", "--mixquant-recipe", str(folder / "ready.yaml")]
+    recipe = request.param
+    if recipe == "ready":
+        quantize_checkpoint(tiny_model, folder / "ready", ignore=["re:.*layers.0.mlp.down_proj"])
+        recipe = str(folder / "ready.yaml")
+        text = f"version: 1\nprefill: {{precision: nvfp4, weights: {folder / 'ready'}}}\nkernel: emulated\n"
+        Path(recipe).write_text(text)
+    flags = [*FLAGS, "--quantization", "mixquant", "--mixquant-recipe", recipe]
     with Server(tiny_model, folder, "retract", *flags, env=env, pythonpath=[spy_plugin]) as low:
         yield Servers(low, low, low, spy_file)
 
 
+@pytest.mark.parametrize("servers", ["ready", pytest.param("fp8", marks=pytest.mark.gpu)], indirect=True)
 def test_split_of_retracted_requests(servers: Servers) -> None:
     rng = random.Random(20)
     with Counted(servers) as counted:
@@ -52,6 +57,7 @@ def test_split_of_retracted_requests(servers: Servers) -> None:
     assert all(a["meta_info"]["completion_tokens"] == 40 for a in answers)
 
 
+@pytest.mark.parametrize("servers", ["ready"], indirect=True)
 def test_ready_made_weights(servers: Servers) -> None:
     text = servers.low.log.read_text()
     ready = servers.low.log.parent / "ready"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mixquant_sglang import phase, recipe
-from mixquant_sglang.kernels import select
+from mixquant_sglang.kernels import Device, emulated, gemm, select
 from mixquant_sglang.kernels.activations import QuantizedActivations
 from mixquant_sglang.phase import DECODE_PASS, Pass, Phase
-from mixquant_sglang.rows import EagerRows, RequestRows, RowPlan, plan
+from mixquant_sglang.rows import CapturedRows, EagerRows, RequestRows, RowPlan, plan, row_numbers
 from mixquant_sglang.runtime import Runtime
 
 compat = pytest.importorskip("mixquant_sglang.compat")
@@ -44,15 +46,24 @@ class Linear(torch.nn.Module):
         return self.quant_method.apply(self, x)
 
 
-def block(name: str, device: str, **changes: object) -> torch.nn.Module:
-    """The modules of a Qwen3 decoder layer that fusion looks at, of SGLang's own types, without attention."""
-    from sglang.srt.layers.activation import SiluAndMul
+def rmsnorm(device: str) -> torch.nn.Module:
     from sglang.srt.layers.layernorm import RMSNorm
+
+    norm = RMSNorm(HIDDEN, eps=1e-6)
+    norm.weight.data = (1 + 0.1 * torch.randn(HIDDEN)).to(torch.bfloat16).to(device)
+    return norm
+
+
+def block(name: str, device: str, on: Device | None = None, **changes: object) -> torch.nn.Module:
+    """The modules of a Qwen3 decoder layer that fusion looks at, of SGLang's own types, without attention.
+
+    ``on``: the GPU that kernels are selected for, if it is not the one that is here."""
+    from sglang.srt.layers.activation import SiluAndMul
     from sglang.srt.models.qwen2 import Qwen2MLP
     from sglang.srt.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
     asked = replace(recipe.load(name), **changes)
-    run = Runtime(asked, select(asked, compat.device()))
+    run = Runtime(asked, select(asked, on or compat.device()))
     torch.manual_seed(0)
     layer, mlp, attention = (cls.__new__(cls) for cls in (Qwen3DecoderLayer, Qwen2MLP, Qwen3Attention))
     for module in (layer, mlp, attention):
@@ -65,10 +76,7 @@ def block(name: str, device: str, **changes: object) -> torch.nn.Module:
     attention.q_size = HIDDEN
     attention.qkv_proj = Linear(run, "qkv_proj", 2 * HIDDEN, HIDDEN, device)
     attention.o_proj = Linear(run, "o_proj", HIDDEN, HIDDEN, device)
-    for norm_name in ("input_layernorm", "post_attention_layernorm"):
-        norm = RMSNorm(HIDDEN, eps=1e-6)
-        norm.weight.data = (1 + 0.1 * torch.randn(HIDDEN)).to(torch.bfloat16).to(device)
-        setattr(layer, norm_name, norm)
+    layer.input_layernorm, layer.post_attention_layernorm = rmsnorm(device), rmsnorm(device)
     layer.mlp = mlp
     return layer
 
@@ -182,54 +190,329 @@ def test_no_rows_and_additions_take_the_plain_norm() -> None:
             layer.input_layernorm(x)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("protect", [False, True])
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["nvfp4-emulated", pytest.param("fp8", marks=pytest.mark.gpu)])
-def test_the_last_layer_computes_the_rows_that_are_read(name: str, device: str, protect: bool, fused: bool) -> None:
-    """Decode rows and last rows as without pruning (a GEMM of fewer rows may round another way), zeros elsewhere."""
-    from mixquant_sglang.fusion import fuse, prune_last_layer
+# -- the last layer ----------------------------------------------------------------------------------------------------
 
-    if (name, device) == ("fp8", "cpu"):
-        pytest.skip("FP8 on the CPU quantises activations itself, and is not pruned; a GPU is needed")
-    layer = block(name, device)
-    if fused:
-        fuse(layer)
-    rows = eager(ROWS, torch.device(device))
-    read = rows if protect else EagerRows(ROWS.total, ROWS.last, torch.device(device))
-    wanted = PROTECTED if protect else [3, 7, 8]
-    torch.manual_seed(2)
-    attention = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16, device=device)
-
-    def run(running: Pass) -> tuple[torch.Tensor, ...]:
-        with phase.scope(running):
-            o = layer.self_attn.o_proj(attention)
-            y, residual = layer.post_attention_layernorm(o.clone(), torch.ones_like(o))
-            return o, residual, layer.mlp.down_proj(layer.mlp.act_fn(layer.mlp.gate_up_proj(y)))
-
-    whole = run(Pass(Phase.PREFILL, rows if protect else None))
-    assert prune_last_layer(causal_lm(layer))
-    again = run(Pass(Phase.PREFILL, rows if protect else None))
-    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))  # where all rows are read
-    pruned = run(Pass(Phase.PREFILL, rows if protect else None, read))
-    for before, after in zip(whole, pruned, strict=True):
-        assert bool(after.isfinite().all())
-        error = (before[wanted].double() - after[wanted].double()).norm() / before[wanted].double().norm()
-        assert error < 2**-7
-    unread = [i for i in range(TOKENS) if i not in wanted]
-    assert not pruned[0][unread].any() and not pruned[2][unread].any() and bool((pruned[1][unread] == 1).all())
-    nothing = run(Pass(Phase.PREFILL, None, EagerRows(TOKENS, (), torch.device(device))))
-    assert not nothing[0].any() and not nothing[2].any()
+H200 = Device("NVIDIA H200", (9, 0))
+CHUNK, LAST_CHUNK, DECODING = RequestRows(4, 0, 90), RequestRows(5, 40, 45), RequestRows(1, 9, 4, decoding=True)
+RETRACTED, ASKED_BF16 = RequestRows(6, 20, 22), RequestRows(3, 0, 3, bf16=True)
+BATCHES = {
+    "one prompt": [RequestRows(9, 0, 9)],
+    "several": [RequestRows(4, 0, 4), LAST_CHUNK, RequestRows(3, 2, 5)],
+    "middle chunk": [CHUNK],
+    "middle chunk and others": [LAST_CHUNK, CHUNK, DECODING],
+    "rows in bf16": [CHUNK, RETRACTED, ASKED_BF16, DECODING],
+}
 
 
-def causal_lm(layer: torch.nn.Module) -> torch.nn.Module:
+def last_rows(requests: list[RequestRows]) -> list[int]:
+    return [sum(r.new for r in requests[: i + 1]) - 1 for i in range(len(requests))]
+
+
+def sampled(requests: list[RequestRows]) -> list[int]:
+    """The rows whose tokens are kept: the last ones, save those of middle chunks."""
+    return [i for i, r in zip(last_rows(requests), requests, strict=True) if r.prefix + r.new >= r.prompt]
+
+
+def causal_lm(layer: torch.nn.Module, device: str = "cpu") -> torch.nn.Module:
     from sglang.srt.models.qwen3 import Qwen3ForCausalLM
 
     model = Qwen3ForCausalLM.__new__(Qwen3ForCausalLM)
     torch.nn.Module.__init__(model)
     model.model = torch.nn.Module()
     model.model.layers = torch.nn.ModuleList([torch.nn.Identity(), layer])
+    model.model.norm = rmsnorm(device)
     return model
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the last layer writes for later passes, [T, HIDDEN], and what the logits are computed from."""
+
+    keys_and_values: torch.Tensor
+    normed: torch.Tensor
+
+
+def forward(model: torch.nn.Module, x: torch.Tensor, residual: torch.Tensor, running: Pass) -> Results:
+    """The last layer and the final norm as SGLang runs them; each row attends to itself and the rows before it."""
+    layer = model.model.layers[-1]
+    with phase.scope(running):
+        y, residual = layer.input_layernorm(x.clone(), residual.clone())
+        q, k, v = layer.self_attn.qkv_proj(y).split([HIDDEN, HIDDEN // 2, HIDDEN // 2], dim=-1)
+        assert q.isfinite().all()
+        scores = q.double() @ torch.cat([k, k], dim=-1).double().t()
+        mask = torch.ones_like(scores, dtype=torch.bool).tril()
+        attended = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ torch.cat([v, v], dim=-1).double()
+        o = layer.self_attn.o_proj(attended.to(torch.bfloat16))
+        y, residual = layer.post_attention_layernorm(o, residual)
+        down = layer.mlp.down_proj(layer.mlp.act_fn(layer.mlp.gate_up_proj(y)))
+        normed, _ = model.model.norm(down, residual)
+    return Results(torch.cat([k, v], dim=-1), normed)
+
+
+def exact_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    y = x.double() @ weight.double().t()
+    return (y if bias is None else y + bias.double()).to(torch.bfloat16)
+
+
+def exact_fp8(x: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, _bias: None) -> torch.Tensor:
+    return (x.double() @ w.double().t() * sx.double() * sw.double()).to(torch.bfloat16)
+
+
+def exact_nvfp4(packed: emulated.EmulatedNVFP4, operand: tuple[torch.Tensor, ...], _bias: None) -> torch.Tensor:
+    (part,), (alpha,) = packed._parts, packed._alphas
+    return (operand[0].double() @ part.unscaled(torch.float32).double().t() * alpha).to(torch.bfloat16)
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums in float64, whose order does not show in BF16: then rows do not depend on how many share a GEMM, to the bit.
+
+    Memory that was not written is NaN, and rows of captured graphs are picked on the CPU."""
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *size: object, **kwargs: object) -> torch.Tensor:
+        out = new_empty(self, *size, **kwargs)
+        return out.fill_(torch.nan) if out.dtype is torch.bfloat16 else out
+
+    def gather(self: CapturedRows, x: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, self.index.clamp(min=0)) * (self.index >= 0)[:, None].to(x.dtype)
+
+    def scatter(self: CapturedRows, out: torch.Tensor, rows: torch.Tensor) -> None:
+        out[self.index[self.index >= 0]] = rows[self.index >= 0]
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(CapturedRows, "gather", gather)
+    monkeypatch.setattr(CapturedRows, "scatter", scatter)
+    monkeypatch.setattr(gemm, "CANDIDATES", {"exact": exact_fp8})
+    monkeypatch.setattr(emulated.EmulatedNVFP4, "multiply", exact_nvfp4)
+    monkeypatch.setattr(
+        UnquantizedLinearMethod, "apply", lambda self, layer, x, bias=None: exact_linear(x, layer.weight, bias)
+    )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One model before and after its last layer was pruned."""
+
+    whole: torch.nn.Module
+    pruned: torch.nn.Module
+    run: Runtime
+
+
+def pair(name: str, *, protect: bool, fused: bool, change: Callable[[torch.nn.Module], None] | None = None) -> Pair:
+    from mixquant_sglang.fusion import fuse, prune_last_layer
+
+    models = []
+    for _ in range(2):
+        options = {"protect_last_prompt_token": protect, "scales": "absmax"}
+        layer = block(name, "cpu", H200 if name == "fp8" else None, **options)
+        if change:
+            change(layer)
+        if fused:
+            fuse(layer)
+        models.append(causal_lm(layer))
+    assert prune_last_layer(models[1])
+    run = models[1].model.layers[-1].mlp.down_proj.quant_method._runtime
+    run.prunes = True
+    return Pair(*models, run)
+
+
+def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(tokens, HIDDEN).bfloat16(), torch.randn(tokens, HIDDEN).bfloat16()
+
+
+@ON_CPU
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("protect", [False, True])
+@pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
+def test_the_last_layer_computes_the_rows_that_are_read(name: str, protect: bool, fused: bool, batch: str) -> None:
+    both, requests = pair(name, protect=protect, fused=fused), BATCHES[batch]
+    planned = both.run.plan_prefill(requests, torch.device("cpu"))
+    assert planned.running.read is not None
+    x = inputs(sum(r.new for r in requests))
+    whole = forward(both.whole, *x, replace(planned.running, read=None))
+    pruned = forward(both.pruned, *x, planned.running)
+    assert torch.equal(pruned.keys_and_values, whole.keys_and_values)
+    kept = sampled(requests) if protect else last_rows(requests)
+    assert torch.equal(pruned.normed[kept], whole.normed[kept])
+    low = forward(both.whole, *x, Pass(Phase.PREFILL))
+    high = {*row_numbers(planned.protected).tolist()} & {*kept}
+    assert all(not torch.equal(pruned.normed[i], low.normed[i]) for i in high)
+    assert bool(high) == ((protect and bool(kept)) or "bf16" in batch or "others" in batch)
+    read = planned.running.read.index.tolist()
+    assert not pruned.normed[[i for i in range(len(x[0])) if i not in read]].any()
+
+
+@ON_CPU
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("protect", [False, True])
+@pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
+def test_where_all_rows_are_read_nothing_is_left_out(name: str, protect: bool) -> None:
+    """Input logprobs, hidden states; and decode."""
+    both = pair(name, protect=protect, fused=True)
+    planned = both.run.plan_prefill(BATCHES["several"], torch.device("cpu"), reads_all=True)
+    for running in (planned.running, DECODE_PASS):
+        x = inputs(sum(r.new for r in BATCHES["several"]))
+        whole, pruned = (forward(model, *x, running) for model in (both.whole, both.pruned))
+        assert torch.equal(pruned.keys_and_values, whole.keys_and_values) and torch.equal(pruned.normed, whole.normed)
+
+
+@ON_CPU
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("protect", [False, True])
+@pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
+def test_rows_that_a_captured_graph_reads(name: str, protect: bool) -> None:
+    """One graph of 24 rows replays passes of fewer: the rows beyond are padding, and most slots are not in use."""
+    both = pair(name, protect=protect, fused=True)
+    captured = both.run.captured_pass(24, 64, torch.device("cpu"))
+    assert captured.read is not None and (captured.read is captured.rows) == protect
+    assert len(captured.read.slots) == (24 if protect else 0)  # rows that are only picked out have no inverse to fill
+    for requests in (BATCHES["several"], BATCHES["one prompt"], BATCHES["middle chunk"], BATCHES["several"][::-1]):
+        planned = both.run.plan_prefill(requests, torch.device("cpu"))
+        assert both.run.can_replay(planned)
+        both.run.load_graph(planned)
+        tokens = sum(r.new for r in requests)
+        x, residual = inputs(tokens)
+        padded = [torch.cat([part, torch.full((24 - tokens, HIDDEN), 7.0).bfloat16()]) for part in (x, residual)]
+        whole = forward(both.whole, x, residual, replace(planned.running, read=None))
+        pruned = forward(both.pruned, *padded, captured)
+        kept = sampled(requests) if protect else last_rows(requests)
+        assert torch.equal(pruned.normed[kept], whole.normed[kept])
+        assert torch.equal(pruned.keys_and_values[:tokens], whole.keys_and_values)
+        assert bool(pruned.normed.isfinite().all())
+
+
+@ON_CPU
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("kept_high", ["self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", "self_attn.qkv_proj"])
+@pytest.mark.parametrize("protect", [False, True])
+def test_the_last_layer_with_a_linear_in_bf16(kept_high: str, protect: bool) -> None:
+    def change(layer: torch.nn.Module) -> None:
+        layer.get_submodule(kept_high).quant_method.precision = dict.fromkeys(Phase, "bf16")
+
+    class Plain:
+        def __init__(self, method: object) -> None:
+            self._runtime = method._runtime  # type: ignore[attr-defined]
+
+        def apply(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+            return exact_linear(x, layer.weight)
+
+    def stock(layer: torch.nn.Module) -> None:
+        linear = layer.get_submodule(kept_high)
+        linear.quant_method = Plain(linear.quant_method)
+
+    for changed in (change, stock):
+        both = pair("fp8", protect=protect, fused=True, change=changed)
+        for requests in (BATCHES["several"], BATCHES["middle chunk"]):
+            planned = both.run.plan_prefill(requests, torch.device("cpu"))
+            x = inputs(sum(r.new for r in requests))
+            whole = forward(both.whole, *x, replace(planned.running, read=None))
+            pruned = forward(both.pruned, *x, planned.running)
+            kept = sampled(requests) if protect else last_rows(requests)
+            assert torch.equal(pruned.normed[kept], whole.normed[kept])
+            assert torch.equal(pruned.keys_and_values, whole.keys_and_values)
+            assert bool(pruned.normed.isfinite().all())
+
+
+@contextmanager
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The rows of each FP8 GEMM."""
+    rows: list[int] = []
+
+    def counted(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        rows.append(len(x))
+        return exact_fp8(x, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gemm, "CANDIDATES", {"exact": counted})
+        yield rows
+
+
+@ON_CPU
+@pytest.mark.usefixtures("exact")
+def test_how_many_rows_the_last_layer_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v, o, gate and up, down; the query of protected rows is BF16 alone."""
+    several = BATCHES["several"]
+    for protect, expected in ((False, [3, 12, 3, 3, 3]), (True, [12])):
+        both = pair("fp8", protect=protect, fused=True)
+        running = both.run.plan_prefill(several, torch.device("cpu")).running
+        with counting(monkeypatch) as rows:
+            forward(both.pruned, *inputs(12), running)
+        assert rows == expected
+
+
+@ON_CPU
+@pytest.mark.usefixtures("exact")
+def test_whoever_reads_the_rows_left_out_gets_an_error() -> None:
+    from mixquant_sglang.outputs import ReadRows
+
+    both = pair("nvfp4-emulated", protect=False, fused=True)
+    running = both.run.plan_prefill(BATCHES["several"], torch.device("cpu")).running
+    layer = both.pruned.model.layers[-1]
+    x, residual = inputs(12)
+    with phase.scope(running):
+        y, residual = layer.post_attention_layernorm(x, residual)
+        assert isinstance(y, ReadRows) and y.shape == x.shape
+        with pytest.raises(TypeError, match=r"linear got the last layer's rows .* set 'prefill: {fuse: false}'"):
+            F.linear(y, layer.mlp.gate_up_proj.weight)
+        with pytest.raises(TypeError):
+            y + residual
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("protect", [False, True])
+@pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
+def test_a_captured_graph_of_the_last_layer(name: str, protect: bool) -> None:
+    """Replays against the whole layer run eagerly: a GEMM of fewer rows may round another way."""
+    from mixquant_sglang.fusion import fuse, prune_last_layer
+
+    layer = block(name, "cuda", protect_last_prompt_token=protect)
+    fuse(layer)
+    model = causal_lm(layer, "cuda")
+    run = layer.mlp.down_proj.quant_method._runtime
+    device = torch.device("cuda")
+    x, residual = (torch.zeros(24, HIDDEN, dtype=torch.bfloat16, device=device) for _ in range(2))
+    expected = []
+    for requests in BATCHES.values():
+        tokens = sum(r.new for r in requests)
+        planned = run.plan_prefill(requests, device)
+        for static, part in zip((x, residual), inputs(tokens), strict=True):
+            static[:tokens] = part.to(device)
+        expected.append(forward(model, x[:tokens], residual[:tokens], planned.running))
+    assert prune_last_layer(model)
+    run.prunes = True
+    captured = run.captured_pass(24, 64, device)
+    forward(model, x, residual, captured)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward(model, x, residual, captured)
+    for requests, whole in zip(BATCHES.values(), expected, strict=True):
+        tokens = sum(r.new for r in requests)
+        planned = run.plan_prefill(requests, device)
+        for static, part in zip((x, residual), inputs(tokens), strict=True):
+            static.fill_(7)
+            static[:tokens] = part.to(device)
+        kept = sampled(requests) if protect else last_rows(requests)
+        results = [forward(model, x[:tokens], residual[:tokens], planned.running)]
+        if run.can_replay(planned):
+            run.load_graph(planned)
+            out.normed.fill_(torch.nan)
+            graph.replay()
+            assert bool(out.normed.isfinite().all())
+            results.append(out)
+        for result in results:
+            for got, want in (
+                (result.normed[kept], whole.normed[kept]),
+                (result.keys_and_values[:tokens], whole.keys_and_values),
+            ):
+                if len(got):
+                    assert (got.double() - want.double()).norm() / want.double().norm() < 2**-6
 
 
 def test_what_is_not_pruned() -> None:

@@ -28,6 +28,15 @@ def test_middle_chunks_have_no_protected_row() -> None:
     assert protected([RequestRows(new=44, prefix=256, prompt=300)]) == [43]
 
 
+def test_a_longer_tail_of_the_prompt() -> None:
+    def tail(k: int, *requests: RequestRows) -> list[int]:
+        return row_numbers(plan(requests, last_prompt_token=True, tail=k).protected).tolist()
+
+    assert tail(3, RequestRows(5, 0, 5), RequestRows(3, 7, 10), RequestRows(2, 0, 90)) == [2, 3, 4, 5, 6, 7]
+    assert tail(99, RequestRows(4, 0, 4)) == [0, 1, 2, 3]
+    assert tail(64, RequestRows(128, 128, 300), RequestRows(44, 256, 300)) == [*range(108, 128), *range(128, 172)]
+
+
 def test_full_cache_hit_is_one_protected_row() -> None:
     rows = plan([RequestRows(new=1, prefix=299, prompt=300)], last_prompt_token=True)
     assert rows.protected_total == rows.total == 1
