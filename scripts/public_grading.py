@@ -1,0 +1,125 @@
+r"""What an answer says, and whether that is right.
+
+Mathematics: the last ``\boxed{}``, else what follows "the answer is", else the last number; equal to the reference as a
+normalised string or number, or by math-verify where it is installed (``pip install math-verify``).  Choices: the letter
+after "the correct answer is".  Both look behind the thinking first, and in all of the text where nothing is there, as
+Mix-Quant's scripts do (github.com/haiquanlu/Mix-Quant, evaluation/).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+ENDS_OF_THINKING = ("</think>", "<channel|>")  # DeepSeek and Qwen; Gemma 4
+PHRASE = re.compile(r"(?:final\s+answer|answer\s+is|\banswer)\s*[:=]?\s*([^\n;]+?)\s*(?:\.?\s*$|\.\s|;)", re.I | re.M)
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?")
+STRICT = re.compile(r"The correct answer is \(?([A-D])\b")
+LENIENT = [
+    re.compile(rf"{words}\s*\(?\s*([A-D])\b", re.I)
+    for words in (r"the\s+correct\s+answer\s+is", r"final\s+answer\s*:?", r"\banswer\s*:", r"\boption\s*:?")
+]
+
+
+def after_thinking(text: str) -> str:
+    """What follows the last end of thinking; all of it where there is none."""
+    for mark in ENDS_OF_THINKING:
+        text = text.rpartition(mark)[2]
+    return text.strip()
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The contents of the last complete ``\boxed{}``."""
+    found = None
+    for match in re.finditer(r"\\boxed\s*\{", text):
+        depth = 1
+        for place in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                found = text[match.end() : place].strip()
+                break
+    return found or None
+
+
+def math_answer(text: str) -> str | None:
+    tail = after_thinking(text)
+    boxed = last_boxed(tail) or last_boxed(text)
+    if boxed:
+        return boxed
+    if phrases := PHRASE.findall(tail):
+        return str(phrases[-1]).strip(" *$")
+    numbers = NUMBER.findall(tail)
+    return numbers[-1] if numbers else None
+
+
+def choice(text: str, lenient: bool) -> str | None:
+    """A to D.  ``lenient``: any of the usual phrases, the last one; else LongBench v2's own, the first one."""
+    text = text.replace("*", "" if not lenient else " ")
+    if not lenient:
+        match = STRICT.search(after_thinking(text))
+        return match.group(1) if match else None
+    for part in (after_thinking(text), text):
+        found = [(match.start(), match.group(1).upper()) for pattern in LENIENT for match in pattern.finditer(part)]
+        if found:
+            return max(found)[1]
+    return None
+
+
+def normalised(text: str) -> str:
+    """LaTeX and spelling that do not change a value, taken away."""
+    text = text.strip().strip("$").rstrip(".")
+    for plain in (
+        r"\left",
+        r"\right",
+        r"\!",
+        r"\,",
+        r"\;",
+        r"\$",
+        r"\%",
+        "%",
+        "$",
+        r"^\circ",
+        r"^{\circ}",
+        r"\displaystyle",
+    ):
+        text = text.replace(plain, "")
+    text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace(r"\cdot", "*").replace(r"\ ", " ")
+    text = re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r"(\1)/(\2)", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"\((\w+)\)/\((\w+)\)", r"\1/\2", text)
+    return re.sub(r"\s+", "", text).lower()
+
+
+def number(text: str) -> Fraction | None:
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def same_plain(answer: str, reference: str) -> bool:
+    a, b = normalised(answer), normalised(reference)
+    if a == b:
+        return True
+    x, y = number(a), number(b)
+    if x is None or y is None:  # "x=5" for "5"
+        x, y = number(a.rpartition("=")[2]), number(b.rpartition("=")[2])
+    return x is not None and x == y
+
+
+def math_grader() -> tuple[str, Callable[[str, str], bool]]:
+    """The name of what compares mathematics here, and the comparison (answer, reference)."""
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        return "strings and numbers (math-verify is not installed)", same_plain
+
+    def same(answer: str, reference: str) -> bool:
+        if same_plain(answer, reference):
+            return True
+        return bool(verify(parse(rf"\boxed{{{reference}}}"), parse(rf"\boxed{{{answer}}}")))
+
+    return "math-verify", same
