@@ -87,8 +87,7 @@ def test_engine(random_model: Path, tmp_path: Path) -> None:
     assert said["refused"].startswith("MixQuantError: unknown recipe 'no-such-recipe'")
     assert said["tokens"] == [6, 6]
     state = said["state"]
-    assert state["layers"] == {"nvfp4": 16, "bf16": 1}  # the head stays, and is said to
-    assert "stays BF16 (never quantised): lm_head" in done.stdout + done.stderr
+    assert state["layers"] == {"nvfp4": 16, "bf16": 1}  # the head stays
     assert state["recipe"] == "nvfp4-emulated" and state["tokens"]["prefill"]["nvfp4"] >= 88
     assert state["tokens"]["prefill"]["bf16"] == state["protected_rows"] >= 2
     assert state["tokens"]["decode"].keys() == {"bf16"}

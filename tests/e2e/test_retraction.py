@@ -64,7 +64,7 @@ def test_ready_made_weights(servers: Servers) -> None:
     assert f"mixquant: NVFP4 weights come from {ready} (compressed-tensors)" in text
     assert "mixquant: stays BF16 (not in the ready-made weights): model.layers.0.mlp.down_proj" in text
     state = servers.low.state()
-    assert state["layers"] == {"nvfp4": 15, "bf16": 2} and state["kernel"] == {"nvfp4": "emulated"}
+    assert state["layers"] == {"nvfp4": 31, "bf16": 1} and state["kernel"] == {"nvfp4": "emulated"}
     ids_of_prompt = list(range(20, 90))
     low = servers.low.generate(ids_of_prompt, 2, return_logprob=True, logprob_start_len=0)
     servers.low.flush()
