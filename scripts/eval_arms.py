@@ -39,6 +39,15 @@ ABLATIONS = {
     "down-bf16": {"layers": r"[{match: 're:.*\.down_proj', prefill: bf16}]"},
     "o-bf16": {"layers": r"[{match: 're:.*\.o_proj', prefill: bf16}]"},
     "qkv-bf16": {"layers": r"[{match: 're:.*\.qkv_proj', prefill: bf16}]"},
+    "qkv-bf16-tail-64": {
+        "layers": r"[{match: 're:.*\.qkv_proj', prefill: bf16}]",
+        "protect": "{last_prompt_tokens: 64}",
+    },
+    "attention-bf16": {"layers": r"[{match: 're:.*\.(qkv|o)_proj', prefill: bf16}]"},
+    "attention-bf16-tail-64": {
+        "layers": r"[{match: 're:.*\.(qkv|o)_proj', prefill: bf16}]",
+        "protect": "{last_prompt_tokens: 64}",
+    },
     "edges-bf16": {"layers": r"[{match: 're:model\.layers\.(EDGES)\..*', prefill: bf16}]"},
     "down-fp8": {"layers": r"[{match: 're:.*\.down_proj', prefill: fp8}]"},
     "min-tokens-512": {"prefill": "{precision: nvfp4, min_tokens: 512}"},

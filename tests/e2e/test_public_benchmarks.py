@@ -8,25 +8,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.server import Server
+from tests.support.servers import LOW_RECIPE, Servers
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(2400)]
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-RECIPE = "nvfp4-emulated"
 
 
-@pytest.fixture(scope="module")
-def server(tiny_model: Path, logs: Path) -> Iterator[Server]:
-    flags = ["--quantization", "mixquant", "--mixquant-recipe", RECIPE, "--sleep-on-idle"]
-    with Server(tiny_model, logs, "public", *flags) as running:
-        yield running
+@pytest.fixture
+def server(servers: Servers) -> Server:
+    return servers.low
 
 
 def call(name: str, server: Server, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
@@ -55,8 +52,8 @@ def test_reasoning(server: Server, tmp_path: Path) -> None:
     data = (write(tmp_path / "gsm8k.json", gsm8k), write(tmp_path / "aime.json", aime))
     command = ("--datasets", "gsm8k", "aime24", "--data", *data, "--max-tokens", 8, "--seeds", 1, 2)
     text, last = run("reasoning", server, tmp_path, *command)
-    assert last["server"]["mixquant"]["recipe"] == RECIPE
-    assert f"mixquant {RECIPE} (prefill nvfp4 emulated, decode bf16)" in text
+    assert last["server"]["mixquant"]["recipe"] == LOW_RECIPE
+    assert f"mixquant {LOW_RECIPE} (prefill " in text
     assert last["results"]["gsm8k"]["groups"]["all"]["samples"] == 6
     made = records(tmp_path / "gsm8k.jsonl")
     assert [r["answer"] for r in made if r["seed"] == 1] and all(1 <= r["output_tokens"] <= 8 for r in made)

@@ -7,13 +7,9 @@ FP8 server, to compare rounding with.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,56 +17,12 @@ from typing import Any
 import pytest
 import requests
 
-from tests.support import plugins
 from tests.support.server import ON_GPU, Server
+from tests.support.servers import CHUNK, LOW_RECIPE, Servers
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(2400)]
 
-CHUNK = 128
-FLAGS = [
-    "--chunked-prefill-size",
-    str(CHUNK),
-    "--enable-mixed-chunk",
-    "--enable-cache-report",
-    "--random-seed",
-    "1",
-    "--sleep-on-idle",
-]
-LOW_RECIPE = os.environ.get("TEST_LOW_RECIPE", "auto")  # by hand: nvfp4 on a GPU whose auto is fp8
 BF16_POLICY = {"custom_params": {"mixquant": {"prefill": "bf16"}}}
-
-
-class Servers:
-    def __init__(self, stock: Server, control: Server, low: Server, spy: Path, stock_fp8: Server | None = None) -> None:
-        self.stock, self.control, self.low, self.spy, self.stock_fp8 = stock, control, low, spy, stock_fp8
-
-    def batches(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.spy.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def servers(tiny_model: Path, logs: Path) -> Iterator[Servers]:
-    shim = plugins.write(logs, "cpu_shim", plugins.CPU_SHIM)
-    spy_plugin = plugins.write(logs, "spy", plugins.SPY)
-    spy_file = logs / "spy.jsonl"
-    mixquant = [*FLAGS, "--quantization", "mixquant"]
-    stock_env = {"SGLANG_PLUGINS": "cpu_shim"}
-    low_env = {"SPY_FILE": str(spy_file)}
-    low_flags = ["--enable-metrics", *(["--mixquant-recipe", LOW_RECIPE] if LOW_RECIPE != "auto" else [])]
-    with ExitStack() as running:
-        started = [
-            Server(tiny_model, logs, "stock", *FLAGS, env=stock_env, pythonpath=[shim]),
-            Server(tiny_model, logs, "control", *mixquant, "--mixquant-recipe", "bf16"),
-            Server(tiny_model, logs, "low", *mixquant, *low_flags, env=low_env, pythonpath=[spy_plugin]),
-        ]
-        if ON_GPU:
-            flags = [*FLAGS, "--quantization", "w8a8_fp8"]
-            started.append(Server(tiny_model, logs, "stock_fp8", *flags, env=stock_env, pythonpath=[shim]))
-        for server in started:
-            running.callback(server.__exit__)
-        for server in started:
-            server.wait()
-        yield Servers(*started[:3], spy_file, *started[3:])
 
 
 def ids(rng: random.Random, n: int) -> list[int]:
