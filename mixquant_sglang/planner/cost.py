@@ -13,6 +13,7 @@ from mixquant_sglang.planner.data import Gpu, Model
 
 MOST_TOKENS = 50_000_000  # of one prefill: what a second of planning can walk through
 _WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}  # per element, block scales included
+FEW_ROWS = 64  # protected rows of a pass that have a kernel of their own, as rows.py's GRAPH_ROWS
 _PARTS = ("linears", "attention", "elementwise", "quantise", "dequantise", "protected", "all_reduce", "fixed")
 _INPUT_BYTES = {"bf16": 2.0, "qdq": 2.0, "fp8": 1.0, "nvfp4": 0.5625}
 # What writes a linear's input, and the bytes per element of it that this moves beside the result itself.
@@ -105,6 +106,7 @@ class Plan:
     keeps_bf16: bool  # the BF16 master stays beside the packed weights
     fused: bool = True
     stock: bool = False
+    tail: int = 1  # tokens at the end of each prompt that ``protect`` keeps in the decode precision
 
     @property
     def extra_weight_bytes(self) -> int:
@@ -128,7 +130,8 @@ class Cost:
         parts = dict.fromkeys(_PARTS, 0.0)
         flops = moved = 0.0
         for rows, pairs, ends in work.passes(self.gpu):
-            low = rows >= plan.min_tokens and not (plan.protect and ends == rows)
+            protected = min(rows, ends * plan.tail) if plan.protect else 0
+            low = rows >= plan.min_tokens and protected < rows
             for linear in plan.linears:
                 precision, emulated = (linear.prefill, linear.prefill_emulated) if low else ("bf16", False)
                 fused = plan.fused and precision != "bf16" and not (precision == "fp8" and emulated)
@@ -145,7 +148,7 @@ class Cost:
                 flops += share * 2.0 * rows * linear.n * linear.k * linear.count
                 moved += share * bytes_ + elementwise
                 if low and plan.protect and linear.prefill != linear.decode:
-                    ms, bytes_ = self._protected(linear, ends)
+                    ms, bytes_ = self._protected(plan, linear, protected)
                     parts["protected"] += ms
                     moved += bytes_
             attention = 4.0 * pairs * self.model.heads / self.tp * self.model.head_dim * self.model.layers
@@ -231,13 +234,18 @@ class Cost:
             ms, moved = ms + self._memory(copied, self.rates.q_copy), moved + copied
         return ms, moved
 
-    def _protected(self, linear: Linear, rows: int) -> tuple[float, float]:
-        """(milliseconds, bytes): launched in every pass, the kernel reads the weights for protected rows alone."""
+    def _protected(self, plan: Plan, linear: Linear, rows: int) -> tuple[float, float]:
+        """(milliseconds, bytes): launched in every pass, the kernel reads the weights for protected rows alone.  More of
+        them than it takes are a GEMM of their own, which costs no less."""
         if not rows:
             return linear.count * self.rates.idle_linear_us / 1e3, 0.0
         weights = linear.count * linear.n * linear.k * _WEIGHT_BYTES[linear.decode]
         few, fractions = self.rates.protected
-        return self._memory(weights, fractions[rows > few]), weights
+        read = self._memory(weights, fractions[rows > few])
+        if rows <= FEW_ROWS:
+            return read, weights
+        ms, moved = self._linear(plan, linear, linear.decode, linear.decode_emulated, rows, self.rates.copy)
+        return max(ms, read), moved
 
     def _elementwise_bytes(self) -> float:
         """Per token row, beside ``_before``: rope with q and k norms, the KV write; all in BF16."""

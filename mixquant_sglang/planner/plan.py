@@ -13,7 +13,7 @@ chunks, pay for the launches. A decode step reads weights and KV and has an over
 they come from: ``data.py``.
 
 Refused: arguments out of range, and what ``data.py`` refuses. Not modelled: passes that mix prefill and decode
-rows, passes with more than 64 protected rows (which run without a graph), rates by linear rather than by layer, which
+rows, that passes with more than 64 protected rows run without a graph, rates by linear rather than by layer, which
 linears the last layer has in low precision (each counts by 1 / layers), blocks that are not fused, tile quantisation at
 small M. Needs neither a GPU nor torch nor SGLang.
 """
@@ -93,7 +93,8 @@ def make_plan(name: str, model: Model, gpu: Gpu, tp: int = 1, protect: bool | No
             prefill = decode = "bf16"  # as method.py does with a shape that a kernel refuses
         linears.append(Linear(leaf, n, k, count, prefill, decode, prefill in emulated, decode in emulated))
     kept = loaded.protect_last_prompt_token if protect is None else protect
-    return Plan(name, selection.describe(), tuple(linears), kept, loaded.min_tokens, True, loaded.fuse)
+    tail = loaded.protected_tail
+    return Plan(name, selection.describe(), tuple(linears), kept, loaded.min_tokens, True, loaded.fuse, tail=tail)
 
 
 def predict(

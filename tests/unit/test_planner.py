@@ -146,6 +146,19 @@ def test_protected_rows_cost_one_read_of_the_weights_where_a_prompt_ends() -> No
     assert predict("fp8", 1).prefill_ms == pytest.approx(predict("bf16", 1).prefill_ms)  # nothing but protected rows
 
 
+def test_a_longer_protected_tail_costs_what_as_many_prompts_would(tmp_path: Path) -> None:
+    def tail(k: int) -> str:
+        file = tmp_path / f"tail{k}.yaml"
+        file.write_text(f"version: 1\nprefill: {{precision: fp8}}\nprotect: {{last_prompt_tokens: {k}}}\n")
+        return str(file)
+
+    costs = [predict(tail(k), 8192).prefill_parts["protected"] for k in (1, 16, 64, 65, 1024)]
+    assert costs[0] == costs[1] < costs[2] <= costs[3] < costs[4]
+    assert costs[0] == predict("fp8", 8192).prefill_parts["protected"]
+    assert costs[2] == predict("fp8", 64, batch=64).prefill_parts["protected"]
+    assert predict(tail(300), 300).prefill_ms == pytest.approx(predict("bf16", 300).prefill_ms)
+
+
 def test_fused_kernels_take_what_was_measured() -> None:
     fp8, stock, bf16, qdq = (predict(name, 8192).prefill_parts for name in ("fp8", "stock-fp8", "bf16", "nvfp4"))
     kernels = {"fp8": 2 * 60.9 + 117.6, "qdq": 2 * 71.0 + 147.4, "stock": 2 * 111.9 + 271.8}
