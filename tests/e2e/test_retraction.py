@@ -1,6 +1,7 @@
 """Retraction: generated tokens that are prefilled again stay BF16 (``SGLANG_TEST_RETRACT`` makes SGLang retract).
 
-One server has ready-made prefill weights, so that it shows these serving too; on a GPU there is one of FP8 as well.
+One server has ready-made prefill weights, so that it shows these serving too: compressed-tensors' with SGLang 0.5.17,
+ModelOpt's with later ones.  On a GPU there is one of FP8 as well.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,13 @@ import pytest
 from mixquant_sglang.checkpoint.quantize import quantize_checkpoint
 from tests.e2e.test_servers import FLAGS, Counted, Servers, ids, together
 from tests.support import plugins
+from tests.support.nvfp4_checkpoints import save_modelopt
 from tests.support.server import Server
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(2400)]
+
+
+WRITER = "compressed-tensors" if version("sglang").startswith("0.5.17") else "ModelOpt"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,10 @@ def servers(request: pytest.FixtureRequest, tiny_model: Path, logs: Path) -> Ite
     spy_plugin = plugins.write(folder, "spy", plugins.SPY)
     recipe = request.param
     if recipe == "ready":
-        quantize_checkpoint(tiny_model, folder / "ready", ignore=["re:.*layers.0.mlp.down_proj"])
+        if WRITER == "compressed-tensors":
+            quantize_checkpoint(tiny_model, folder / "ready", ignore=["re:.*layers.0.mlp.down_proj"])
+        else:
+            save_modelopt(tiny_model, folder / "ready", "model.layers.0.mlp.down_proj")
         recipe = str(folder / "ready.yaml")
         text = f"version: 1\nprefill: {{precision: nvfp4, weights: {folder / 'ready'}}}\nkernel: emulated\n"
         Path(recipe).write_text(text)
@@ -61,7 +70,7 @@ def test_split_of_retracted_requests(servers: Servers) -> None:
 def test_ready_made_weights(servers: Servers) -> None:
     text = servers.low.log.read_text()
     ready = servers.low.log.parent / "ready"
-    assert f"mixquant: NVFP4 weights come from {ready} (compressed-tensors)" in text
+    assert f"mixquant: NVFP4 weights come from {ready} ({WRITER})" in text
     assert "mixquant: stays BF16 (not in the ready-made weights): model.layers.0.mlp.down_proj" in text
     state = servers.low.state()
     assert state["layers"] == {"nvfp4": 31, "bf16": 1} and state["kernel"] == {"nvfp4": "emulated"}

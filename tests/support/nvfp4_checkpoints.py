@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mixquant_sglang.checkpoint import files as checkpoint_files
 from mixquant_sglang.checkpoint import quantize as checkpoint
@@ -98,6 +98,16 @@ def modelopt(made: Tensors, modules: Collection[str] = tuple(LINEARS), scales: s
         if name.endswith("k_proj"):
             out[f"{name}.k_scale"] = torch.tensor(1.0)
     return out
+
+
+def save_modelopt(model: Path, out: Path, leave: str) -> Path:
+    """The checkpoint in ``model`` as ModelOpt would quantise it, but for the linear ``leave``: parts of a fused layer
+    have tensor scales of their own."""
+    made = {name: tensor for file in sorted(model.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    linears = [name.removesuffix(".weight") for name in made if name.endswith("_proj.weight")]
+    quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", leave]}
+    config = json.loads((model / "config.json").read_text()) | {"quantization_config": quantization}
+    return save(out, modelopt(made, [name for name in linears if name != leave]), config)
 
 
 MODELOPT = {
