@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from mixquant_sglang.checkpoint.quantize import quantize_checkpoint
-from tests.e2e.test_servers import FLAGS, Counted, Servers, ids, together
+from tests.e2e.test_servers import Counted, ids, together
 from tests.support import plugins
 from tests.support.nvfp4_checkpoints import save_modelopt
 from tests.support.server import Server
+from tests.support.servers import FLAGS, Servers
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(2400)]
 
