@@ -119,6 +119,10 @@ def test_the_recipes_are_what_the_arms_are_called(tmp_path: Path) -> None:
             same = load(shipped[name])
             assert (recipe.prefill, recipe.decode, recipe.kernel) == (same.prefill, same.decode, same.kernel)
             assert (recipe.protect_last_prompt_token, recipe.scales) == (same.protect_last_prompt_token, same.scales)
+    (attention,) = write_recipes(tmp_path, ["attention-bf16"], layers=8)
+    assert [(r.match, r.prefill) for r in load(attention).layers] == [
+        (r.match, r.prefill) for r in load("nvfp4-mlp").layers
+    ]
     names = ["mix", *ABLATIONS]
     different = {name: load(file) for name, file in zip(names, write_recipes(tmp_path, names, layers=8), strict=True)}
     facts = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,20 @@ def test_shipped_contents(name: str, expected: tuple[str, str, bool, str]) -> No
     loaded = recipe.load(name)
     assert (loaded.prefill, loaded.decode, loaded.protect_last_prompt_token, loaded.kernel) == expected
     assert (loaded.min_tokens, loaded.scales, loaded.layers) == (1, "search", ())
+
+
+def test_the_mlp_alone_in_nvfp4() -> None:
+    whole, mlp = recipe.load("nvfp4"), recipe.load("nvfp4-mlp")
+    (rule,) = mlp.layers
+    assert dataclasses.replace(mlp, name="", source="", layers=(), description="") == dataclasses.replace(
+        whole, name="", source="", description=""
+    )
+    found = [leaf for leaf in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj") if rule_matches(rule.match, leaf)]
+    assert (rule.prefill, rule.decode, found) == ("bf16", None, ["qkv_proj", "o_proj"])
+
+
+def rule_matches(match: str, leaf: str) -> bool:
+    return bool(re.fullmatch(match.removeprefix("re:"), f"model.layers.3.self_attn.{leaf}"))
 
 
 @pytest.mark.parametrize(
