@@ -74,7 +74,8 @@ def run(name: str, case: dict[str, Any], model: Path, folder: Path) -> tuple[int
     if "config" in case:
         model = Path(shutil.copytree(model, home / "model"))
         config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps({**config, "torch_dtype": config["dtype"], **case["config"]}))
+        dtypes = dict.fromkeys(("dtype", "torch_dtype"), config["torch_dtype"])
+        (model / "config.json").write_text(json.dumps({**config, **dtypes, **case["config"]}))
     if "sabotage" in case:
         pythonpath.append(plugins.write(home, "a_saboteur", plugins.SABOTEUR))
         env["SABOTAGE"] = case["sabotage"]
