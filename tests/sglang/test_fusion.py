@@ -238,7 +238,7 @@ def forward(model: torch.nn.Module, x: torch.Tensor, residual: torch.Tensor, run
     with phase.scope(running):
         y, residual = layer.input_layernorm(x.clone(), residual.clone())
         q, k, v = layer.self_attn.qkv_proj(y).split([HIDDEN, HIDDEN // 2, HIDDEN // 2], dim=-1)
-        assert torch.cuda.is_current_stream_capturing() or q.isfinite().all()
+        assert (q.is_cuda and torch.cuda.is_current_stream_capturing()) or q.isfinite().all()
         scores = q.double() @ torch.cat([k, k], dim=-1).double().t()
         mask = torch.ones_like(scores, dtype=torch.bool).tril()
         attended = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ torch.cat([v, v], dim=-1).double()

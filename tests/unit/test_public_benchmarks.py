@@ -117,7 +117,7 @@ def run(name: str, stub: Stub, out: Path, *more: object) -> None:
     from public_run import start
 
     module = __import__(f"eval_{name}")
-    start(module.main, ["--base-url", stub.url, "--out", str(out), "--concurrency", "2", *map(str, more)])
+    start(module.main, ["--base-url", stub.url, "--out", str(out), "--concurrency", "1", *map(str, more)])
 
 
 def records(file: Path) -> list[dict[str, Any]]:
@@ -250,7 +250,7 @@ def test_a_refused_request_ends_in_one_line_and_keeps_the_rest(
     stub: Stub, math: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stub.fails_after = 2
-    command = ("--datasets", "math500", "--data", math, "--concurrency", 1)
+    command = ("--datasets", "math500", "--data", math)
     with pytest.raises(SystemExit) as stopped:
         run("reasoning", stub, tmp_path / "out", *command)
     assert "refused a request (400: too long)" in one_line(capsys, stopped)
