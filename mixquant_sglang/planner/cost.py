@@ -235,8 +235,8 @@ class Cost:
         return ms, moved
 
     def _protected(self, plan: Plan, linear: Linear, rows: int) -> tuple[float, float]:
-        """(milliseconds, bytes): launched in every pass, the kernel reads the weights for protected rows alone.  More of
-        them than it takes are a GEMM of their own, which costs no less."""
+        """(milliseconds, bytes): launched in every pass, the kernel reads the weights for protected rows alone; more
+        of them than it takes are a GEMM of their own, which costs no less."""
         if not rows:
             return linear.count * self.rates.idle_linear_us / 1e3, 0.0
         weights = linear.count * linear.n * linear.k * _WEIGHT_BYTES[linear.decode]
