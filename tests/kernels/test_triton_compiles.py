@@ -32,8 +32,8 @@ def activations_case(source: str, fmt: str, k: int, residual: bool = False, kept
         "rows": "i32",
         "eps": "fp32",
     }
-    warps = activations._warps(k)
-    constants = {"K": k, "BLOCKS": 16 * warps, "SOURCE": source, "FORMAT": fmt}
+    warps, split = activations._shape(source, fmt, k)
+    constants = {"K": k, "THREADS": 32 * warps, "SPLIT": split, "SOURCE": source, "FORMAT": fmt}
     constants |= {name: None for name, kind in types.items() if kind is None}
     return activations._quantize_rows, {name: kind for name, kind in types.items() if kind}, constants, warps
 
@@ -113,27 +113,36 @@ CASES: dict[str, Case] = {
 
 # device functions that kernels call
 HELPERS = {
+    "_all_halves",
     "_block_maximum",
     "_block_scale",
+    "_bytes",
+    "_clamped",
+    "_code_pair",
+    "_codes",
     "_e2m1",
-    "_e2m1_words",
+    "_e2m1_pair",
     "_e4m3",
+    "_eighth",
     "_encode",
     "_error",
+    "_four",
     "_half_encode",
     "_halved",
     "_halves",
-    "_larger",
+    "_larger_pair",
     "_largest",
+    "_largest_of",
     "_load",
     "_load_row",
+    "_merged",
     "_norm",
     "_nvfp4_blocks",
     "_pair",
+    "_prmt",
     "_round_to_grid",
-    "_rounded",
-    "_rows",
     "_row_scale",
+    "_rows",
     "_sign",
     "_silu",
     "_store",
@@ -142,8 +151,8 @@ HELPERS = {
     "_store_qdq",
     "_store_row",
     "_store_scales",
-    "_sum",
     "_times",
+    "_word_ptr",
     "_words",
     "_zero_scales",
 }
@@ -193,6 +202,8 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
             assert "cvt.rn.f16x2.f32" in ptx and "cvt.rn.f16.f32" not in ptx
         loads = ptx.count("ld.global.v4.b32")  # 16 bytes: eight elements for each thread of 32 * warps
         row = triton.cdiv(constants["K"], 256 * warps)
+        if constants["SPLIT"]:  # halves of blocks, in pairs
+            row = 2 * triton.cdiv(constants["K"], 512 * warps)
         assert loads == row * (1 + ("weight_ptr" in arguments) + ("residual_ptr" in arguments) + ("silu" in case))
 
 

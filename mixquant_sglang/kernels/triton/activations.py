@@ -122,7 +122,7 @@ def _launch(
     if fmt == "nvfp4":  # the programs beyond M zero the padding; eight codes are one word
         programs, words = results[1].shape[0], (results[0].view(torch.int32), results[1].view(torch.uint8), results[2])
     if m:
-        warps = _warps(k)
+        warps, split = _shape(source, fmt, k)
         _quantize_rows[(programs,)](
             x,
             weight,
@@ -133,7 +133,8 @@ def _launch(
             m,
             eps,
             K=k,
-            BLOCKS=16 * warps,
+            THREADS=32 * warps,
+            SPLIT=split,
             SOURCE=source,
             FORMAT=fmt,
             SM=_sm(x.device),
@@ -143,9 +144,10 @@ def _launch(
     return results
 
 
-def _warps(k: int) -> int:
+def _shape(source: str, fmt: str, k: int) -> tuple[int, bool]:
+    """Warps of a program, and whether its rows are SPLIT."""
     warps: int = triton.next_power_of_2(triton.cdiv(k, 32 * _ELEMENTS))
-    return min(warps, 32)
+    return min(warps, 32), fmt == "nvfp4"
 
 
 def _empty_results(fmt: str, m: int, k: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -201,77 +203,115 @@ def _quantize_rows(
     rows: tl.tensor,
     eps: tl.tensor,
     K: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    THREADS: tl.constexpr,
+    SPLIT: tl.constexpr,
     SOURCE: tl.constexpr,
     FORMAT: tl.constexpr,
     SM: tl.constexpr,
 ) -> None:
     """One program for each row; pointers that a case does not need are None.
 
-    A row is a tuple of FP32 chunks [BLOCKS, 16], all its values BF16's. BLOCKS is 16 for each warp, so that a thread
-    has eight neighbours of a chunk: 16 bytes of BF16 to a load, and no block of 16 in more than two threads.
+    A row is a tuple of pieces: BF16 pairs in uint32 [THREADS, 4], 16 bytes of each to a load. Without SPLIT the pieces
+    follow each other, and two threads share a block of 16; with it the two pieces of a pair hold the halves of THREADS
+    blocks, so that a thread has whole blocks and computes their scales alone.
     """
     row = tl.program_id(0).to(tl.int64)
     if FORMAT == "nvfp4" and row >= rows:
-        _zero_scales(scale_ptr, row, K, BLOCKS)
+        _zero_scales(scale_ptr, row, K, THREADS)
         return
     if slots_ptr is not None:
         slot = tl.load(slots_ptr + row).to(tl.int64)  # early: it arrives together with the row
     if SOURCE == "norm":
         if residual_ptr is not None:
             residual_ptr += row * K
-        y = _norm(x_ptr + row * K, residual_ptr, weight_ptr, eps, K, BLOCKS, SM)
+        y = _norm(x_ptr + row * K, residual_ptr, weight_ptr, eps, K, THREADS, SPLIT, SM)
     elif SOURCE == "silu":
-        y = _silu(x_ptr + row * 2 * K, K, BLOCKS, SM)
+        y = _silu(x_ptr + row * 2 * K, K, THREADS, SPLIT, SM)
     else:
-        y = _load_row(x_ptr + row * K, K, BLOCKS)
+        y = _load_row(x_ptr + row * K, K, THREADS, SPLIT)
     if slots_ptr is not None and slot >= 0:
-        _store_row(kept_ptr + slot * K, y, K, BLOCKS)
+        _store_row(kept_ptr + slot * K, y, K, THREADS, SPLIT)
     if FORMAT == "fp8":
-        _store_fp8(out_ptr + row * K, scale_ptr + row, y, K, BLOCKS)
+        _store_fp8(out_ptr + row * K, scale_ptr + row, y, K, THREADS)
     elif FORMAT == "nvfp4":
-        _store_nvfp4(out_ptr + row * (K // 8), scale_ptr, row_scale_ptr + row, row, y, K, BLOCKS, SM)
+        _store_nvfp4(out_ptr + row * (K // 8), scale_ptr, row_scale_ptr + row, row, y, K, THREADS, SPLIT, SM)
     else:
-        _store_qdq(out_ptr + row * K, y, K, BLOCKS)
+        _store_qdq(out_ptr + row * K, y, K, THREADS)
+
+
+@triton.constexpr_function  # type: ignore[untyped-decorator]
+def _pieces(K: int, THREADS: int, SPLIT: bool) -> int:
+    return 2 * ((K + THREADS * 16 - 1) // (THREADS * 16)) if SPLIT else (K + THREADS * 8 - 1) // (THREADS * 8)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _load_row(row_ptr: tl.tensor, K: tl.constexpr, BLOCKS: tl.constexpr) -> tl.tuple:
+def _eighth(i: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr) -> tl.tensor:
+    """Where a row's i-th piece lies, in units of eight elements: int32 [THREADS]."""
+    thread = tl.arange(0, THREADS)
+    return thread * 2 + _begin(i, THREADS, SPLIT) if SPLIT else thread + _begin(i, THREADS, SPLIT)
+
+
+@triton.constexpr_function  # type: ignore[untyped-decorator]
+def _begin(i: int, THREADS: int, SPLIT: bool) -> int:
+    """Where the first thread's share of a row's i-th piece lies, in units of eight elements."""
+    return i // 2 * THREADS * 2 + i % 2 if SPLIT else i * THREADS
+
+
+@triton.constexpr_function  # type: ignore[untyped-decorator]
+def _whole(i: int, K: int, THREADS: int, SPLIT: bool) -> bool:
+    """Whether a row's i-th piece ends before column K."""
+    return (i // 2 + 1) * THREADS * 16 <= K if SPLIT else (i + 1) * THREADS * 8 <= K
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_row(row_ptr: tl.tensor, K: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr) -> tl.tuple:
     """A BF16 row; beyond K it is zero."""
     row: tl.tuple = ()
-    for start in tl.static_range(0, K, BLOCKS * 16):
-        row += (_load(row_ptr, start, K, BLOCKS),)
+    for i in tl.static_range(_pieces(K, THREADS, SPLIT)):
+        row += (_load(row_ptr, i, K, THREADS, SPLIT),)
     return row
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_row(row_ptr: tl.tensor, row: tl.tuple, K: tl.constexpr, BLOCKS: tl.constexpr) -> None:
+def _store_row(row_ptr: tl.tensor, row: tl.tuple, K: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr) -> None:
     for i in tl.static_range(len(row)):
-        _store(row_ptr, i * BLOCKS * 16, row[i].to(tl.bfloat16), K, BLOCKS)
+        word_ptr = _word_ptr(row_ptr, i, THREADS, SPLIT)
+        if _whole(i, K, THREADS, SPLIT):
+            tl.store(word_ptr, row[i])
+        else:
+            tl.store(word_ptr, row[i], mask=_eighth(i, THREADS, SPLIT)[:, None] < K // 8)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _load(row_ptr: tl.tensor, START: tl.constexpr, K: tl.constexpr, BLOCKS: tl.constexpr) -> tl.tensor:
-    column = START // 2 + tl.arange(0, BLOCKS)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    pair_ptr = row_ptr.to(tl.pointer_type(tl.uint32)) + column
-    pair = tl.load(pair_ptr) if START + BLOCKS * 16 <= K else tl.load(pair_ptr, mask=column < K // 2, other=0)
-    return _halves(pair, BLOCKS)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _halves(pair: tl.tensor, BLOCKS: tl.constexpr) -> tl.tensor:
-    """FP32 [BLOCKS, 16] of the BF16 pairs in words [BLOCKS, 8], one instruction for each."""
-    low, high = (pair << 16).to(tl.float32, bitcast=True), (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return tl.reshape(tl.join(low, high), [BLOCKS, 16])
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _store(row_ptr: tl.tensor, START: tl.constexpr, value: tl.tensor, K: tl.constexpr, BLOCKS: tl.constexpr) -> None:
-    column = START + tl.arange(0, BLOCKS)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    if START + BLOCKS * 16 <= K:
-        tl.store(row_ptr + column, value)
+def _load(
+    row_ptr: tl.tensor, i: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr
+) -> tl.tensor:
+    word_ptr = _word_ptr(row_ptr, i, THREADS, SPLIT)
+    if _whole(i, K, THREADS, SPLIT):
+        return tl.load(word_ptr)
     else:
-        tl.store(row_ptr + column, value, mask=column < K)
+        return tl.load(word_ptr, mask=_eighth(i, THREADS, SPLIT)[:, None] < K // 8, other=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _word_ptr(row_ptr: tl.tensor, i: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr) -> tl.tensor:
+    """What differs between pieces comes last, as a constant: a part of the load, not an addition of 64 bits."""
+    column = _eighth(0, THREADS, SPLIT)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    return row_ptr.to(tl.pointer_type(tl.uint32)) + column + _begin(i, THREADS, SPLIT) * 4
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _halves(words: tl.tensor, THREADS: tl.constexpr) -> tl.tensor:
+    """FP32 [THREADS, 8] of the BF16 pairs in ``words`` [THREADS, 4], one instruction for each."""
+    low, high = (words << 16).to(tl.float32, bitcast=True), (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(low, high), [THREADS, 8])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _words(y: tl.tensor, THREADS: tl.constexpr, SM: tl.constexpr) -> tl.tensor:
+    """FP32 [THREADS, 8] rounded to BF16 pairs."""
+    low, high = tl.split(tl.reshape(y, [THREADS, 4, 2]))
+    return _pair(low, high, tl.bfloat16, SM)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -281,42 +321,45 @@ def _norm(
     weight_ptr: tl.tensor,
     eps: tl.tensor,
     K: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    THREADS: tl.constexpr,
+    SPLIT: tl.constexpr,
     SM: tl.constexpr,
 ) -> tl.tuple:
-    t = _load_row(x_ptr, K, BLOCKS)
+    x = _load_row(x_ptr, K, THREADS, SPLIT)
+    t: tl.tuple = ()
     if residual_ptr is not None:  # loads do not move up past stores, so all of them come first
-        t = _sum(t, _load_row(residual_ptr, K, BLOCKS))
-        _store_row(residual_ptr, t, K, BLOCKS)
+        residual = _load_row(residual_ptr, K, THREADS, SPLIT)
+        added: tl.tuple = ()
+        for i in tl.static_range(len(x)):
+            t += (_halves(x[i], THREADS) + _halves(residual[i], THREADS),)
+            added += (_words(t[i], THREADS, SM),)
+        _store_row(residual_ptr, added, K, THREADS, SPLIT)
+    else:
+        for i in tl.static_range(len(x)):
+            t += (_halves(x[i], THREADS),)
     squares = t[0] * t[0]
     for i in tl.static_range(1, len(t)):
         squares += t[i] * t[i]
     r = tl.rsqrt(tl.div_rn(tl.sum(squares), K * 1.0) + eps)
     y: tl.tuple = ()
     for i in tl.static_range(len(t)):
-        weight = _load(weight_ptr, i * BLOCKS * 16, K, BLOCKS)
-        y += (_rounded(t[i] * r * weight, BLOCKS, SM),)
+        weight = _halves(_load(weight_ptr, i, K, THREADS, SPLIT), THREADS)
+        y += (_words(t[i] * r * weight, THREADS, SM),)
     return y
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sum(a: tl.tuple, b: tl.tuple) -> tl.tuple:
-    total: tl.tuple = ()
-    for i in tl.static_range(len(a)):
-        total += (a[i] + b[i],)
-    return total
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _silu(gate_ptr: tl.tensor, K: tl.constexpr, BLOCKS: tl.constexpr, SM: tl.constexpr) -> tl.tuple:
+def _silu(
+    gate_ptr: tl.tensor, K: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr, SM: tl.constexpr
+) -> tl.tuple:
     """exp2 and rsqrt flush subnormals, which changes nothing here: 1 + e is at least 1, and is 1 long before e gets
     subnormal. An IEEE division for each element would take a third of the instructions that memory leaves time for."""
     y: tl.tuple = ()
-    for start in tl.static_range(0, K, BLOCKS * 16):
-        gate = _load(gate_ptr, start, K, BLOCKS)
-        up = _load(gate_ptr + K, start, K, BLOCKS)
+    for i in tl.static_range(_pieces(K, THREADS, SPLIT)):
+        gate = _halves(_load(gate_ptr, i, K, THREADS, SPLIT), THREADS)
+        up = _halves(_load(gate_ptr + K, i, K, THREADS, SPLIT), THREADS)
         root = tl.rsqrt(1.0 + tl.exp2(gate * -1.4426950408889634))
-        y += (_rounded(gate * root * root * up, BLOCKS, SM),)
+        y += (_words(gate * root * root * up, THREADS, SM),)
     return y
 
 
@@ -330,24 +373,46 @@ def _largest(y: tl.tuple) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_fp8(row_ptr: tl.tensor, scale_ptr: tl.tensor, y: tl.tuple, K: tl.constexpr, BLOCKS: tl.constexpr) -> None:
+def _all_halves(row: tl.tuple, THREADS: tl.constexpr) -> tl.tuple:
+    y: tl.tuple = ()
+    for i in tl.static_range(len(row)):
+        y += (_halves(row[i], THREADS),)
+    return y
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_fp8(row_ptr: tl.tensor, scale_ptr: tl.tensor, row: tl.tuple, K: tl.constexpr, THREADS: tl.constexpr) -> None:
     """No clamp is needed: |y| / scale exceeds 448 by two roundings at most, and E4M3 rounds that to 448."""
+    y = _all_halves(row, THREADS)
     scale = tl.div_rn(_largest(y).to(tl.float32, bitcast=True), 448.0).to(tl.int32, bitcast=True)
     scale = tl.maximum(scale, 0x00800000).to(tl.float32, bitcast=True)  # 2^-126; compared as integers, NaN stays
     tl.store(scale_ptr, scale)
     inverse = tl.div_rn(1.0, scale)
     for i in tl.static_range(len(y)):
-        _store(row_ptr, i * BLOCKS * 16, (y[i] * inverse).to(tl.float8e4nv), K, BLOCKS)
+        _store(row_ptr, i, (y[i] * inverse).to(tl.float8e4nv), K, THREADS)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_qdq(row_ptr: tl.tensor, y: tl.tuple, K: tl.constexpr, BLOCKS: tl.constexpr) -> None:
+def _store_qdq(row_ptr: tl.tensor, row: tl.tuple, K: tl.constexpr, THREADS: tl.constexpr) -> None:
+    y = _all_halves(row, THREADS)
     row_scale, inverse = _row_scale(_largest(y))
     for i in tl.static_range(len(y)):
-        value, scale = _nvfp4_blocks(y[i], inverse)
+        blocks = tl.reshape(y[i], [THREADS // 2, 16])
+        value, scale = _nvfp4_blocks(blocks, inverse)
         value = (value * (scale * row_scale)[:, None]).to(tl.int32, bitcast=True)
-        value = (value | _sign(y[i])).to(tl.float32, bitcast=True)
-        _store(row_ptr, i * BLOCKS * 16, value.to(tl.bfloat16), K, BLOCKS)
+        value = (value | _sign(blocks)).to(tl.float32, bitcast=True)
+        _store(row_ptr, i, tl.reshape(value.to(tl.bfloat16), [THREADS, 8]), K, THREADS)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store(row_ptr: tl.tensor, i: tl.constexpr, value: tl.tensor, K: tl.constexpr, THREADS: tl.constexpr) -> None:
+    """The i-th piece [THREADS, 8] of a row that is not SPLIT."""
+    column = _eighth(0, THREADS, False)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    value_ptr = row_ptr + column + _begin(i, THREADS, False) * 8
+    if _whole(i, K, THREADS, False):
+        tl.store(value_ptr, value)
+    else:
+        tl.store(value_ptr, value, mask=_eighth(i, THREADS, False)[:, None] < K // 8)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -358,61 +423,106 @@ def _store_nvfp4(
     row: tl.tensor,
     y: tl.tuple,
     K: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    THREADS: tl.constexpr,
+    SPLIT: tl.constexpr,
     SM: tl.constexpr,
 ) -> None:
     """Eight codes make a 32-bit word, the first code lowest; a block's maximum serves its row too.
 
-    Instructions are scarce: an H200 issues 17 for each element in the time that ``quantize`` needs for its bytes.
+    Instructions are scarce: an H200 issues 17 for each element in the time that ``quantize`` needs for its bytes, and
+    half as many of those that are not multiplications or additions.
     """
     magnitudes: tl.tuple = ()
-    for i in tl.static_range(len(y)):
-        magnitudes += (_block_maximum(y[i], BLOCKS),)
-    largest = _largest(magnitudes)
+    for i in tl.static_range(0, len(y), 2 if SPLIT else 1):
+        magnitudes += (_block_maximum(y[i], y[i + 1] if SPLIT else y[i], THREADS, SPLIT, SM),)
+    largest = tl.max(_largest_of(magnitudes))
     row_scale, inverse = _row_scale(largest)
     tl.store(row_scale_ptr, row_scale)
     finite = largest < 0x7F800000
-    scaled = y
     factor = inverse
-    if SM >= 100:
-        scaled = _times(y, inverse)
-    elif largest >= 0x70000000:  # 2^97: inverse * encode would be too small for a normal float
-        scaled = _times(y, 5.421010862427522e-20)  # 2^-64
+    scaled = y
+    if SM < 100 and largest >= 0x70000000:  # 2^97: inverse * encode would be too small for a normal float
+        scaled = _times(y, 5.421010862427522e-20, THREADS, SM)  # 2^-64
         factor = inverse * 1.8446744073709552e19
-    for i in tl.static_range(len(y)):
-        scale = _block_scale(magnitudes[i] * inverse)
+    for block in tl.static_range(len(magnitudes)):
+        scale = _block_scale(magnitudes[block].to(tl.float32, bitcast=True) * inverse)
         if SM >= 100:
-            word = _e2m1_words(scaled[i], tl.minimum(tl.div_rn(1.0, scale), 3.4028234663852886e38), BLOCKS)
+            encode = tl.minimum(tl.div_rn(1.0, scale), 3.4028234663852886e38)
         else:
             encode = tl.minimum(_half_encode(scale) * factor, 3.4028234663852886e38)
-            word = _words(y[i], scaled[i], encode, BLOCKS, SM)
-        word = tl.where(finite, word, 0)
-        column = i * BLOCKS * 2 + tl.arange(0, BLOCKS * 2)
-        if (i + 1) * BLOCKS * 2 <= K // 8:
-            tl.store(row_ptr + column, word)
+        if SPLIT:
+            first = _codes(scaled[block * 2], encode, inverse, THREADS, SM)
+            second = _codes(scaled[block * 2 + 1], encode, inverse, THREADS, SM)
+            codes = tl.where(finite, tl.join(first, second), 0).to(tl.int32, bitcast=True)
+            column = tl.arange(0, THREADS)[:, None] * 2 + tl.arange(0, 2)[None, :]
+            wanted = tl.broadcast_to(_eighth(block * 2, THREADS, True)[:, None] < K // 8, [THREADS, 2])
         else:
-            tl.store(row_ptr + column, word, mask=column < K // 8)
+            encode = tl.reshape(tl.broadcast_to(encode[:, None], [THREADS // 2, 2]), [THREADS])
+            codes = tl.where(finite, _codes(scaled[block], encode, inverse, THREADS, SM), 0).to(tl.int32, bitcast=True)
+            column = tl.arange(0, THREADS)
+            wanted = _eighth(block, THREADS, False) < K // 8
+        code_ptr = row_ptr + column + block * THREADS * (2 if SPLIT else 1)
+        if _whole(block * 2 if SPLIT else block, K, THREADS, SPLIT):
+            tl.store(code_ptr, codes)
+        else:
+            tl.store(code_ptr, codes, mask=wanted)
         # 2^-120 makes E4M3's subnormals FP32's
         byte = (scale * 7.52316384526264e-37).to(tl.int32, bitcast=True) >> 20
-        _store_scales(scale_ptr, row, i * BLOCKS, tl.where(finite, byte, 0), K, BLOCKS)
+        _store_scales(scale_ptr, row, block, tl.where(finite, byte, 0), K, THREADS, SPLIT)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _times(y: tl.tuple, factor: tl.tensor) -> tl.tuple:
+def _times(row: tl.tuple, factor: tl.constexpr, THREADS: tl.constexpr, SM: tl.constexpr) -> tl.tuple:
     product: tl.tuple = ()
-    for i in tl.static_range(len(y)):
-        product += (y[i] * factor,)
+    for i in tl.static_range(len(row)):
+        product += (_words(_halves(row[i], THREADS) * factor, THREADS, SM),)
     return product
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+def _four(words: tl.tensor, THREADS: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The columns of ``words`` [THREADS, 4]."""
+    even, odd = tl.split(tl.reshape(words, [THREADS, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _block_maximum(y: tl.tensor, BLOCKS: tl.constexpr) -> tl.tensor:
-    return tl.reduce(tl.reduce(tl.reshape(tl.abs(y), [BLOCKS, 2, 8]), 2, _larger), 1, _larger)
+def _block_maximum(
+    first: tl.tensor, second: tl.tensor, THREADS: tl.constexpr, SPLIT: tl.constexpr, SM: tl.constexpr
+) -> tl.tensor:
+    """int32 [blocks]: the bits of the FP32 magnitude, at least those of infinity if one is not finite."""
+    a, b, c, d = _four(first, THREADS)
+    largest = _larger_pair(_larger_pair(a, b, SM), _larger_pair(c, d, SM), SM)
+    if SPLIT:
+        a, b, c, d = _four(second, THREADS)
+        other = _larger_pair(_larger_pair(a, b, SM), _larger_pair(c, d, SM), SM)
+        largest = _larger_pair(largest, other, SM)
+    low, high = (largest << 16) & 0x7FFF0000, largest & 0x7FFF0000
+    largest = tl.maximum(low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True))
+    return largest if SPLIT else tl.max(tl.reshape(largest, [THREADS // 2, 2]), axis=1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _larger_pair(a: tl.tensor, b: tl.tensor, SM: tl.constexpr) -> tl.tensor:
+    """The larger magnitudes of two BF16 pairs, with any sign; NaN is larger than anything."""
+    if SM < 86:
+        high = tl.maximum((a & 0x7FFF0000).to(tl.int32, bitcast=True), (b & 0x7FFF0000).to(tl.int32, bitcast=True))
+        low = tl.maximum((a & 0x7FFF).to(tl.int32, bitcast=True), (b & 0x7FFF).to(tl.int32, bitcast=True))
+        return (high | low).to(tl.uint32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _largest_of(magnitudes: tl.tuple) -> tl.tensor:
+    largest = magnitudes[0]
+    for i in tl.static_range(1, len(magnitudes)):
+        largest = tl.maximum(largest, magnitudes[i])
+    return largest
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -431,24 +541,79 @@ def _half_encode(scale: tl.tensor) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _words(y: tl.tensor, scaled: tl.tensor, encode: tl.tensor, BLOCKS: tl.constexpr, SM: tl.constexpr) -> tl.tensor:
-    """Codes of ``scaled * encode`` with the signs of ``y``, which is ``scaled`` times a power of two."""
-    code = tl.minimum(tl.abs(scaled) * encode[:, None], 0.0003662109375)  # 6 * 2^-14
-    low, high = tl.split(tl.reshape(code, [BLOCKS * 2, 2, 2, 2]))
-    pair = _pair(low, high, tl.float16, SM)
+def _codes(
+    words: tl.tensor, encode: tl.tensor, inverse: tl.tensor, THREADS: tl.constexpr, SM: tl.constexpr
+) -> tl.tensor:
+    """uint32 [THREADS]: the codes of BF16 pairs [THREADS, 4] times ``encode``, from SM100 on times ``inverse`` too."""
+    a, b, c, d = _four(words, THREADS)
+    if SM >= 100:
+        first = _e2m1_pair(a, inverse, encode) | (_e2m1_pair(b, inverse, encode) << 8)
+        second = _e2m1_pair(c, inverse, encode) | (_e2m1_pair(d, inverse, encode) << 8)
+        return first | (second << 16)
+    else:
+        first = _bytes(_code_pair(a, encode, SM), _code_pair(b, encode, SM), 0x7351, SM)
+        second = _bytes(_code_pair(c, encode, SM), _code_pair(d, encode, SM), 0x7351, SM)
+        even, odd = _bytes(first, second, 0x5410, SM), _bytes(first, second, 0x7632, SM)
+        return _merged(even >> 4, odd, SM)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _code_pair(word: tl.tensor, encode: tl.tensor, SM: tl.constexpr) -> tl.tensor:
+    """Sign and E2M1 code of a BF16 pair, in the upper four bits of each half; below them is anything."""
+    low = (word << 16).to(tl.float32, bitcast=True) * encode
+    high = (word & 0xFFFF0000).to(tl.float32, bitcast=True) * encode
+    pair = _clamped(_pair(low, high, tl.float16, SM), SM)
     pair += ((pair >> 9) & 0x00010001) + 0x00FF00FF  # to nearest even at bit 9
-    low, high = tl.split(tl.reshape(y, [BLOCKS * 2, 2, 2, 2]))
-    low, high = low.to(tl.uint32, bitcast=True), high.to(tl.uint32, bitcast=True)
-    pair |= ((low >> 16) | (high & 0xFFFF0000)) & 0x80008000
-    # sign and code are bits 7 and 3 to 1 of each half's upper byte; gather the upper bytes of four pairs in two words
-    first, second = tl.split(pair)
-    first = ((first >> 8) & 0x00FF00FF) | (second & 0xFF00FF00)
-    first, second = tl.split(first)
-    even = (first & 0xFFFF) | (second << 16)
-    odd = (first >> 16) | (second & 0xFFFF0000)
-    word = ((even >> 1) & 0x07070707) | ((even >> 4) & 0x08080808)
-    word |= ((odd << 3) & 0x70707070) | (odd & 0x80808080)
-    return word.to(tl.int32, bitcast=True)
+    return (pair << 3) | (word & 0x80008000)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _clamped(pair: tl.tensor, SM: tl.constexpr) -> tl.tensor:
+    """FP16 magnitudes of at most 6 * 2^-14, E2M1's largest; NaN is that too. The sign is kept, or lost."""
+    if SM < 86:
+        low, high = pair & 0x7FFF, pair & 0x7FFF0000
+        return tl.minimum(low, 0x0E00) | tl.minimum(high, 0x0E000000)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 six; mov.b32 six, 0x0E000E00; min.xorsign.abs.f16x2 $0, $1, six; }",
+            "=r,r",
+            [pair],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _bytes(a: tl.tensor, b: tl.tensor, SELECTOR: tl.constexpr, SM: tl.constexpr) -> tl.tensor:
+    """Four of the eight bytes of a and b, as PTX's prmt numbers them."""
+    if SM == 0:
+        result = a & 0
+        for i in tl.static_range(4):
+            byte: tl.constexpr = SELECTOR >> (4 * i) & 7
+            result |= (((b if byte >= 4 else a) >> (byte % 4 * 8)) & 0xFF) << (8 * i)
+        return result
+    elif SELECTOR == 0x7351:
+        return _prmt(a, b, "prmt.b32 $0, $1, $2, 0x7351;")
+    elif SELECTOR == 0x5410:
+        return _prmt(a, b, "prmt.b32 $0, $1, $2, 0x5410;")
+    else:
+        tl.static_assert(SELECTOR == 0x7632)
+        return _prmt(a, b, "prmt.b32 $0, $1, $2, 0x7632;")
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _prmt(a: tl.tensor, b: tl.tensor, ASM: tl.constexpr) -> tl.tensor:
+    return tl.inline_asm_elementwise(ASM, "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _merged(low: tl.tensor, high: tl.tensor, SM: tl.constexpr) -> tl.tensor:
+    """The lower four bits of each byte of ``low`` and the upper ones of ``high``."""
+    if SM == 0:
+        return (low & 0x0F0F0F0F) | (high & 0xF0F0F0F0)
+    else:
+        return _prmt(low, high, "lop3.b32 $0, $1, $2, 0x0F0F0F0F, 0xE4;")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -469,53 +634,54 @@ def _pair(low: tl.tensor, high: tl.tensor, FORMAT: tl.constexpr, SM: tl.constexp
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rounded(y: tl.tensor, BLOCKS: tl.constexpr, SM: tl.constexpr) -> tl.tensor:
-    """To BF16 and back."""
-    low, high = tl.split(tl.reshape(y, [BLOCKS, 8, 2]))
-    return _halves(_pair(low, high, tl.bfloat16, SM), BLOCKS)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _e2m1_words(y: tl.tensor, encode: tl.tensor, BLOCKS: tl.constexpr) -> tl.tensor:
+def _e2m1_pair(word: tl.tensor, inverse: tl.tensor, encode: tl.tensor) -> tl.tensor:
     """The instruction of SM100 and later; it saturates, and keeps the sign of zero."""
-    a, b = tl.split(tl.reshape(y * encode[:, None], [BLOCKS * 2, 2, 2, 2]))
-    word = tl.inline_asm_elementwise(
+    low = (word << 16).to(tl.float32, bitcast=True) * inverse * encode
+    high = (word & 0xFFFF0000).to(tl.float32, bitcast=True) * inverse * encode
+    return tl.inline_asm_elementwise(
         "{ .reg .b8 c; cvt.rn.satfinite.e2m1x2.f32 c, $2, $1; cvt.u32.u8 $0, c; }",
         "=r,f,f",
-        [a, b],
+        [low, high],
         dtype=tl.uint32,
         is_pure=True,
         pack=1,
     )
-    first, second = tl.split(word)
-    first, second = tl.split(first | (second << 8))
-    return (first | (second << 16)).to(tl.int32, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _zero_scales(scale_ptr: tl.tensor, row: tl.tensor, K: tl.constexpr, BLOCKS: tl.constexpr) -> None:
-    for start in tl.static_range(0, K // 16, BLOCKS):
-        _store_scales(scale_ptr, row, start, tl.zeros([BLOCKS], tl.int32), K, BLOCKS)
+def _zero_scales(scale_ptr: tl.tensor, row: tl.tensor, K: tl.constexpr, THREADS: tl.constexpr) -> None:
+    for i in tl.static_range((K // 16 + THREADS - 1) // THREADS):
+        _store_scales(scale_ptr, row, i, tl.zeros([THREADS], tl.int32), K, THREADS, True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _store_scales(
     scale_ptr: tl.tensor,
     row: tl.tensor,
-    START: tl.constexpr,
+    i: tl.constexpr,
     byte: tl.tensor,
     K: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    THREADS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ) -> None:
-    """Scales of BLOCKS blocks from START on, in the 128x4 layout; those that pad K/16 to a multiple of four are zero
-    because ``_load`` is zero beyond K."""
+    """Scales of the i-th THREADS blocks, or half as many where they are not SPLIT, in the 128x4 layout; those that pad
+    K/16 to a multiple of four are zero because ``_load`` is zero beyond K."""
     padded: tl.constexpr = (K + 63) // 64 * 4
-    twice = tl.arange(0, BLOCKS * 2)  # two threads share a block; in any other order this goes through shared memory
-    block = twice // 2
-    byte = tl.reshape(tl.broadcast_to(byte[:, None], [BLOCKS, 2]), [BLOCKS * 2])
-    offset = row // 128 * (padded * 128) + row % 32 * 16 + row % 128 // 32 * 4  # of the row
-    offset += START * 128 + (block // 4 * 512 + block % 4)  # START is a multiple of four
-    tl.store(scale_ptr + offset, byte.to(tl.uint8), mask=(twice % 2 == 0) & (START + block < padded))
+    thread = tl.arange(0, THREADS)
+    scale_ptr += row // 128 * (padded * 128) + row % 32 * 16 + row % 128 // 32 * 4  # of the row
+    blocks: tl.constexpr = THREADS if SPLIT else THREADS // 2
+    if SPLIT:
+        block = thread
+        wanted = i * blocks + block < padded
+    else:  # two threads share a block; in any other order this goes through shared memory
+        block = thread // 2
+        byte = tl.reshape(tl.broadcast_to(byte[:, None], [blocks, 2]), [THREADS])
+        wanted = (thread % 2 == 0) & (i * blocks + block < padded)
+    byte_ptr = scale_ptr + (block // 4 * 512 + block % 4) + i * blocks * 128
+    if SPLIT and (i + 1) * blocks <= padded:
+        tl.store(byte_ptr, byte.to(tl.uint8))
+    else:
+        tl.store(byte_ptr, byte.to(tl.uint8), mask=wanted)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
