@@ -53,6 +53,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         self._matcher: RuleMatcher | None = None
         self._ready: PrefillWeights | None = None
         self._not_ready: set[str] = set()
+        self._pruned: torch.nn.Module | None = None
         with refusing():
             compat.check_hooks_took_effect()
             self._recipe = recipe.load(recipe.requested())
@@ -229,10 +230,24 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         done = fusion.fuse(model_runner.model)
         if self._runtime.split and model_runner.is_generation:
             self._runtime.prunes = fusion.prune_last_layer(model_runner.model)
+        if self._runtime.prunes:
+            self._pruned = model_runner.model
+            self._runtime.finish_attention = self.finish_attention
         if done or self._runtime.prunes:
             what = [f"{n} {kind}" for kind, n in done.items()]
             what += ["the last layer's unread rows left out"] if self._runtime.prunes else []
             logger.info("mixquant: fused in prefill: %s", ", ".join(what))
+
+    def finish_attention(self, model_runner: Any) -> None:
+        """Completes what ``_fuse`` began, each time that the model's attention back end was built."""
+        if model_runner.model is not self._pruned:
+            return
+        reason = fusion.prune_last_attention(model_runner.model, model_runner.attn_backend)
+        self._runtime.prunes_attention = not reason
+        if reason:
+            logger.info("mixquant: the last layer's attention computes all rows: %s", reason)
+        else:
+            logger.info("mixquant: the last layer's attention leaves out unread rows in long prefill passes")
 
 
 def _some(names: list[str]) -> str:

@@ -14,6 +14,7 @@ call the very method that SGLang had installed.  What is replaced is one attribu
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ from mixquant_sglang.outputs import ReadRows
 
 if TYPE_CHECKING:
     from mixquant_sglang.rows import Rows
+
+logger = logging.getLogger(__name__)
 
 # Decoder layers and MLPs whose forward passes were read: the norm's result goes to the linear alone.
 BLOCKS = frozenset(
@@ -154,6 +157,46 @@ class ReadRowsSiluAndMul:
         return ReadRows(y, gate_up.shape[0])
 
 
+class ExtendOfReadRows:
+    """Takes the place of an attention back end's ``forward_extend``: in layer ``attention``, ``Pass.queries`` alone.
+
+    Keys and values of all rows are written to the cache as ever.  It runs between the segments of captured graphs, or
+    in no graph, with the rows of the pass; the rows of the result that nobody reads may hold anything.
+    """
+
+    def __init__(self, backend: Any, attention: Any) -> None:
+        self._backend = backend
+        self._attention = attention
+        self._whole = backend.forward_extend
+        self._ran = False
+
+    def __call__(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **more: Any
+    ) -> Any:
+        queries = phase.current().queries if layer is self._attention and not more else None
+        metadata = None
+        if queries is not None and len(q) == queries.tokens:
+            metadata = compat.metadata_of_queries(self._backend, queries)
+        if queries is None or metadata is None:
+            return self._whole(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **more)
+        backend, out = self._backend, forward_batch._attn_output
+        whole_metadata = backend.forward_metadata
+        # ``_attn_output``: [T, N], which SGLang has the kernel write to
+        backend.forward_metadata, forward_batch._attn_output = metadata, None
+        try:
+            part = self._whole(
+                q.index_select(0, queries.index), k, v, layer, forward_batch, save_kv_cache=save_kv_cache
+            )
+        finally:
+            backend.forward_metadata, forward_batch._attn_output = whole_metadata, out
+        out = part.new_empty(len(q), part.shape[1]) if out is None else out.view(len(q), part.shape[1])
+        out.index_copy_(0, queries.index, part.to(out.dtype))
+        if not self._ran:
+            self._ran = True
+            logger.info("mixquant: the last layer's attention ran for %d of %d rows", len(part), len(q))
+        return out
+
+
 def _add_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor, read: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     x, residual = read.gather(x), read.gather(residual)
     return norm(x, residual) if len(x) else (x, residual)
@@ -197,8 +240,8 @@ def prune_last_layer(model: Any) -> bool:
 
     Of the last layer's result, SGLang reads the row of each request that it samples from; the other rows have done
     their work once their keys and values are written.  So all that is behind attention there computes the rows
-    ``Pass.read`` alone, and the other rows' queries are zeros: attention gives some average of values for them, and
-    nobody looks.
+    ``Pass.read`` alone, and the other rows' queries are zeros: attention gives some average of values for them, if it
+    computes them at all (``prune_last_attention``), and nobody looks.
     """
     if _name(model) not in MODELS:
         return False
@@ -223,6 +266,21 @@ def prune_last_layer(model: Any) -> bool:
     if qkv and qkv.apart:
         qkv.prunes_apart = True
     return True
+
+
+def prune_last_attention(model: Any, backend: Any) -> str:
+    """Lets the attention of a last layer that ``prune_last_layer`` took leave out queries of rows that nobody reads.
+
+    Returns why it cannot, or nothing.
+    """
+    attention = model.model.layers[-1].self_attn
+    o = _fusable_method(attention.o_proj)
+    if _name(attention) not in ATTENTIONS or o is None or not o.prunes:
+        return "what follows it reads all rows"
+    reason = compat.attends_whole(backend, attention.attn)
+    if not reason:
+        backend.forward_extend = ExtendOfReadRows(backend, attention.attn)
+    return reason
 
 
 def _name(module: torch.nn.Module) -> str:

@@ -246,6 +246,13 @@ def finish_load(_result: None, model_runner: Any) -> None:
         _publish_metrics()
 
 
+@handler
+def finish_attention(_result: None, model_runner: Any) -> None:
+    run = runtime.current()
+    if run is not None and run.finish_attention is not None:
+        run.finish_attention(model_runner)
+
+
 def _weights_changed() -> None:
     run = runtime.current()
     if run is not None:

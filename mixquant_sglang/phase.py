@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from mixquant_sglang.errors import MixQuantError
 
 if TYPE_CHECKING:
-    from mixquant_sglang.rows import Rows
+    from mixquant_sglang.rows import Queries, Rows
 
 
 class Phase(Enum):
@@ -55,11 +55,13 @@ def phase_of(mode: str) -> Phase:
 class Pass:
     """One forward pass: every row takes ``column`` of the recipe, save ``rows``, which take the decode column.
 
-    Of the last layer's results only the rows ``read`` are looked at; None: all."""
+    Of the last layer's results only the rows ``read`` are looked at; None: all.  ``queries`` are these rows, if its
+    attention is to compute them alone."""
 
     column: Phase
     rows: Rows | None = None
     read: Rows | None = None
+    queries: Queries | None = None
 
 
 DECODE_PASS = Pass(Phase.DECODE)

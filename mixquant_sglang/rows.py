@@ -18,9 +18,10 @@ protected rows, a middle chunk of a long prompt for one, skips that work.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -41,13 +42,15 @@ class RequestRows:
 @dataclass(frozen=True, slots=True)
 class RowPlan:
     """``protected`` are half-open ranges of row numbers, ascending, as is ``last``: the last row of each request, whose
-    hidden state SGLang samples from; the counts are numbers of rows."""
+    hidden state SGLang samples from; ``shares`` are each request's new rows and how many of them, the last ones, are
+    protected; the counts are numbers of rows."""
 
     total: int
     prefill: int
     decode: int
     protected: tuple[tuple[int, int], ...]
     last: tuple[tuple[int, int], ...] = ()
+    shares: tuple[tuple[int, int], ...] = ()
 
     @property
     def protected_total(self) -> int:
@@ -61,6 +64,7 @@ def plan(requests: Iterable[RequestRows], *, last_prompt_token: bool, tail: int 
     """
     ranges: list[tuple[int, int]] = []
     last: list[tuple[int, int]] = []
+    shares: list[tuple[int, int]] = []
     total = decode = 0
     for request in requests:
         first = request.prompt - tail if last_prompt_token else request.prompt
@@ -74,8 +78,16 @@ def plan(requests: Iterable[RequestRows], *, last_prompt_token: bool, tail: int 
             ranges.append((start, stop))
         total += request.new
         last.append((total - 1, total))
+        shares.append((request.new, request.new - kept))
         decode += request.new if request.decoding else 0
-    return RowPlan(total=total, prefill=total - decode, decode=decode, protected=tuple(ranges), last=tuple(last))
+    return RowPlan(
+        total=total,
+        prefill=total - decode,
+        decode=decode,
+        protected=tuple(ranges),
+        last=tuple(last),
+        shares=tuple(shares),
+    )
 
 
 def row_numbers(ranges: Iterable[tuple[int, int]]) -> torch.Tensor:
@@ -197,3 +209,30 @@ class CapturedRows:
         from mixquant_sglang.kernels.triton.rows import scatter_rows_
 
         scatter_rows_(out, rows, self.index)
+
+
+class Queries:
+    """The rows whose attention is looked at in the last layer of one pass, as varlen attention takes them.
+
+    ``shares``: each request's new rows, at least one, and how many of them, the last ones, are looked at.  Where that
+    is none, in a middle chunk, the last row is here all the same, so that no kernel sees a request without a query.
+    """
+
+    def __init__(self, shares: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self.requests = len(shares)
+        self.tokens = sum(new for new, _ in shares)
+        self._ends = list(accumulate(new for new, _ in shares))
+        self._counts = [max(read, 1) for _, read in shares]
+        self.longest = max(self._counts)
+        self._device = device
+
+    @cached_property
+    def index(self) -> torch.Tensor:
+        """int64 [R]: their row numbers, ascending."""
+        ranges = ((end - count, end) for end, count in zip(self._ends, self._counts, strict=True))
+        return row_numbers(ranges).to(self._device, non_blocking=True)
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """int32 [requests + 1]: where each request's begin in ``index``, and R."""
+        return torch.tensor([0, *accumulate(self._counts)], dtype=torch.int32).to(self._device, non_blocking=True)

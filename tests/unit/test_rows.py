@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from mixquant_sglang.rows import EagerRows, GraphRows, RequestRows, RowPlan, plan, row_numbers
+from mixquant_sglang.rows import EagerRows, GraphRows, Queries, RequestRows, RowPlan, plan, row_numbers
 
 
 def eager(rows: RowPlan, device: torch.device) -> EagerRows:
@@ -115,3 +115,19 @@ def test_graph_rows_share_one_index_and_keep_its_inverse() -> None:
     assert rows.of(3).index.tolist() == [-1] * 3
     with pytest.raises(ValueError, match="a prefill graph of 17 rows"):
         rows.of(17)
+
+
+def test_queries_are_the_last_rows_of_each_request() -> None:
+    requests = [
+        RequestRows(5, 0, 5),
+        RequestRows(4, 0, 90),
+        RequestRows(6, 20, 22),
+        RequestRows(1, 9, 4, decoding=True),
+    ]
+    rows = plan(requests, last_prompt_token=True)
+    assert rows.shares == ((5, 1), (4, 0), (6, 5), (1, 1))
+    queries = Queries(rows.shares, torch.device("cpu"))
+    assert (queries.requests, queries.tokens, queries.longest) == (4, 16, 5)
+    assert queries.index.tolist() == [4, 8, 10, 11, 12, 13, 14, 15]  # row 8: a middle chunk, that nobody reads
+    assert queries.starts.tolist() == [0, 1, 2, 7, 8] and queries.starts.dtype is torch.int32
+    assert {*row_numbers(rows.protected).tolist()} <= {*queries.index.tolist()}

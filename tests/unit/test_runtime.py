@@ -108,6 +108,28 @@ def test_which_rows_the_last_layer_computes() -> None:
     assert make().plan_prefill(MIXED, CPU).read is None
 
 
+def test_which_rows_the_last_layers_attention_computes() -> None:
+    def queries(run: Runtime, requests: list[RequestRows], **more: bool) -> list[int] | None:
+        found = run.plan_prefill(requests, CPU, **more).running.queries
+        return None if found is None else found.index.tolist()
+
+    long = [RequestRows(2048, 0, 2048), RequestRows(8, 300, 305), RequestRows(64, 0, 900)]
+    run = make()
+    run.prunes = True
+    assert queries(run, long) is None  # the attention back end is another
+    run.prunes_attention = True
+    assert queries(run, long) == [2047, 2052, 2053, 2054, 2055, 2119]
+    assert queries(run, [RequestRows(32, 1 << 16, 1 << 17)]) == [31]
+    assert queries(run, long, reads_all=True) is None
+    assert queries(run, [RequestRows(1024, 0, 1024)]) is None  # too short to be worth it
+    assert queries(run, [*long, RequestRows(0, 5, 5)]) is None
+    assert queries(run, [RequestRows(2048, 0, 2048, bf16=True)]) is None
+    assert run.captured_pass(4096, 8192, CPU).queries is None
+    unprotected = make(protect_last_prompt_token=False)
+    unprotected.prunes = unprotected.prunes_attention = True
+    assert queries(unprotected, long) == [2047, 2055, 2119]
+
+
 def test_graphs_of_a_pruned_last_layer() -> None:
     run = make()
     run.prunes = True
