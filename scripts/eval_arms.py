@@ -48,8 +48,15 @@ ABLATIONS = {
         "layers": r"[{match: 're:.*\.(qkv|o)_proj', prefill: bf16}]",
         "protect": "{last_prompt_tokens: 64}",
     },
+    "qkv-fp8": {"layers": r"[{match: 're:.*\.qkv_proj', prefill: fp8}]"},
+    "attention-fp8": {"layers": r"[{match: 're:.*\.(qkv|o)_proj', prefill: fp8}]"},
+    "attention-fp8-tail-64": {
+        "layers": r"[{match: 're:.*\.(qkv|o)_proj', prefill: fp8}]",
+        "protect": "{last_prompt_tokens: 64}",
+    },
     "edges-bf16": {"layers": r"[{match: 're:model\.layers\.(EDGES)\..*', prefill: bf16}]"},
     "down-fp8": {"layers": r"[{match: 're:.*\.down_proj', prefill: fp8}]"},
+    "edges-fp8": {"layers": r"[{match: 're:model\.layers\.(EDGES)\..*', prefill: fp8}]"},
     "min-tokens-512": {"prefill": "{precision: nvfp4, min_tokens: 512}"},
 }
 FLAGS = ["--enable-custom-logit-processor", "--disable-overlap-schedule"]  # see eval_processor.py

@@ -4,7 +4,7 @@ A task is a conversation in the chat template of make_tiny_model.py; the model l
 look for something among near-identical things in a long prompt, because that is where a rounding error of the prefill
 can show; most of them then write long, step by step, because that is where an error of decode builds up.
 
-    find    records key=value; keys differ from each other in one digit          482917=550812
+    find    records key=value; keys differ from each other in a digit or two     482917=550812
     hops    a graph with numbered doors; a path of many doors, each hop written  3:4829.2>1730
     order   a price list; a long order, each price looked up, added or taken off with every carry written
     agent   open a page with a tool, find a reference between lines of real code, open that page, ..., answer
@@ -19,14 +19,15 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from tiny_text import stdlib_files, usable_lines
 
-# Knobs. digits: of a key; near: the share of keys that are another one with one digit changed; hops, lines, pages:
+# Knobs. digits: of a key; near: the share of keys that are another one with one digit changed; crowd: the share that
+# are the asked one with one or two digits changed, none in training (near is of the rest then); hops, lines, pages:
 # written steps; versions: copies of the excerpt. TRAINED is what training draws from, both ends included; LEVELS what
 # a measurement takes, the easiest first, and the last is beyond training.
 TRAINED: dict[str, dict[str, tuple[float, float]]] = {
@@ -37,7 +38,11 @@ TRAINED: dict[str, dict[str, tuple[float, float]]] = {
     "quote": {"versions": (2, 12), "lines": (1, 6)},
 }
 LEVELS: dict[str, tuple[dict[str, float], ...]] = {
-    "find": ({"digits": 5, "near": 0.8}, {"digits": 7, "near": 0.95}, {"digits": 8, "near": 0.99}),
+    "find": (
+        {"digits": 5, "near": 0.8},
+        {"digits": 7, "near": 0.95, "crowd": 0.8},
+        {"digits": 8, "near": 0.0, "crowd": 1.0},
+    ),
     "hops": ({"digits": 4, "hops": 12}, {"digits": 4, "hops": 32}, {"digits": 4, "hops": 64}),
     "order": ({"digits": 4, "lines": 8}, {"digits": 5, "lines": 20}, {"digits": 5, "lines": 28}),
     "agent": ({"digits": 3, "pages": 4}, {"digits": 4, "pages": 8}, {"digits": 4, "pages": 14}),
@@ -169,10 +174,11 @@ def _number(rng: random.Random, digits: int) -> str:
     return "".join(rng.choices("0123456789", k=digits))
 
 
-def _keys(rng: random.Random, n: int, digits: int, near: float) -> list[str]:
-    """`n` different numbers in random order; a share `near` of them is another one with one digit changed."""
+def _keys(rng: random.Random, n: int, digits: int, near: float, first: Sequence[str] = ()) -> list[str]:
+    """`n` different numbers in random order, `first` among them; a share `near` of the others is another one with one
+    digit changed."""
     n = min(n, 10**digits // 3)
-    keys = [_number(rng, digits)]
+    keys = list(first) or [_number(rng, digits)]
     seen = set(keys)
     while len(keys) < n:
         if rng.random() < near:
@@ -187,10 +193,26 @@ def _keys(rng: random.Random, n: int, digits: int, near: float) -> list[str]:
     return keys
 
 
-def _find(rng: random.Random, knobs: dict[str, int], length: int, questions: int) -> tuple[str, Asked]:
-    keys = _keys(rng, max(4, (length - 40) // (knobs["digits"] + 8)), knobs["digits"], knobs["near"])
+def _crowd(rng: random.Random, n: int, digits: int) -> list[str]:
+    """A number, then `n` different ones that are it with one or two digits changed."""
+    centre = _number(rng, digits)
+    keys = {centre: None}  # in order
+    while len(keys) <= n:
+        key = centre
+        for at in rng.sample(range(digits), rng.choice((1, 2))):
+            key = key[:at] + rng.choice("0123456789") + key[at + 1 :]
+        keys[key] = None
+    return list(keys)
+
+
+def _find(rng: random.Random, knobs: dict[str, Any], length: int, questions: int) -> tuple[str, Asked]:
+    digits, crowd = knobs["digits"], knobs.get("crowd", 0)
+    n = max(4, (length - 40) // (digits + 8))
+    first = _crowd(rng, int(crowd * (n - 1)), digits) if crowd else []
+    keys = _keys(rng, n, digits, knobs["near"], first)
     records = {key: _number(rng, 6) for key in keys}
-    asked = [(f"Value of {key}?", f"{key}={records[key]}") for key in rng.sample(keys, min(questions, len(keys)))]
+    about = first[:1] or rng.sample(keys, min(questions, len(keys)))
+    asked = [(f"Value of {key}?", f"{key}={records[key]}") for key in about]
     return "\n".join(f"{key}={value}" for key, value in records.items()), asked
 
 

@@ -103,6 +103,21 @@ def test_find_has_each_key_once_and_near_ones(level: int) -> None:
     assert near >= LEVELS["find"][level]["near"]
 
 
+@pytest.mark.parametrize("level", range(3))
+def test_find_crowds_the_asked_key(level: int) -> None:
+    from tiny_tasks import LENGTHS, LEVELS, examples
+
+    for length in LENGTHS:
+        (example,) = examples("find", "eval", 1, level=level, length=length, lines=LINES)
+        asked = example.answer.partition("=")[0]
+        keys = [record.partition("=")[0] for record in example.messages[0]["content"].split("\n\n")[0].splitlines()]
+        changed = [sum(a != b for a, b in zip(key, asked, strict=True)) for key in keys]
+        assert changed.count(0) == 1
+        share = (changed.count(1) + changed.count(2)) / (len(keys) - 1)
+        crowd = LEVELS["find"][level].get("crowd")
+        assert share < 0.3 if crowd is None else crowd - 0.01 < share < crowd + 0.15
+
+
 def test_hops_follow_the_graph() -> None:
     from tiny_tasks import LEVELS, examples
 
