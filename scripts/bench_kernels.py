@@ -2,10 +2,11 @@
 """The kernels that quantise activations, against memory bandwidth and against what SGLang runs instead of them.
 
 All are bound by memory, so the figure is the share of copy bandwidth: the bytes that a kernel must move, over its time,
-over the best that copies reach on the same machine (1 GiB by ``copy_``, and 8192 rows as an arm).  Each arm works on
-rotating sets of random data, inputs and outputs together several times the L2 cache; its calls are captured in one CUDA
-graph, and the time of a call is the median over replays, divided by the number of sets.  Arms of two kernels count the
-bytes of one fused kernel: their share is that of the work, and can be compared.
+over the best that copies reach on the same machine (1 GiB by ``copy_``, and 8192 rows as an arm), and over what a copy
+of the same [M, K] reaches: the start and end of a kernel weigh more in a short one.  Each arm works on rotating sets of
+random data, inputs and outputs together several times the L2 cache; its calls are captured in one CUDA graph, and the
+time of a call is the median over replays, divided by the number of sets.  Arms of two kernels count the bytes of one
+fused kernel: their share is that of the work, and can be compared.
 
 SGLang's own SiLU kernel is compiled by nvcc at first use; it takes part with --jit, sgl_kernel's always.
 Prints a table; the last line of stdout is JSON.
@@ -175,8 +176,9 @@ def main() -> None:
     torch.manual_seed(0)
     copy = copy_bandwidth(args.working_set, args.replays)
     print(f"copy bandwidth {copy:.0f} GB/s")
-    print(f"{'kernel':<26}{'M':>7}{'K':>7}{'us':>9}{'MB':>8}{'GB/s':>7}{'share':>7}")
+    print(f"{'kernel':<26}{'M':>7}{'K':>7}{'us':>9}{'MB':>8}{'GB/s':>7}{'share':>7}{'of same size':>14}")
     rows = []
+    same: dict[tuple[int, int], float] = {}
     for m in args.rows:
         arms = [
             *arms_of_rows(m, args.hidden),
@@ -185,17 +187,21 @@ def main() -> None:
             *arms_of_silu(m, args.intermediate, args.jit),
         ]
         for arm in arms:
-            if not any(part in arm.name for part in args.only):
+            if arm.name != "copy" and not any(part in arm.name for part in args.only):
                 continue
             us = microseconds(arm, args.working_set, args.replays)
             moved = arm.m * arm.k * arm.bytes_per_element
             gbs = moved / us / 1e3
+            if arm.name == "copy":
+                same[arm.m, arm.k] = gbs
+            share, of_same = gbs / copy, gbs / same[arm.m, arm.k]
             print(
-                f"{arm.name:<26}{arm.m:>7}{arm.k:>7}{us:>9.1f}{moved / 1e6:>8.1f}{gbs:>7.0f}{gbs / copy:>7.0%}",
+                f"{arm.name:<26}{arm.m:>7}{arm.k:>7}{us:>9.1f}{moved / 1e6:>8.1f}{gbs:>7.0f}{share:>7.0%}"
+                f"{of_same:>14.0%}",
                 flush=True,
             )
-            row = {"kernel": arm.name, "m": arm.m, "k": arm.k, "us": us, "bytes": moved, "share": gbs / copy}
-            rows.append(row)
+            row = {"kernel": arm.name, "m": arm.m, "k": arm.k, "us": us, "bytes": moved}
+            rows.append({**row, "share": share, "share_of_same_size": of_same})
     print(json.dumps({**machine(), "triton": triton.__version__, "copy_gbs": copy, "arms": rows}))
 
 
