@@ -143,6 +143,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         with refusing():
             if self._matcher is not None:
                 self._matcher.check_all_matched(self._names)
+                for rule in self._matcher.unmatched():
+                    logger.info("mixquant: %s: optional rule %s matches no layer", rule.where, recipe.show(rule.match))
             if self._ready is not None:
                 self._ready.check_all_taken()
                 self._ready.check_norms(model.named_parameters())

@@ -2,7 +2,7 @@
 
 A rule that starts with ``re:`` is a regular expression that must match from the start of the module name (``re.match``,
 as compressed-tensors has it; end it in ``$`` to match the whole name). Any other rule is one exact module name. The
-first rule that matches wins.
+first rule that matches wins. A rule that matches nothing is refused, unless it says ``optional: true``.
 
 SGLang fuses checkpoint layers: ``qkv_proj`` holds ``q_proj``, ``k_proj`` and ``v_proj`` in one GEMM, which has one
 precision. A rule may name the fused module or its shards. A rule matches a shard if it matches the shard's name or the
@@ -56,8 +56,9 @@ class RuleMatcher:
         return tuple(rule for i, rule in enumerate(self._rules) if i not in self._matched)
 
     def check_all_matched(self, known_names: Iterable[str]) -> None:
-        """Refuse a rule that matched no module asked so far; ``known_names`` are the model's, for the suggestion."""
-        missing = self.unmatched()
+        """Refuse a rule, unless it is optional, that matched no module asked so far; ``known_names`` are the model's,
+        for the suggestion."""
+        missing = [rule for rule in self.unmatched() if not rule.optional]
         if not missing:
             return
         rule, *others = missing

@@ -66,11 +66,13 @@ class _Series:
         self._labels = dict(labels)
         names = [*labels]
         self.tokens = PrometheusCounter(
-            "mixquant:forward_tokens", "Token rows that ran, by phase and precision.", [*names, "phase", "precision"]
+            "mixquant:forward_tokens",
+            "Token rows that ran, by phase and its precision (a rule may give layers another: mixquant:layers).",
+            [*names, "phase", "precision"],
         )
         self.passes = PrometheusCounter(
             "mixquant:forward_passes",
-            "Forward passes, by phase and precision of their linears.",
+            "Forward passes, by phase and its precision.",
             [*names, "phase", "precision"],
         )
         self.protected = PrometheusCounter(

@@ -34,12 +34,14 @@ KEYS = ("version", "description", "prefill", "decode", "protect", "kernel", "ver
 
 @dataclass(frozen=True)
 class LayerRule:
-    """One entry of ``layers``; a phase that is None keeps the recipe's default for that phase."""
+    """One entry of ``layers``; a phase that is None keeps the recipe's default for that phase. An ``optional`` one may
+    match no layer of a model."""
 
     match: str
     prefill: str | None
     decode: str | None
     where: str  # "file:line"
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def _parse(name: str, file: str, text: str) -> Recipe:
         raise root.error("version", f"{version} is not a version that this release reads; allowed: 1")
     prefill = root.section("prefill", ("precision", "min_tokens", "fuse", "weights"))
     precision = prefill.choice("precision", PREFILL_PRECISIONS, "auto")
-    layers = tuple(_rule(entry) for entry in root.entries("layers", ("match", "prefill", "decode")))
+    layers = tuple(_rule(entry) for entry in root.entries("layers", ("match", "prefill", "decode", "optional")))
     protect = root.section("protect", ("last_prompt_token", "last_prompt_tokens"))
     if "last_prompt_tokens" in protect.nodes and not protect.boolean("last_prompt_token", True):
         raise protect.error("last_prompt_tokens", "asks for rows that last_prompt_token: false gives up")
@@ -190,7 +192,8 @@ def _rule(entry: _Map) -> LayerRule:
     phases = {
         phase: entry.choice(phase, PRECISIONS, "") if phase in entry.nodes else None for phase in ("prefill", "decode")
     }
-    return LayerRule(match, phases["prefill"], phases["decode"], f"{entry.file}:{entry.line}")
+    where = f"{entry.file}:{entry.line}"
+    return LayerRule(match, phases["prefill"], phases["decode"], where, entry.boolean("optional", False))
 
 
 def _compose(file: str, text: str) -> yaml.Node:

@@ -9,6 +9,7 @@ Arms, each a recipe (prefill / decode / last prompt token):
     mix-unprotected  nvfp4 / bf16  / nvfp4   the same without the BF16 last token
     decode-only      bf16  / nvfp4 / bf16    the other half of `everywhere`
     mix-fp8          fp8   / bf16  / bf16    the recipe fp8
+    attention-fp8    nvfp4, in attention fp8 / bf16 / bf16: the recipe nvfp4-fp8
 
 Measures by example: right or not, greedily and as the mean of samples (--temperature, --top-p); KL from BF16 and
 negative log-likelihood at each token of the reference answer, given the KV that the arm made of the prompt
@@ -41,7 +42,7 @@ import sys
 from pathlib import Path
 
 from bench_servers import serving
-from eval_arms import ABLATIONS, FLAGS, RECIPES, write_recipes
+from eval_arms import ABLATIONS, FLAGS, MAIN, RECIPES, write_recipes
 from eval_run import TEXT, Cell, Run, processor_on_path
 from eval_statistics import REFERENCE
 from tiny_tasks import LENGTHS, LEVEL, LEVELS, TASKS
@@ -72,13 +73,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Cell]
     add("--draws", type=int, default=10000, help="of the bootstrap (default: %(default)s)")
     add("--kv-tokens", type=int, default=6_000_000, help="KV pool of each server (default: %(default)s)")
     add("--wave", type=int, default=510, help="examples under way at once, at most (default: %(default)s)")
-    add("--at-once", type=int, default=len(RECIPES), help="servers that are up at once (default: %(default)s)")
+    add("--at-once", type=int, default=len(MAIN), help="servers that are up at once (default: %(default)s)")
     add("--gpus", type=int, default=1, help="that the servers are spread over (default: %(default)s)")
     add("--start-limit", type=float, default=400, help="seconds a server may take (default: %(default)s)")
     add("flags", nargs="*", help="after --: more flags for every server")
     args = parser.parse_args(argv)
     args.tasks = args.tasks or (["agent"] if args.multi_turn else [*TASKS, TEXT])
-    arms = args.arms or (["everywhere", "mix", "mix-unprotected", *ABLATIONS] if args.ablation else list(RECIPES))
+    arms = args.arms or (["everywhere", "mix", "mix-unprotected", *ABLATIONS] if args.ablation else list(MAIN))
     args.arms = list(dict.fromkeys([REFERENCE, *arms]))  # it is what all are compared with
     if args.samples is None:
         args.samples = 0 if args.ablation else 4

@@ -2,15 +2,17 @@
 
 | GPU | prefill of recipe ``auto`` | nvfp4 | fp8 |
 |---|---|---|---|
-| SM100 and newer | nvfp4 | native (or emulated) | native |
+| SM100 and newer | nvfp4 (attention: fp8) | native (or emulated) | native |
 | SM89, SM90 | fp8 | emulated | native |
-| older NVIDIA, CPU | nvfp4 | emulated | emulated |
+| older NVIDIA, CPU | nvfp4 (attention: fp8) | emulated | emulated |
+
+fp8 in attention's linears is a rule of that recipe, not decided here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mixquant_sglang.errors import MixQuantError
@@ -33,18 +35,23 @@ class Device:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a recipe comes to on a device: a precision per phase and the kernel of each low precision."""
+    """What a recipe comes to on a device: a precision per phase and the kernel of each low precision.
+
+    ``by_rule``: phase -> precisions that rules ask for beside the phase's own."""
 
     prefill: str
     decode: str
     kernels: Mapping[str, str]
     reason: str
+    by_rule: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def describe(self) -> str:
-        def column(precision: str) -> str:
-            return precision + (f" ({self.kernels[precision]})" if precision in self.kernels else "")
+        def column(phase: str, own: str) -> str:
+            rules = self.by_rule.get(phase, ())
+            names = [p + (f" ({self.kernels[p]})" if p in self.kernels else "") for p in (own, *rules)]
+            return f"{phase} {', '.join(names)}{' by rule' if rules else ''}"
 
-        return f"prefill {column(self.prefill)}, decode {column(self.decode)}"
+        return f"{column('prefill', self.prefill)}, {column('decode', self.decode)}"
 
 
 def select(recipe: Recipe, device: Device) -> Selection:
@@ -52,11 +59,16 @@ def select(recipe: Recipe, device: Device) -> Selection:
     prefill, reason = recipe.prefill, "the recipe says so"
     if prefill == "auto":
         prefill, reason = _auto(device)
-    precisions = {prefill, recipe.decode}
-    for rule in recipe.layers:
-        precisions.update(p for p in (rule.prefill, rule.decode) if p)
-    kernels = {p: _kernel(p, recipe, device) for p in sorted(precisions - {"bf16"})}
-    return Selection(prefill=prefill, decode=recipe.decode, kernels=kernels, reason=reason)
+    own = {"prefill": prefill, "decode": recipe.decode}
+    asked = {
+        "prefill": {rule.prefill for rule in recipe.layers if rule.prefill},
+        "decode": {rule.decode for rule in recipe.layers if rule.decode},
+    }
+    by_rule = {phase: tuple(sorted(asked[phase] - {own[phase]})) for phase in own}
+    precisions = {*own.values(), *by_rule["prefill"], *by_rule["decode"]} - {"bf16"}
+    # nvfp4 first: where the device can do neither natively, the refusal names what needs the newer GPU.
+    kernels = {p: _kernel(p, recipe, device) for p in sorted(precisions, reverse=True)}
+    return Selection(prefill, recipe.decode, kernels, reason, by_rule)
 
 
 def _auto(device: Device) -> tuple[str, str]:

@@ -36,7 +36,7 @@ from mixquant_sglang.planner import data
 from mixquant_sglang.planner.cost import MOST_TOKENS, Cost, Linear, Plan, Workload, bf16_bytes, kv_bytes, linear_shapes
 from mixquant_sglang.planner.data import Gpu, Host, Model, find_gpu, find_model
 
-DEFAULT_RECIPES = ("bf16", "fp8", "nvfp4", "nvfp4-emulated", "nvfp4-everywhere")
+DEFAULT_RECIPES = ("bf16", "fp8", "nvfp4", "nvfp4-fp8", "nvfp4-emulated", "nvfp4-everywhere")
 BASELINE = "bf16"
 STOCK_FP8 = "stock-fp8"  # not a recipe: SGLang's own --quantization fp8, both phases in FP8, for comparison
 

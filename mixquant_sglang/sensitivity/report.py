@@ -24,10 +24,11 @@ def as_yaml(result: Result) -> str:
     prefill: dict[str, Any] = {"precision": "bf16" if every else result.prefill, "min_tokens": recipe.min_tokens}
     if not recipe.fuse:
         prefill["fuse"] = False
-    rules = [{"match": match, "prefill": "bf16"} for match in patterns(result)]
+    rules: list[dict[str, Any]] = [{"match": match, "prefill": "bf16"} for match in patterns(result)]
     for rule in recipe.layers:
         phases = {"prefill": rule.prefill, "decode": rule.decode}
-        rules.append({"match": rule.match} | {phase: value for phase, value in phases.items() if value})
+        kept = {phase: value for phase, value in phases.items() if value}
+        rules.append({"match": rule.match} | kept | ({"optional": True} if rule.optional else {}))
     made = {
         "version": 1,
         "description": f"{recipe.name}, {len(result.kept)} of {len(result.groups)} linears kept in BF16 by sensitivity",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mixquant_sglang.formats import fp8
+from mixquant_sglang.kernels.emulated import EmulatedFP8
 from mixquant_sglang.kernels.hopper import NativeFP8
 
 pytestmark = pytest.mark.gpu
@@ -67,3 +68,16 @@ def test_gemm_against_float64_of_the_same_codes(m: int, n: int, k: int) -> None:
     error = float((out - reference).norm() / reference.norm())
     print(f"relative error of the GEMM {error:.2e}")
     assert error < 4e-3  # BF16 rounding of the output is 1.7e-3; the rest is FP8 accumulation
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 64, 64), (1, 4096, 4096), (33, 96, 12288), (300, 6144, 4096)])
+def test_emulated_against_float64(m: int, n: int, k: int) -> None:
+    """The E4M3 codes are exact in BF16, so what is left is FP32 accumulation and one rounding to BF16."""
+    x = sample(m, k) if m else torch.empty(0, k, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda") * 0.02
+    got = EmulatedFP8(weight).matmul(x, None)
+    a, w = fp8.quantize_activations(x), fp8.quantize(weight)
+    a64, w64 = a.data.double() * a.scales.double()[:, None], w.data.double() * w.scales.double()[:, None]
+    exact, size = a64 @ w64.t(), a64.abs() @ w64.abs().t()
+    assert got.shape == (m, n) and got.dtype is torch.bfloat16
+    assert ((got.double() - exact).abs() <= exact.abs() * 2**-8 + size * 2**-16).all()

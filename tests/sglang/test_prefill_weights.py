@@ -178,6 +178,25 @@ def test_the_load_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
     assert torch.equal(model.apply("model.layers.0.mlp.down_proj", x, Pass(Phase.PREFILL)), F.linear(x, layer.weight))
 
 
+def test_an_optional_rule_that_matches_nothing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = bf16_tensors()
+    folder = save(tmp_path / "ready", *tiny.compressed_tensors(made))
+    rules = (
+        "layers:\n- {match: 're:.*\\.o_proj', prefill: fp8, optional: true}\n- {match: 're:.*\\.out_proj', prefill: fp8"
+    )
+    with caplog.at_level(logging.INFO):
+        Model(monkeypatch, folder, made, rules=rules + ", optional: true}\n").load().finish()
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.rpartition("/")[2] for line in lines if "matches no layer" in line] == [
+        r"mine.yaml:5: optional rule 're:.*\.out_proj' matches no layer"
+    ]
+    assert any("linears by prefill precision: 2 fp8, 6 nvfp4; " in line for line in lines)
+    with pytest.raises(SystemExit, match=r"mine\.yaml:5 layers\.match: 're:.*out_proj' matches no layer"):
+        Model(monkeypatch, folder, made, rules=rules + "}\n").load().finish()
+
+
 def test_an_update_keeps_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,9 @@ def test_the_recipes_are_what_the_arms_are_called(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     from eval_arms import ABLATIONS, RECIPES, write_recipes
 
+    from mixquant_sglang.matching import RuleMatcher
+    from mixquant_sglang.planner.cost import linear_shapes
+    from mixquant_sglang.planner.plan import FUSED, find_model
     from mixquant_sglang.recipe import load
 
     found = {Path(file).stem: load(file) for file in write_recipes(tmp_path, list(RECIPES), layers=8)}
@@ -119,10 +123,15 @@ def test_the_recipes_are_what_the_arms_are_called(tmp_path: Path) -> None:
             same = load(shipped[name])
             assert (recipe.prefill, recipe.decode, recipe.kernel) == (same.prefill, same.decode, same.kernel)
             assert (recipe.protect_last_prompt_token, recipe.scales) == (same.protect_last_prompt_token, same.scales)
-    (attention,) = write_recipes(tmp_path, ["attention-bf16"], layers=8)
-    assert [(r.match, r.prefill) for r in load(attention).layers] == [
-        (r.match, r.prefill) for r in load("nvfp4-mlp").layers
-    ]
+    (file,) = write_recipes(tmp_path, ["attention-fp8"], layers=8)
+    arm, same = load(file), load("nvfp4-fp8")
+    assert replace(arm, name="", source="", layers=(), description="") == replace(
+        same, name="", source="", layers=(), description=""
+    )
+    matchers = [RuleMatcher(recipe.layers, FUSED) for recipe in (arm, same)]
+    for name in (f"model.layers.{i}.{leaf}" for i in (0, 7) for leaf, _, _ in linear_shapes(find_model("Qwen3-8B"), 1)):
+        expected = ("fp8" if "self_attn" in name else "nvfp4", "bf16")
+        assert [m.precisions(name, arm.prefill, arm.decode) for m in matchers] == [expected] * 2
     names = ["mix", *ABLATIONS]
     different = {name: load(file) for name, file in zip(names, write_recipes(tmp_path, names, layers=8), strict=True)}
     facts = {
@@ -428,13 +437,13 @@ def test_a_tokenizer_that_lacks_tokens_is_refused(
 
 def test_the_defaults_leave_nothing_out(model: Path, tmp_path: Path) -> None:
     from eval_accuracy import parse
-    from eval_arms import ABLATIONS, RECIPES
+    from eval_arms import ABLATIONS, MAIN
     from tiny_tasks import LENGTHS, TASKS
 
     args, cells = parse(["--model", str(model), "--out", str(tmp_path), "--arms", "mix"])
     assert args.arms == ["bf16", "mix"]
     args, cells = parse(["--model", str(model), "--out", str(tmp_path)])
-    assert args.n * len(LENGTHS) >= 500 and args.samples == 4 and args.arms == list(RECIPES)
+    assert args.n * len(LENGTHS) >= 500 and args.samples == 4 and args.arms == list(MAIN)
     tasks = (*TASKS, "text")
     assert [(cell.task, cell.length) for cell in cells] == [(task, length) for task in tasks for length in LENGTHS]
     args, _ = parse(["--model", str(model), "--out", str(tmp_path), "--ablation"])

@@ -196,6 +196,23 @@ def test_an_unmatched_rule(pattern: str, parts: list[str]) -> None:
         assert part in message
 
 
+def test_an_optional_rule_may_match_nothing() -> None:
+    optional = LayerRule("re:.*dawn_proj", "bf16", None, "r.yaml:1", optional=True)
+    asked = RuleMatcher([optional, LayerRule(DOWN, "fp8", None, "r.yaml:2")], FUSED)
+    assert ask(asked, DOWN) == ("fp8", "bf16")
+    asked.check_all_matched([DOWN])
+    assert asked.unmatched() == (optional,)
+    asked = RuleMatcher([optional, LayerRule("a.b", "fp8", None, "r.yaml:2")], FUSED)
+    ask(asked, DOWN)
+    with pytest.raises(MixQuantError, match=r"^r.yaml:2 layers.match: 'a.b' matches no layer; allowed"):
+        asked.check_all_matched([DOWN])
+
+
+def test_an_optional_rule_that_matches_is_as_any_other() -> None:
+    asked = RuleMatcher([LayerRule("re:.*o_proj", "bf16", None, "r.yaml:1", optional=True)], FUSED)
+    assert (ask(asked, O_PROJ), asked.unmatched()) == (("bf16", "bf16"), ())
+
+
 def test_several_unmatched_rules_and_a_model_without_layers() -> None:
     asked = matcher(("a.b", "bf16", None), ("c.d", "bf16", None), ("e.f", "bf16", None))
     with pytest.raises(MixQuantError) as caught:

@@ -245,7 +245,10 @@ def test_extra_weight_bytes_are_exact(model: planner_data.Model) -> None:
     for gpu in GPUS:
         nvfp4 = sum(n * k * 0.5625 + 4 for n, k in shapes) * model.layers
         fp8 = sum(n * k + 4 * n for n, k in shapes) * model.layers
-        for recipe, expected in {"nvfp4": nvfp4, "nvfp4-everywhere": nvfp4, "fp8": fp8, "bf16": 0}.items():
+        mixed = sum(n * k + 4 * n for n, k in shapes[:2]) + sum(n * k * 0.5625 + 4 for n, k in shapes[2:])
+        mixed *= model.layers
+        every = {"nvfp4": nvfp4, "nvfp4-everywhere": nvfp4, "nvfp4-fp8": mixed, "fp8": fp8, "bf16": 0}
+        for recipe, expected in every.items():
             extra = planner.make_plan(recipe, model, gpu).extra_weight_bytes
             assert isinstance(extra, int)
             assert extra == expected
@@ -257,6 +260,38 @@ def test_extra_weight_bytes_are_those_of_the_load_report() -> None:
     assert round(one.extra_weight_bytes / 2**20, 1) == 6629.3
     kv = 36 * 2 * 8 * 128 * 2
     assert (one.kv_tokens_displaced - 1) * kv < one.extra_weight_bytes <= one.kv_tokens_displaced * kv
+
+
+def test_nvfp4_in_the_mlp_and_fp8_in_attention() -> None:
+    b200 = find_gpu("B200")
+    plan = planner.make_plan("nvfp4-fp8", QWEN, b200)
+    assert [(x.name, x.n, x.k, x.count, x.prefill, x.decode) for x in plan.linears] == [
+        ("self_attn.qkv_proj", 6144, 4096, 36, "fp8", "bf16"),
+        ("self_attn.o_proj", 4096, 4096, 36, "fp8", "bf16"),
+        ("mlp.gate_up_proj", 24576, 4096, 36, "nvfp4", "bf16"),
+        ("mlp.down_proj", 4096, 12288, 36, "nvfp4", "bf16"),
+    ]
+    assert plan.describe == "prefill nvfp4 (native), fp8 (native) by rule, decode bf16"
+    fp8 = 6144 * 4096 + 4 * 6144 + 4096 * 4096 + 4 * 4096
+    nvfp4 = (24576 * 4096 + 4096 * 12288) * 9 // 16 + 2 * 4
+    assert plan.extra_weight_bytes == 36 * (fp8 + nvfp4) == 4569071904
+
+    # 8192 rows on a B200 at 4500 (FP8) and 9000 TFLOP/s (NVFP4); the last layer computes qkv alone.
+    peaks = {precision: b200.tflops[precision] * 1e12 for precision in ("fp8", "nvfp4")}
+    at = {"fp8": 0.574 + (0.544 - 0.574) * 3 / 4, "nvfp4": 0.420}  # 8192 is three of the four doublings to 16384
+    flops = {"fp8": 36 * 6144 * 4096 + 35 * 4096 * 4096, "nvfp4": 35 * (24576 * 4096 + 4096 * 12288)}
+    ms = sum(2 * 8192 * flops[p] / (peaks[p] * at[p]) * 1e3 for p in flops)
+    head = 2 * 151936 * 4096 / (b200.bandwidth * 0.81) * 1e3
+    mixed, whole = predict("nvfp4-fp8", 8192, b200), predict("nvfp4", 8192, b200)
+    assert mixed.prefill_parts["linears"] == pytest.approx(ms + head)
+    assert mixed.prefill_speedup == pytest.approx(whole.prefill_speedup, abs=0.02)
+
+
+def test_an_optional_rule_may_match_no_layer(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    rule = "layers:\n- {match: 're:.*dawn_proj', prefill: bf16, optional: true}\n"
+    file.write_text("version: 1\nprefill: {precision: fp8}\n" + rule)
+    assert predict(str(file), 512).prefill_ms == predict("fp8", 512).prefill_ms
 
 
 def test_tensor_parallel_splits_the_linears() -> None:
@@ -276,7 +311,8 @@ def test_nvfp4_is_native_from_blackwell_on(gpu: planner_data.Gpu) -> None:
     assert (one.prefill_speedup > 1) == native
     assert (one.prefill_parts["dequantise"] > 0) != native
     auto = planner.make_plan("auto", QWEN, gpu)
-    assert {linear.prefill for linear in auto.linears} == {"nvfp4" if native else "fp8"}
+    same = planner.make_plan("nvfp4-fp8" if native else "fp8", QWEN, gpu)
+    assert (auto.linears, auto.describe) == (same.linears, same.describe)
     assert predict("nvfp4-emulated", 8192, gpu).prefill_speedup < 1
     assert predict("nvfp4-everywhere", 8192, gpu).prefill_parts["protected"] == 0
 
@@ -346,8 +382,8 @@ def test_json_has_the_recipes_asked_for(capsys: pytest.CaptureFixture[str]) -> N
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("Llama-3.1-70B", "--gpu", "rtx-5090", "--input-len", "512", "--batch", "2") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[3:8]] == list(planner.DEFAULT_RECIPES)
-    assert all("DOES NOT FIT" in line for line in lines[3:8])
+    assert [line.split()[0] for line in lines[3:9]] == list(planner.DEFAULT_RECIPES)
+    assert all("DOES NOT FIT" in line for line in lines[3:9])
     assert lines[-1].startswith("Predictions, not measurements. RTX 5090: peaks from")
 
 

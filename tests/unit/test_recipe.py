@@ -30,6 +30,7 @@ layers:
   - match: model.layers.0.self_attn.o_proj
     prefill: fp8
     decode: bf16
+    optional: true
 """
 
 
@@ -64,7 +65,7 @@ def test_every_key(tmp_path: Path) -> None:
         scales="absmax",
         layers=(
             LayerRule(r"re:.*\.down_proj$", "bf16", None, f"{file}:12"),
-            LayerRule("model.layers.0.self_attn.o_proj", "fp8", "bf16", f"{file}:13"),
+            LayerRule("model.layers.0.self_attn.o_proj", "fp8", "bf16", f"{file}:13", optional=True),
         ),
         description="everything said",
         verify=False,
@@ -109,7 +110,7 @@ def test_a_protected_tail(tmp_path: Path) -> None:
 
 def test_a_decode_only_rule_keeps_the_prefill_default(tmp_path: Path) -> None:
     (rule,) = recipe.load(str(write(tmp_path, "version: 1\nlayers: [{match: a.b, decode: fp8}]"))).layers
-    assert (rule.prefill, rule.decode) == (None, "fp8")
+    assert (rule.prefill, rule.decode, rule.optional) == (None, "fp8", False)
 
 
 def test_ready_made_weights_for_one_layer(tmp_path: Path) -> None:
@@ -141,13 +142,14 @@ SHIPPED = {
     "fp8": ("fp8", "bf16", True, "auto"),
     "nvfp4": ("nvfp4", "bf16", True, "auto"),
     "nvfp4-emulated": ("nvfp4", "bf16", True, "emulated"),
+    "nvfp4-fp8": ("nvfp4", "bf16", True, "auto"),
     "nvfp4-everywhere": ("nvfp4", "nvfp4", False, "auto"),
 }
 
 
 def test_shipped_names() -> None:
     assert list(recipe.shipped()) == sorted(recipe.shipped())
-    assert set(SHIPPED) <= set(recipe.shipped())
+    assert set(SHIPPED) == set(recipe.shipped())
 
 
 def test_every_shipped_recipe_loads_and_says_what_it_is_for() -> None:
@@ -162,21 +164,58 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for() -> None:
 def test_shipped_contents(name: str, expected: tuple[str, str, bool, str]) -> None:
     loaded = recipe.load(name)
     assert (loaded.prefill, loaded.decode, loaded.protect_last_prompt_token, loaded.kernel) == expected
-    assert (loaded.min_tokens, loaded.scales, loaded.layers) == (1, "search", ())
+    assert (loaded.min_tokens, loaded.scales) == (1, "search")
+    assert bool(loaded.layers) == (name in ("auto", "nvfp4-fp8"))
 
 
-def test_the_mlp_alone_in_nvfp4() -> None:
-    whole, mlp = recipe.load("nvfp4"), recipe.load("nvfp4-mlp")
-    (rule,) = mlp.layers
-    assert dataclasses.replace(mlp, name="", source="", layers=(), description="") == dataclasses.replace(
-        whole, name="", source="", description=""
+@pytest.mark.parametrize(("name", "like"), [("auto", ("auto", True)), ("nvfp4-fp8", ("nvfp4", False))])
+def test_the_mlp_in_nvfp4_and_attention_in_fp8(name: str, like: tuple[str, bool]) -> None:
+    loaded, (prefill, optional) = recipe.load(name), like
+    (rule,) = loaded.layers
+    assert dataclasses.replace(loaded, name="", source="", layers=(), description="") == dataclasses.replace(
+        recipe.load("nvfp4"), name="", source="", description="", prefill=prefill
     )
-    found = [leaf for leaf in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj") if rule_matches(rule.match, leaf)]
-    assert (rule.prefill, rule.decode, found) == ("bf16", None, ["qkv_proj", "o_proj"])
+    assert (rule.prefill, rule.decode, rule.optional) == ("fp8", None, optional)
 
 
-def rule_matches(match: str, leaf: str) -> bool:
-    return bool(re.fullmatch(match.removeprefix("re:"), f"model.layers.3.self_attn.{leaf}"))
+# Names as SGLang 0.5.17 and 0.5.23 give them (srt/models), of attention and of what is beside it.
+ATTENTION = [
+    "model.layers.3.self_attn.qkv_proj",
+    "model.layers.3.self_attn.o_proj",
+    "model.language_model.layers.0.self_attn.q_proj",
+    "model.layers.0.self_attn.fused_qkv_a_proj_with_mqa",
+    "model.layers.0.self_attn.0.o_proj",
+    "model.layers.0.linear_attn.in_proj_qkvz",
+    "language_model.model.layers.3.cross_attn.q_proj",
+    "transformer.h.0.attn.c_attn",
+    "transformer.blocks.0.norm_attn_norm.attn.Wqkv",
+    "model.layers.0.attention.wqkv",
+    "model.layers.0.attention.query_key_value",
+    "transformer.encoder.layers.0.self_attention.dense",
+    "encoder.layer.0.attention.output.dense",
+    "model.layers.5.mixer.qkv_proj",
+    "model.layers.5.mixer.o_proj",
+]
+BESIDE = [
+    "model.layers.3.mlp.gate_up_proj",
+    "model.layers.3.mlp.down_proj",
+    "model.layers.0.mlp.shared_experts.down_proj",
+    "model.layers.0.feed_forward.w2",
+    "model.layers.0.mixer.in_proj",
+    "model.layers.0.mixer.up_proj",
+    "model.layers.0.mixer.out_proj",
+    "model.layers.0.conv.in_proj",
+    "transformer.h.0.mlp.c_proj",
+    "transformer.encoder.layers.0.mlp.dense_4h_to_h",
+    "encoder.layer.0.intermediate.dense",
+]
+
+
+@pytest.mark.parametrize("name", ["auto", "nvfp4-fp8"])
+def test_which_layers_are_attention(name: str) -> None:
+    (rule,) = recipe.load(name).layers
+    found = [name for name in ATTENTION + BESIDE if re.match(rule.match.removeprefix("re:"), name)]
+    assert found == ATTENTION
 
 
 @pytest.mark.parametrize(
@@ -239,7 +278,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
 
 # What a file may not say. Each row: the text, the line, the key, what the message must hold.
 
-RULE_KEYS = "match, prefill, decode"
+RULE_KEYS = "match, prefill, decode, optional"
 MISTAKES = {
     # keys
     "unknown key": (
@@ -454,6 +493,30 @@ MISTAKES = {
         2,
         "layers[0].prefill",
         ["'auto' is not one of them; allowed: bf16, nvfp4, fp8"],
+    ),
+    "optional as text": (
+        "version: 1\nlayers: [{match: a, prefill: fp8, optional: maybe}]",
+        2,
+        "layers[0].optional",
+        ["must be a boolean, is text ('maybe'); allowed: true, false"],
+    ),
+    "optional by another word": (
+        "version: 1\nlayers: [{match: a, prefill: fp8, optional: yes}]",
+        2,
+        "layers[0].optional",
+        ["'yes' is not one of them; allowed: true, false"],
+    ),
+    "optional misspelt": (
+        "version: 1\nlayers:\n- match: a\n  prefill: fp8\n  optinal: true",
+        5,
+        "layers[0].optinal",
+        ["unknown key; allowed: match, prefill, decode, optional; did you mean 'optional'?"],
+    ),
+    "a rule that is only optional": (
+        "version: 1\nlayers:\n- {match: a, optional: true}",
+        3,
+        "layers[0]",
+        ["names no precision; allowed: prefill, decode, or both"],
     ),
     "null phase in a rule": (
         "version: 1\nlayers: [{match: a, prefill: fp8, decode: }]",

@@ -14,20 +14,27 @@ B200, RTX5090 = Device("B200", (10, 0)), Device("RTX 5090", (12, 0))
 
 
 @pytest.mark.parametrize(
-    ("device", "prefill", "kernel"),
+    ("device", "kernels", "says"),
     [
-        (CPU, "nvfp4", "emulated"),
-        (A100, "nvfp4", "emulated"),
-        (L40S, "fp8", "native"),
-        (H200, "fp8", "native"),
-        (B200, "nvfp4", "native"),
-        (RTX5090, "nvfp4", "native"),
+        (CPU, {"nvfp4": "emulated", "fp8": "emulated"}, "nvfp4 (emulated), fp8 (emulated) by rule"),
+        (A100, {"nvfp4": "emulated", "fp8": "emulated"}, "nvfp4 (emulated), fp8 (emulated) by rule"),
+        (L40S, {"fp8": "native"}, "fp8 (native)"),
+        (H200, {"fp8": "native"}, "fp8 (native)"),
+        (B200, {"nvfp4": "native", "fp8": "native"}, "nvfp4 (native), fp8 (native) by rule"),
+        (RTX5090, {"nvfp4": "native", "fp8": "native"}, "nvfp4 (native), fp8 (native) by rule"),
     ],
 )
-def test_auto(device: Device, prefill: str, kernel: str) -> None:
+def test_auto(device: Device, kernels: dict[str, str], says: str) -> None:
     chosen = select(recipe.load("auto"), device)
-    assert (chosen.prefill, chosen.decode, chosen.kernels) == (prefill, "bf16", {prefill: kernel})
+    assert (chosen.prefill, chosen.decode, chosen.kernels) == (next(iter(kernels)), "bf16", kernels)
+    assert chosen.describe() == f"prefill {says}, decode bf16"
     assert device.name in chosen.reason or device is CPU
+
+
+def test_nvfp4_with_fp8_in_attention() -> None:
+    chosen = select(recipe.load("nvfp4-fp8"), H200)
+    assert chosen.kernels == {"nvfp4": "emulated", "fp8": "native"}
+    assert chosen.describe() == "prefill nvfp4 (emulated), fp8 (native) by rule, decode bf16"
 
 
 def test_bf16_needs_no_kernel() -> None:
@@ -39,12 +46,19 @@ def test_native_is_refused_where_the_gpu_cannot_and_emulated_is_kept_where_it_ca
     with pytest.raises(MixQuantError, match=r"SM100 or newer, this is H200, SM90"):
         select(asked, H200)
     assert select(recipe.load("nvfp4-emulated"), B200).kernels == {"nvfp4": "emulated"}
+    for device in (H200, CPU):
+        with pytest.raises(MixQuantError, match="native nvfp4 needs an NVIDIA GPU of SM100 or newer"):
+            select(replace(recipe.load("nvfp4-fp8"), kernel="native"), device)
+    assert select(replace(recipe.load("auto"), kernel="native"), H200).kernels == {"fp8": "native"}
 
 
 def test_precisions_that_only_a_rule_names_get_a_kernel_too() -> None:
     rule = recipe.LayerRule(match="x", prefill="fp8", decode=None, where="here:1")
     chosen = select(replace(recipe.load("nvfp4"), layers=(rule,)), H200)
     assert chosen.kernels == {"fp8": "native", "nvfp4": "emulated"}
+    rules = (recipe.LayerRule("x", "bf16", "fp8", "here:1"), recipe.LayerRule("y", "nvfp4", "bf16", "here:2"))
+    chosen = select(replace(recipe.load("nvfp4"), layers=rules), H200)
+    assert chosen.describe() == "prefill nvfp4 (emulated), bf16 by rule, decode bf16, fp8 (native) by rule"
 
 
 @pytest.mark.parametrize("precision", ["nvfp4", "fp8"])

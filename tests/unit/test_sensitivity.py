@@ -227,16 +227,18 @@ def test_prices_are_those_of_plan(tmp_path: Path, gpu: str) -> None:
     groups = groups_of(loaded, selection, shape)
     prices = Prices(shape, find_gpu(gpu), loaded, selection, 8192)
     work = planner.Workload(8192)
-    plans = {name: planner.make_plan(name, shape, find_gpu(gpu)) for name in ("bf16", selection.prefill)}
+    plans = {name: planner.make_plan(name, shape, find_gpu(gpu)) for name in ("bf16", "auto")}
     by_plan = {name: planner.predict(plan, shape, find_gpu(gpu), work) for name, plan in plans.items()}
-    low = by_plan[selection.prefill]
+    low = by_plan["auto"]
+    assert {one.precision for one in groups} == {"fp8", selection.prefill}
     assert prices.speed(groups, []) == pytest.approx((low.prefill_ms, low.prefill_speedup))
     assert prices.speed(groups, groups) == pytest.approx((by_plan["bf16"].prefill_ms, 1.0))
     gain = math.fsum(prices.gain(one) for one in groups)
     assert gain == pytest.approx(by_plan["bf16"].prefill_ms - low.prefill_ms)
     down = [one for one in groups if one.kind == "mlp.down_proj"]
     file = tmp_path / "r.yaml"
-    file.write_text(f"version: 1\nprefill: {{precision: {selection.prefill}}}\n" + RULE)
+    attention = "- {match: 're:.*self_attn', prefill: fp8}\n"
+    file.write_text(f"version: 1\nprefill: {{precision: {selection.prefill}}}\n" + RULE + attention)
     planned = planner.predict(planner.make_plan(str(file), shape, find_gpu(gpu)), shape, find_gpu(gpu), work)
     assert prices.speed(groups, down) == pytest.approx((planned.prefill_ms, planned.prefill_speedup))
     ruled = groups_of(recipe.load(str(file)), selection, shape)
@@ -250,8 +252,8 @@ RULE = "layers:\n- {match: 're:.*down_proj', prefill: bf16}\n"
 # The command.
 
 
-def kept_by(text: str, folder: Path, prefill: str = "nvfp4") -> set[str]:
-    """The modules that a recipe keeps in BF16, of all of the model."""
+def kept_by(text: str, folder: Path, *prefill: str) -> set[str]:
+    """The modules that a recipe keeps in BF16, of all of the model; the others prefill in ``prefill``."""
     file = folder / "emitted.yaml"
     file.write_text(text)
     loaded = recipe.load(str(file))
@@ -259,17 +261,18 @@ def kept_by(text: str, folder: Path, prefill: str = "nvfp4") -> set[str]:
     matcher = RuleMatcher(loaded.layers, planner.FUSED)
     precisions = {name: matcher.precisions(name, loaded.prefill, loaded.decode) for name in NAMES}
     matcher.check_all_matched(NAMES)
-    assert set(precisions.values()) <= {("bf16", "bf16"), (prefill, "bf16")}
+    assert set(precisions.values()) <= {(precision, "bf16") for precision in ("bf16", *prefill)}
     return {name for name, (low, _) in precisions.items() if low == "bf16"}
 
 
 @pytest.mark.parametrize("spoilt", ["model.layers.0.self_attn.qkv_proj", "model.layers.0.mlp.gate_up_proj"])
 def test_a_spoilt_layer_is_found_and_kept(tmp_path: Path, data: Path, spoilt: str) -> None:
-    result = sensitivity.measure(arguments(write_model(tmp_path / "model", spoilt), data, "--budget", "60%"))
+    options = ("--recipe", "nvfp4", "--budget", "60%")
+    result = sensitivity.measure(arguments(write_model(tmp_path / "model", spoilt), data, *options))
     worst = max(result.groups, key=lambda one: one.kl.answer)
     assert worst.group.name == spoilt and max(result.groups, key=lambda one: one.kl.prompt) == worst
     assert spoilt in result.kept and len(result.kept) < len(NAMES)
-    assert kept_by(as_yaml(result), tmp_path) == result.kept
+    assert kept_by(as_yaml(result), tmp_path, "nvfp4") == result.kept
     assert result.runs["bf16"].kl == KL(0.0, 0.0)
     assert result.runs["result"].kl.answer < 0.5 * result.runs["recipe"].kl.answer
     assert result.runs["bf16"].prefill_ms > result.runs["result"].prefill_ms > result.runs["recipe"].prefill_ms
@@ -282,7 +285,8 @@ def test_the_ends_of_the_budget(tmp_path: Path, model: Path, data: Path) -> None
     nothing = sensitivity.measure(arguments(model, data, "--budget", "0%"))
     assert not nothing.kept and nothing.given_back_ms == 0
     assert nothing.runs["result"] == nothing.runs["recipe"]
-    assert kept_by(as_yaml(nothing), tmp_path) == set()
+    assert kept_by(as_yaml(nothing), tmp_path, "nvfp4", "fp8") == set()
+    assert "prefill: fp8, optional: true}" in as_yaml(nothing)  # the rule of auto
     everything = sensitivity.measure(arguments(model, data, "--budget", "100%"))
     assert everything.kept == set(NAMES) and everything.given_back_ms == pytest.approx(everything.gain_ms)
     assert everything.runs["result"].kl == KL(0.0, 0.0)
