@@ -382,6 +382,45 @@ for got, want in zip(activations.quantize(x, "nvfp4"), oracle(x, "nvfp4"), stric
 """
 
 
+FEW_ROWS = """
+import numpy as np
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from mixquant_sglang.kernels.triton import few_rows
+
+
+def floats(handle):
+    return (handle.data.astype(np.uint32) << 16).view(np.float32) if handle.data.dtype == np.uint16 else handle.data
+
+
+def dot(self, a, b, total, *_):  # Triton's own multiplies the bits of BF16
+    return TensorHandle(np.matmul(floats(a), floats(b)) + total.data, total.dtype.scalar)
+
+
+InterpreterBuilder.create_dot = dot
+few_rows._shared_memory = lambda device: 232448
+
+for (n, k), slots, used in itertools.product([(96, 64), (200, 48)], [5, 16, 64], [0, 1, 5, 16, 20, 64]):
+    if used > slots:
+        continue
+    index = torch.full((slots,), -1)
+    index[:used] = torch.randperm(100)[:used]
+    rows, weight, bias = torch.randn(slots, k).bfloat16(), torch.randn(n, k).bfloat16(), torch.randn(n).bfloat16()
+    for b in (None, bias):
+        out = torch.full((100, n), 7.0).bfloat16()
+        few_rows.linear_rows_(out, index, rows, weight, b)
+        exact = rows[:used].double() @ weight.double().t() + (0 if b is None else b.double())
+        assert torch.allclose(out[index[:used]].double(), exact, rtol=2**-8, atol=1e-5)
+        out[index[:used]] = 7
+        assert (out == 7).all()
+    out, rest = torch.zeros(100, 64).bfloat16(), torch.zeros(100, n - 64).bfloat16()
+    few_rows.linear_rows_(out, index, rows, weight, rest=rest)
+    together = torch.cat([out, rest], dim=1)
+    whole = torch.zeros(100, n).bfloat16()
+    few_rows.linear_rows_(whole, index, rows, weight)
+    same(together, whole)
+"""
+
+
 SEARCH = """
 reference._empty_codes = lambda x: (
     torch.full((x.shape[0], x.shape[1] // 2), 0xA5, dtype=torch.uint8),
@@ -453,7 +492,9 @@ for step in range(-6, 7):
 
 
 @pytest.mark.parametrize(
-    "script", [INTERPRETED, ACTIVATIONS, SEARCH], ids=["weights_and_rows", "activations", "scale_search"]
+    "script",
+    [INTERPRETED, ACTIVATIONS, FEW_ROWS, SEARCH],
+    ids=["weights_and_rows", "activations", "few_rows", "scale_search"],
 )
 def test_interpreted_kernels_equal_torch(script: str) -> None:
     """In a process of its own, since Triton reads TRITON_INTERPRET when a kernel is defined."""

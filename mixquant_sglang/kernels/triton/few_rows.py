@@ -126,14 +126,19 @@ def _linear_rows(
     if tl.program_id(0) * BLOCK_N >= cut:  # a tile of ``rest``
         out_ptr = rest_ptr - cut
         out_stride = rest_stride
-    if MANY > FEW and tl.load(index_ptr + FEW, mask=slots > FEW, other=-1) >= 0:
+    # Nothing can be done before these arrive, so they are asked for together.
+    first = tl.load(index_ptr)
+    beyond = tl.load(index_ptr + FEW, mask=slots > FEW, other=-1)
+    few = tl.load(index_ptr + tl.arange(0, FEW), mask=tl.arange(0, FEW) < slots, other=-1)
+    if MANY > FEW and beyond >= 0:
+        many = tl.load(index_ptr + tl.arange(0, MANY), mask=tl.arange(0, MANY) < slots, other=-1)
         _rows(
-            out_ptr, index_ptr, rows_ptr, weight_ptr, bias_ptr, slots, n, N, out_stride, rows_stride, weight_stride,
+            out_ptr, many, rows_ptr, weight_ptr, bias_ptr, n, N, out_stride, rows_stride, weight_stride,
             K, MANY, BLOCK_N, MANY_K, HAS_BIAS,
         )  # fmt: skip
-    elif tl.load(index_ptr) >= 0:
+    elif first >= 0:
         _rows(
-            out_ptr, index_ptr, rows_ptr, weight_ptr, bias_ptr, slots, n, N, out_stride, rows_stride, weight_stride,
+            out_ptr, few, rows_ptr, weight_ptr, bias_ptr, n, N, out_stride, rows_stride, weight_stride,
             K, FEW, BLOCK_N, FEW_K, HAS_BIAS,
         )  # fmt: skip
 
@@ -141,11 +146,10 @@ def _linear_rows(
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows(
     out_ptr: tl.tensor,
-    index_ptr: tl.tensor,
+    row: tl.tensor,
     rows_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
-    slots: tl.tensor,
     n: tl.tensor,
     N: tl.tensor,
     out_stride: tl.tensor,
@@ -157,9 +161,8 @@ def _rows(
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ) -> None:
-    """The first ROWS slots, for the BLOCK_N columns ``n`` of out."""
+    """The first ROWS slots, ``row`` [ROWS], for the BLOCK_N columns ``n`` of out."""
     slot = tl.arange(0, ROWS)
-    row = tl.load(index_ptr + slot, mask=slot < slots, other=-1)
     column = tl.arange(0, BLOCK_K)
     weight = weight_ptr + n[:, None].to(tl.int64) * weight_stride + column[None, :]
     x = rows_ptr + slot[None, :].to(tl.int64) * rows_stride + column[:, None]
