@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -97,6 +98,15 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"argument --model: {args.model} has no config.json; name the folder of a checkpoint")
 
 
+def free_port() -> int:
+    """Below those that Linux hands out itself: one of these may be somebody's by the time that a server wants it."""
+    while True:
+        port = random.randrange(20000, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
 class Arm:
     """One server, starting from the moment that this is made.  ``timed``: it writes down its prefill passes."""
 
@@ -104,15 +114,15 @@ class Arm:
         self, name: str, args: argparse.Namespace, plugin: Path | None, timed: bool, gpu: str | None = None
     ) -> None:
         self.name = name
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = args.logs / f"{Path(name).stem}.log"
         self.passes_file = args.logs / f"{Path(name).stem}.passes"
         self.passes_file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(args.model_path)]
         command += ["--port", str(self.port), "--skip-tokenizer-init", "--grammar-backend", "none"]
+        # Left to itself, 0.5.17 takes a port that another server may get before it listens there.
+        command += ["--nccl-port", str(free_port())]
         command += ["--max-total-tokens", str(args.kv_tokens)]
         command += ["--load-format", "dummy"] if args.model is None or args.dummy else []
         plugins = [bench_passes.__name__] if plugin else []

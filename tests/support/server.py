@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -27,9 +28,12 @@ CPU_FLAGS = [
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that Linux hands out itself: one of these may be somebody's by the time that a server wants it."""
+    while True:
+        port = random.randrange(20000, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def launch(
@@ -72,6 +76,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"{name}.log"
         args = ["--model-path", str(model), "--port", str(self.port), "--host", "127.0.0.1"]
+        # Left to itself, 0.5.17 takes a port that another process may get before it listens there.
+        args += ["--nccl-port", str(free_port())]
         args += ["--max-total-tokens", "20000", *([] if ON_GPU else CPU_FLAGS)]
         args += os.environ.get("TEST_SERVER_FLAGS", "").split()  # by hand: --tp-size 2
         self.process = launch([*args, *flags], self.log, **kwargs)
