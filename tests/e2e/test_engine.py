@@ -16,6 +16,7 @@ ENGINE = """
 import json
 import os
 import sys
+import time
 
 import sglang as sgl
 import torch
@@ -44,7 +45,16 @@ if __name__ == "__main__":
     answers = running.generate(input_ids=[list(range(20, 90)), list(range(40, 60))], sampling_params=params)
     state = running.get_server_info()["internal_states"][0]["mixquant"]
 
+    def flush():
+        # SGLang refuses while its last pass is still under way; an update then ends the scheduler.
+        for _ in range(100):
+            if running.flush_cache().success:
+                return
+            time.sleep(0.1)
+        raise RuntimeError("the engine did not become idle")
+
     def update(name, weight):
+        flush()
         if hasattr(running, "begin_weight_update"):
             running.begin_weight_update()
         running.update_weights_from_tensor([(name, weight)])
@@ -52,7 +62,7 @@ if __name__ == "__main__":
             running.end_weight_update()
 
     def prompt_logprobs():
-        running.flush_cache()
+        flush()
         ids = list(range(20, 60))
         answer = running.generate(input_ids=ids, sampling_params=params, return_logprob=True, logprob_start_len=0)
         return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
