@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 # batch of short requests, whose kernels are long enough to hide their launches.
 GRAPH_ROWS = 64
 
+# Multiplications of a linear, on average, from which on a pass without protected rows, such as a middle chunk of a long
+# prompt, runs eagerly where graphs have slots for them.  Returning at once, the kernels of protected rows of Qwen3-8B take
+# 0.25 ms of a pass on an H200.  So large a linear takes it 0.45 ms in FP8, many times what its launches take.
+EAGER_PRODUCTS = 1 << 38
+
 # Pairs of a query and a key from which on the last layer's attention leaves out rows that nobody reads.  2M pairs of
 # Qwen3-8B take FA3 65 us on an H200; with half of them, it is estimated, picking the rows takes as long.
 ATTENTION_PAIRS = 1 << 20
@@ -50,6 +55,9 @@ class Layer(Protocol):
     """What the runtime asks of a linear method."""
 
     name: str
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
     @property
     def extra_bytes(self) -> int: ...
@@ -77,6 +85,7 @@ class Runtime:
         self._bf16_below = bf16_below
         self._dirty = False
         self._captured = False
+        self._products = 0  # multiplications for each row and linear, on average
 
     # -- how a pass runs -------------------------------------------------------------------------------------------
 
@@ -139,6 +148,8 @@ class Runtime:
 
     def captured_pass(self, tokens: int, most: int, device: torch.device) -> Pass:
         """The pass that a prefill graph of ``tokens`` rows, at most ``most``, is captured with."""
+        if not self._captured:
+            self._products = sum(n * k for n, k in (layer.shape for layer in self.layers)) // max(len(self.layers), 1)
         if not self._captured and self.split:
             if self.recipe.protect_last_prompt_token:
                 self.graph_rows = GraphRows(GRAPH_ROWS, most, device)
@@ -166,6 +177,8 @@ class Runtime:
             return False
         if self.prunes and pass_plan.read is None:
             return False
+        if self.graph_rows and not pass_plan.protected:
+            return sum(pass_plan.tokens.values()) * self._products < EAGER_PRODUCTS
         if self.graph_read and pass_plan.read is not None and len(pass_plan.read) > self.graph_read.capacity:
             return False
         # Without protection of the last prompt token most passes protect nothing, so graphs are captured without slots.

@@ -38,6 +38,16 @@ def activations_case(source: str, fmt: str, k: int, residual: bool = False, kept
     return activations._quantize_rows, {name: kind for name, kind in types.items() if kind}, constants, warps
 
 
+def pairs_case(k: int, kept: bool = False) -> Case:
+    types = {"x_ptr": "*bf16", "out_ptr": "*i32", "scale_ptr": "*u8", "row_scale_ptr": "*fp32", "rows": "i32"}
+    types |= {"slots_ptr": "*i32", "kept_ptr": "*bf16"} if kept else {}
+    warps = activations._warps_of_pairs(k)
+    constants: dict[str, Any] = {"K": k, "THREADS": 32 * warps} | (
+        {} if kept else {"slots_ptr": None, "kept_ptr": None}
+    )
+    return activations._quantize_pairs, types, constants, warps
+
+
 def search_case(dtype: str, weighted: bool = False, strided: bool = False) -> Case:
     types = {"x_ptr": dtype, "weight_ptr": "*fp32", "packed_ptr": "*i32", "scale_ptr": "*u8"}
     types |= dict.fromkeys(("blocks", "row_blocks", "row_stride", "column_stride"), "i32")
@@ -52,7 +62,8 @@ def search_case(dtype: str, weighted: bool = False, strided: bool = False) -> Ca
 # kernel, types of its arguments, constants, warps: what the launches in the package pass
 CASES: dict[str, Case] = {
     "activations_rows_fp8": activations_case("rows", "fp8", 4096),
-    "activations_rows_nvfp4": activations_case("rows", "nvfp4", 208, kept=True),
+    "activations_pairs_nvfp4": pairs_case(4096),
+    "activations_pairs_kept_nvfp4": pairs_case(208, kept=True),
     "activations_rows_qdq": activations_case("rows", "qdq", 48),
     "activations_norm_fp8": activations_case("norm", "fp8", 4096, residual=True, kept=True),
     "activations_norm_nvfp4": activations_case("norm", "nvfp4", 3584),
@@ -100,13 +111,13 @@ CASES: dict[str, Case] = {
         dict.fromkeys(("out_ptr", "rest_ptr", "rows_ptr", "weight_ptr", "bias_ptr"), "*bf16")
         | {"index_ptr": "*i64"}
         | dict.fromkeys(("slots", "N", "cut", "out_stride", "rest_stride", "rows_stride", "weight_stride"), "i32"),
-        {"FEW": 16, "HAS_BIAS": 1, **constants},
+        {"FEW": 16, "HAS_BIAS": 1, "PREFETCH": True, **constants},
         4,
     )
     for name, constants in {
-        "4096_of_4096": {"K": 4096, "MANY": 64, "BLOCK_N": 32, "FEW_K": 256, "MANY_K": 64},
-        "6144_of_4096": {"K": 4096, "MANY": 64, "BLOCK_N": 64, "FEW_K": 128, "MANY_K": 64},
-        "one_of_48": {"K": 48, "MANY": 16, "BLOCK_N": 32, "FEW_K": 16, "MANY_K": 16},
+        "4096_of_4096": {"K": 4096, "MANY": 64, "BLOCK_N": 32, "FEW_K": 256, "MANY_K": 64, "WHOLE": True},
+        "6144_of_4096": {"K": 4096, "MANY": 64, "BLOCK_N": 32, "FEW_K": 128, "MANY_K": 64, "WHOLE": True},
+        "one_of_48": {"K": 48, "MANY": 16, "BLOCK_N": 32, "FEW_K": 16, "MANY_K": 16, "WHOLE": False},
     }.items()
 }
 
@@ -114,6 +125,7 @@ CASES: dict[str, Case] = {
 # device functions that kernels call
 HELPERS = {
     "_all_halves",
+    "_and",
     "_block_maximum",
     "_block_scale",
     "_bytes",
@@ -144,6 +156,7 @@ HELPERS = {
     "_row_scale",
     "_rows",
     "_sign",
+    "_scales_of",
     "_silu",
     "_store",
     "_store_fp8",
@@ -202,8 +215,9 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
             assert "cvt.rn.f16x2.f32" in ptx and "cvt.rn.f16.f32" not in ptx
         loads = ptx.count("ld.global.v4.b32")  # 16 bytes: eight elements for each thread of 32 * warps
         row = triton.cdiv(constants["K"], 256 * warps)
-        if constants["SPLIT"]:  # halves of blocks, in pairs
+        if constants.get("SPLIT", True):  # halves of blocks, in pairs
             row = 2 * triton.cdiv(constants["K"], 512 * warps)
+        row *= 1 + ("pairs" in case)
         assert loads == row * (1 + ("weight_ptr" in arguments) + ("residual_ptr" in arguments) + ("silu" in case))
 
 

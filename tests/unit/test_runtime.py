@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -87,6 +87,25 @@ def test_which_passes_a_captured_graph_computes() -> None:
     run.graphs_are_stale("a.layer")
     assert not run.can_replay(fits)
     assert make("bf16").can_replay(make("bf16").plan_prefill(MIXED, CPU))
+
+
+@dataclass
+class Linear:
+    shape: tuple[int, int]
+
+
+def test_large_passes_without_protected_rows_run_eagerly() -> None:
+    run = make()
+    run.layers = [Linear((6144, 4096)), Linear((4096, 4096)), Linear((24576, 4096)), Linear((4096, 12288))]
+    middle, short = (run.plan_prefill([RequestRows(n, 0, 9000)], CPU) for n in (8192, 2048))
+    last = run.plan_prefill([RequestRows(8192, 808, 9000)], CPU)
+    assert run.can_replay(middle)  # captured without slots, graphs have nothing to leave out
+    run.captured_pass(8192, 8192, CPU)
+    assert run.can_replay(short) and run.can_replay(last) and not run.can_replay(middle)
+    small = make()
+    small.layers = [Linear((1024, 1024))]  # launches would take longer than the work
+    small.captured_pass(8192, 8192, CPU)
+    assert small.can_replay(middle)
 
 
 def test_which_rows_the_last_layer_computes() -> None:

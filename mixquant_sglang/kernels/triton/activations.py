@@ -117,7 +117,21 @@ def _launch(
     programs, words = m, results
     if fmt == "nvfp4":  # the programs beyond M zero the padding; eight codes are one word
         programs, words = results[1].shape[0], (results[0].view(torch.int32), results[1].view(torch.uint8), results[2])
-    if m:
+    if m and source == "rows" and fmt == "nvfp4":
+        warps = _warps_of_pairs(k)
+        _quantize_pairs[(programs // 2,)](
+            x,
+            slots,
+            kept,
+            *words,
+            m,
+            K=k,
+            THREADS=32 * warps,
+            SM=_sm(x.device),
+            num_warps=warps,
+            enable_fp_fusion=False,
+        )
+    elif m:
         warps, split = _shape(source, fmt, k)
         _quantize_rows[(programs,)](
             x,
@@ -142,10 +156,15 @@ def _launch(
 
 def _shape(source: str, fmt: str, k: int) -> tuple[int, bool]:
     """Warps of a program, and whether its rows are SPLIT: the fastest on an H200 for 8192 rows of 4096 and 12288."""
-    split = fmt == "nvfp4" and source != "norm"
-    elements = {"rows": 48, "silu": 96}[source] if split else 32
-    warps: int = triton.next_power_of_2(triton.cdiv(k, 32 * elements))
+    split = fmt == "nvfp4" and source == "silu"
+    warps: int = triton.next_power_of_2(triton.cdiv(k, 32 * (96 if split else 32)))
     return min(warps, 32), split
+
+
+def _warps_of_pairs(k: int) -> int:
+    """The fastest on an H200 for 8192 rows of 4096 and 12288."""
+    least, most = (int(triton.next_power_of_2(triton.cdiv(k, 32 * elements))) for elements in (96, 32))
+    return max(min(most, 4), min(least, 32))
 
 
 def _empty_results(fmt: str, m: int, k: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -207,7 +226,7 @@ def _quantize_rows(
     FORMAT: tl.constexpr,
     SM: tl.constexpr,
 ) -> None:
-    """One program for each row; pointers that a case does not need are None.
+    """One program for each row (plain rows to NVFP4: ``_quantize_pairs``); pointers that a case does not need are None.
 
     A row is a tuple of pieces: BF16 pairs in uint32 [THREADS, 4], 16 bytes of each to a load. Without SPLIT the pieces
     follow each other, and two threads share a block of 16; with it the two pieces of a pair hold the halves of THREADS
@@ -226,15 +245,57 @@ def _quantize_rows(
     elif SOURCE == "silu":
         y = _silu(x_ptr + row * 2 * K, K, THREADS, SPLIT, SM)
     else:
-        y = _load_row(x_ptr + row * K, K, THREADS, SPLIT)
+        y = _load_row(x_ptr + row * K, K, THREADS, SPLIT, None)
     if slots_ptr is not None and slot >= 0:
         _store_row(kept_ptr + slot * K, y, K, THREADS, SPLIT)
     if FORMAT == "fp8":
         _store_fp8(out_ptr + row * K, scale_ptr + row, y, K, THREADS)
     elif FORMAT == "nvfp4":
-        _store_nvfp4(out_ptr + row * (K // 8), scale_ptr, row_scale_ptr + row, row, y, K, THREADS, SPLIT, SM)
+        scales = _store_nvfp4(out_ptr + row * (K // 8), row_scale_ptr + row, y, None, K, THREADS, SPLIT, SM)
+        for i in tl.static_range(len(scales)):
+            _store_scales(scale_ptr, row, i, scales[i], K, THREADS, SPLIT)
     else:
         _store_qdq(out_ptr + row * K, y, K, THREADS)
+
+
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+def _quantize_pairs(
+    x_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    kept_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    row_scale_ptr: tl.tensor,
+    rows: tl.tensor,
+    K: tl.constexpr,
+    THREADS: tl.constexpr,
+    SM: tl.constexpr,
+) -> None:
+    """Plain rows to NVFP4, two to a program: r and r + 32, whose scales are neighbours in the 128x4 layout. One row's
+    scales alone cost the L2 cache as many writes as its codes."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program // 32 * 64 + program % 32
+    after = row + 32
+    here, there = row < rows, after < rows
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + row, mask=here, other=-1).to(tl.int64)
+        slot_after = tl.load(slots_ptr + after, mask=there, other=-1).to(tl.int64)
+    y = _load_row(x_ptr + row * K, K, THREADS, True, here)
+    z = _load_row(x_ptr + after * K, K, THREADS, True, there)
+    if slots_ptr is not None:
+        if slot >= 0:
+            _store_row(kept_ptr + slot * K, y, K, THREADS, True)
+        if slot_after >= 0:
+            _store_row(kept_ptr + slot_after * K, z, K, THREADS, True)
+    y_scales = _store_nvfp4(out_ptr + row * (K // 8), row_scale_ptr + row, y, here, K, THREADS, True, SM)
+    z_scales = _store_nvfp4(out_ptr + after * (K // 8), row_scale_ptr + after, z, there, K, THREADS, True, SM)
+    scale_ptr = _scales_of(scale_ptr, row, K)
+    for i in tl.static_range(len(y_scales)):
+        pair = tl.permute(tl.reshape(tl.join(y_scales[i], z_scales[i]), [THREADS // 4, 4, 2]), (0, 2, 1))
+        four = tl.arange(0, THREADS // 4)[:, None] + i * (THREADS // 4)
+        byte_ptr = scale_ptr + four * 512 + tl.arange(0, 8)[None, :]
+        wanted = tl.broadcast_to(four < (K + 63) // 64, [THREADS // 4, 8])
+        tl.store(byte_ptr, tl.reshape(pair.to(tl.uint8), [THREADS // 4, 8]), mask=wanted)
 
 
 @triton.constexpr_function  # type: ignore[untyped-decorator]
@@ -262,11 +323,13 @@ def _whole(i: int, K: int, THREADS: int, SPLIT: bool) -> bool:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _load_row(row_ptr: tl.tensor, K: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr) -> tl.tuple:
-    """A BF16 row; beyond K it is zero."""
+def _load_row(
+    row_ptr: tl.tensor, K: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr, live: tl.tensor
+) -> tl.tuple:
+    """A BF16 row; it is zero beyond K, and where it is not ``live``, a bool or None for true."""
     row: tl.tuple = ()
     for i in tl.static_range(_pieces(K, THREADS, SPLIT)):
-        row += (_load(row_ptr, i, K, THREADS, SPLIT),)
+        row += (_load(row_ptr, i, K, THREADS, SPLIT, live),)
     return row
 
 
@@ -282,13 +345,19 @@ def _store_row(row_ptr: tl.tensor, row: tl.tuple, K: tl.constexpr, THREADS: tl.c
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _load(
-    row_ptr: tl.tensor, i: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr
+    row_ptr: tl.tensor, i: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr, live: tl.tensor
 ) -> tl.tensor:
     word_ptr = _word_ptr(row_ptr, i, THREADS, SPLIT)
     if _whole(i, K, THREADS, SPLIT):
-        return tl.load(word_ptr)
+        return tl.load(word_ptr) if live is None else tl.load(word_ptr, mask=live, other=0)
     else:
-        return tl.load(word_ptr, mask=_eighth(i, THREADS, SPLIT)[:, None] < K // 8, other=0)
+        wanted = _and(_eighth(i, THREADS, SPLIT)[:, None] < K // 8, live)
+        return tl.load(word_ptr, mask=wanted, other=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _and(wanted: tl.tensor, live: tl.tensor) -> tl.tensor:
+    return wanted if live is None else wanted & live
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -323,10 +392,10 @@ def _norm(
     SPLIT: tl.constexpr,
     SM: tl.constexpr,
 ) -> tl.tuple:
-    x = _load_row(x_ptr, K, THREADS, SPLIT)
+    x = _load_row(x_ptr, K, THREADS, SPLIT, None)
     t: tl.tuple = ()
     if residual_ptr is not None:  # loads do not move up past stores, so all of them come first
-        residual = _load_row(residual_ptr, K, THREADS, SPLIT)
+        residual = _load_row(residual_ptr, K, THREADS, SPLIT, None)
         added: tl.tuple = ()
         for i in tl.static_range(len(x)):
             t += (_halves(x[i], THREADS) + _halves(residual[i], THREADS),)
@@ -341,7 +410,7 @@ def _norm(
     r = tl.rsqrt(tl.div_rn(tl.sum(squares), K * 1.0) + eps)
     y: tl.tuple = ()
     for i in tl.static_range(len(t)):
-        weight = _halves(_load(weight_ptr, i, K, THREADS, SPLIT), THREADS)
+        weight = _halves(_load(weight_ptr, i, K, THREADS, SPLIT, None), THREADS)
         y += (_words(t[i] * r * weight, THREADS, SM),)
     return y
 
@@ -354,8 +423,8 @@ def _silu(
     subnormal. An IEEE division for each element would take a third of the instructions that memory leaves time for."""
     y: tl.tuple = ()
     for i in tl.static_range(_pieces(K, THREADS, SPLIT)):
-        gate = _halves(_load(gate_ptr, i, K, THREADS, SPLIT), THREADS)
-        up = _halves(_load(gate_ptr + K, i, K, THREADS, SPLIT), THREADS)
+        gate = _halves(_load(gate_ptr, i, K, THREADS, SPLIT, None), THREADS)
+        up = _halves(_load(gate_ptr + K, i, K, THREADS, SPLIT, None), THREADS)
         root = tl.rsqrt(1.0 + tl.exp2(gate * -1.4426950408889634))
         y += (_words(gate * root * root * up, THREADS, SM),)
     return y
@@ -416,16 +485,17 @@ def _store(row_ptr: tl.tensor, i: tl.constexpr, value: tl.tensor, K: tl.constexp
 @triton.jit  # type: ignore[untyped-decorator]
 def _store_nvfp4(
     row_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
     row_scale_ptr: tl.tensor,
-    row: tl.tensor,
     y: tl.tuple,
+    live: tl.tensor,
     K: tl.constexpr,
     THREADS: tl.constexpr,
     SPLIT: tl.constexpr,
     SM: tl.constexpr,
-) -> None:
-    """Eight codes make a 32-bit word, the first code lowest; a block's maximum serves its row too.
+) -> tl.tuple:
+    """The codes and the row scale of a row, if it is ``live``; returns the block scales' bytes, int32 [blocks] each.
+
+    Eight codes make a 32-bit word, the first code lowest; a block's maximum serves its row too.
 
     Instructions are scarce: an H200 issues 17 for each element in the time that ``quantize`` needs for its bytes, and
     half as many of those that are not multiplications or additions.
@@ -435,13 +505,14 @@ def _store_nvfp4(
         magnitudes += (_block_maximum(y[i], y[i + 1] if SPLIT else y[i], THREADS, SPLIT, SM),)
     largest = tl.max(_largest_of(magnitudes))
     row_scale, inverse = _row_scale(largest)
-    tl.store(row_scale_ptr, row_scale)
+    tl.store(row_scale_ptr, row_scale, mask=live)
     finite = largest < 0x7F800000
     factor = inverse
     scaled = y
     if SM < 100 and largest >= 0x70000000:  # 2^97: inverse * encode would be too small for a normal float
         scaled = _times(y, 5.421010862427522e-20, THREADS, SM)  # 2^-64
         factor = inverse * 1.8446744073709552e19
+    scales: tl.tuple = ()
     for block in tl.static_range(len(magnitudes)):
         scale = _block_scale(magnitudes[block].to(tl.float32, bitcast=True) * inverse)
         if SM >= 100:
@@ -461,12 +532,13 @@ def _store_nvfp4(
             wanted = _eighth(block, THREADS, False) < K // 8
         code_ptr = row_ptr + column + block * THREADS * (2 if SPLIT else 1)
         if _whole(block * 2 if SPLIT else block, K, THREADS, SPLIT):
-            tl.store(code_ptr, codes)
+            tl.store(code_ptr, codes, mask=live)
         else:
-            tl.store(code_ptr, codes, mask=wanted)
+            tl.store(code_ptr, codes, mask=_and(wanted, live))
         # 2^-120 makes E4M3's subnormals FP32's
         byte = (scale * 7.52316384526264e-37).to(tl.int32, bitcast=True) >> 20
-        _store_scales(scale_ptr, row, block, tl.where(finite, byte, 0), K, THREADS, SPLIT)
+        scales += (tl.where(finite, byte, 0),)
+    return scales
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -666,7 +738,7 @@ def _store_scales(
     K/16 to a multiple of four are zero because ``_load`` is zero beyond K."""
     padded: tl.constexpr = (K + 63) // 64 * 4
     thread = tl.arange(0, THREADS)
-    scale_ptr += row // 128 * (padded * 128) + row % 32 * 16 + row % 128 // 32 * 4  # of the row
+    scale_ptr = _scales_of(scale_ptr, row, K)
     blocks: tl.constexpr = THREADS if SPLIT else THREADS // 2
     if SPLIT:
         block = thread
@@ -680,6 +752,12 @@ def _store_scales(
         tl.store(byte_ptr, byte.to(tl.uint8))
     else:
         tl.store(byte_ptr, byte.to(tl.uint8), mask=wanted)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scales_of(scale_ptr: tl.tensor, row: tl.tensor, K: tl.constexpr) -> tl.tensor:
+    """Where the first block scale of ``row`` lies in the 128x4 layout."""
+    return scale_ptr + row // 128 * ((K + 63) // 64 * 512) + row % 32 * 16 + row % 128 // 32 * 4
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -81,6 +81,8 @@ def linear_rows_(
         FEW_K=block_k,
         MANY_K=min(block_k, 64),
         HAS_BIAS=bias is not None,
+        WHOLE=n % block_n == 0,
+        PREFETCH=weight.is_cuda,
         num_warps=4,
         num_stages=stages,
     )
@@ -88,8 +90,8 @@ def linear_rows_(
 
 def _tiles(n: int, k: int, shared_memory: int) -> tuple[int, int, int]:
     """Weight rows and columns of a tile, and the tiles in flight: the fastest on an H200 of 15 tried for each linear of
-    Qwen3-8B between its FP8 GEMMs (2048 rows), with fewer in flight where shared memory is short."""
-    block_n, block_k, stages = (32, 256, 5) if n < 6144 else (64, 128, 4 if n < 16384 else 3)
+    Qwen3-8B between its FP8 GEMMs (512 and 2048 rows), with fewer in flight where shared memory is short."""
+    block_n, block_k, stages = (32, 256, 5) if n < 6144 else (32, 128, 6) if n < 16384 else (64, 128, 3)
     while block_k > 16 and k % block_k:
         block_k //= 2
     return block_n, block_k, max(2, min(stages, shared_memory // (2 * block_k * (block_n + FEW))))
@@ -121,11 +123,19 @@ def _linear_rows(
     FEW_K: tl.constexpr,
     MANY_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if tl.program_id(0) * BLOCK_N >= cut:  # a tile of ``rest``
         out_ptr = rest_ptr - cut
         out_stride = rest_stride
+    if PREFETCH:  # the first tile is on its way to the L2 cache before it is known that there are rows
+        line = tl.arange(0, FEW_K * 2 // 128 if FEW_K >= 64 else 1) * 64
+        first_tile = weight_ptr + tl.minimum(n, N - 1)[:, None].to(tl.int64) * weight_stride + line[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [first_tile], dtype=tl.int32, is_pure=False, pack=1
+        )
     # Nothing can be done before these arrive, so they are asked for together.
     first = tl.load(index_ptr)
     beyond = tl.load(index_ptr + FEW, mask=slots > FEW, other=-1)
@@ -134,12 +144,12 @@ def _linear_rows(
         many = tl.load(index_ptr + tl.arange(0, MANY), mask=tl.arange(0, MANY) < slots, other=-1)
         _rows(
             out_ptr, many, rows_ptr, weight_ptr, bias_ptr, n, N, out_stride, rows_stride, weight_stride,
-            K, MANY, BLOCK_N, MANY_K, HAS_BIAS,
+            K, MANY, BLOCK_N, MANY_K, HAS_BIAS, WHOLE,
         )  # fmt: skip
     elif first >= 0:
         _rows(
             out_ptr, few, rows_ptr, weight_ptr, bias_ptr, n, N, out_stride, rows_stride, weight_stride,
-            K, FEW, BLOCK_N, FEW_K, HAS_BIAS,
+            K, FEW, BLOCK_N, FEW_K, HAS_BIAS, WHOLE,
         )  # fmt: skip
 
 
@@ -160,16 +170,17 @@ def _rows(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> None:
-    """The first ROWS slots, ``row`` [ROWS], for the BLOCK_N columns ``n`` of out."""
+    """The first ROWS slots, ``row`` [ROWS], for the BLOCK_N columns ``n`` of out; WHOLE: none of them is beyond N."""
     slot = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_K)
     weight = weight_ptr + n[:, None].to(tl.int64) * weight_stride + column[None, :]
     x = rows_ptr + slot[None, :].to(tl.int64) * rows_stride + column[:, None]
     total = tl.zeros((BLOCK_N, ROWS), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
-        w_tile = tl.load(weight + start, mask=n[:, None] < N, other=0.0, eviction_policy="evict_first")
-        x_tile = tl.load(x + start, mask=row[None, :] >= 0, other=0.0, eviction_policy="evict_last")
+        w_tile = tl.load(weight + start) if WHOLE else tl.load(weight + start, mask=n[:, None] < N, other=0.0)
+        x_tile = tl.load(x + start, mask=row[None, :] >= 0, other=0.0)
         total = tl.dot(w_tile, x_tile, total)
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
