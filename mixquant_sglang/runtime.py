@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 GRAPH_ROWS = 64
 
 # Multiplications of a linear, on average, from which on a pass without protected rows, such as a middle chunk of a long
-# prompt, runs eagerly where graphs have slots for them.  Returning at once, the kernels of protected rows of Qwen3-8B take
-# 0.25 ms of a pass on an H200.  So large a linear takes it 0.45 ms in FP8, many times what its launches take.
+# prompt, runs eagerly where graphs have slots for them.  The kernels of protected rows return at once, but for Qwen3-8B
+# on an H200 that takes 0.25 ms of a pass.  So large a linear takes 0.45 ms there in FP8, its launches far less.
 EAGER_PRODUCTS = 1 << 38
 
 # Pairs of a query and a key from which on the last layer's attention leaves out rows that nobody reads.  2M pairs of

@@ -36,7 +36,7 @@ from typing import Any
 
 import aiohttp
 import orjson
-from bench_servers import Arm, add_arguments, machine, prepare, serving
+from bench_servers import Arm, add_arguments, in_turn, machine, prepare, serving
 
 Measures = dict[str, float]
 UNITS = {
@@ -227,7 +227,7 @@ def measure(
         _, wall_s = level(arm, warm_up, most)
         print(f"warm-up, concurrency {most}, {arm.name}: {wall_s:.1f} s", file=sys.stderr, flush=True)
     for round_number in range(args.rounds):
-        order = arms[::-1] if round_number % 2 else arms
+        order = in_turn(arms, round_number)
         for concurrency, shape in shapes.items():
             work = workload_of(shape, args.seed, round_number, concurrency)
             for arm in order:

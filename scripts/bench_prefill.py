@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Prefill time and decode step of several servers, side by side on one GPU.
 
-Every arm is a real SGLang server; all of them are up at once (with a bounded KV pool) and the rounds alternate between
-them, so that a slow moment of the machine hits every arm.  Prompts are random token ids, new for every request, so that
-nothing is cached.  Medians over the rounds:
+Every arm is a real SGLang server; all of them are up at once (with a bounded KV pool) and each round takes them in
+another order, so that a slow moment of the machine and the heat of the arm before hit every arm.  Prompts are random
+token ids, new for every request, so that nothing is cached.  Medians over the rounds:
 
     prefill  client: seconds until the first token of a prompt of L tokens, batch 1, HTTP included
     pass     server: seconds of the forward passes (chunks) of that same prompt, without HTTP and scheduling; taken by
@@ -21,7 +21,7 @@ import json
 import random
 import statistics
 
-from bench_servers import Arm, add_arguments, machine, prepare, serving
+from bench_servers import Arm, add_arguments, in_turn, machine, prepare, serving
 
 
 def measure(arms: list[Arm], args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -33,7 +33,7 @@ def measure(arms: list[Arm], args: argparse.Namespace) -> dict[str, dict[str, fl
         return [rng.randrange(10, args.vocab) for _ in range(length)]
 
     for round_number in range(args.rounds + 1):  # the first round warms up
-        order = arms if round_number % 2 else arms[::-1]
+        order = in_turn(arms, round_number)
         for length in args.lengths:
             for arm in order:
                 mark = arm.mark()
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="for decode (default: %(default)s)")
     parser.add_argument("--decode-context", type=int, default=512, help="tokens before decode (default: %(default)s)")
     parser.add_argument("--vocab", type=int, default=150000, help="token ids are below this (default: %(default)s)")
-    add_arguments(parser, rounds=7, kv_tokens=70000)
+    add_arguments(parser, rounds=6, kv_tokens=70000)
     args = parser.parse_args()
     prepare(args, parser)
     with serving(args, timed=True) as arms:

@@ -27,6 +27,17 @@ MESSAGES = [
 ]
 
 
+def test_arms_of_a_benchmark_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from bench_servers import in_turn
+
+    arms = ["a", "b", "c", "d"]
+    orders = [in_turn(arms, i) for i in range(8)]
+    for rounds in (orders[:4], orders[4:]):
+        assert all(sorted(place) == arms for place in zip(*rounds, strict=True))
+    assert orders[1] == ["b", "c", "d", "a"] and orders[4] == ["d", "c", "b", "a"]
+
+
 @pytest.mark.parametrize(
     "name",
     [
