@@ -136,10 +136,11 @@ def _linear_rows(
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [first_tile], dtype=tl.int32, is_pure=False, pack=1
         )
-    # Nothing can be done before these arrive, so they are asked for together.
-    first = tl.load(index_ptr)
-    beyond = tl.load(index_ptr + FEW, mask=slots > FEW, other=-1)
-    few = tl.load(index_ptr + tl.arange(0, FEW), mask=tl.arange(0, FEW) < slots, other=-1)
+    # Nothing can be done before these arrive, so they are asked for together, and stay in the cache for the next linear.
+    first = tl.load(index_ptr, eviction_policy="evict_last")
+    beyond = tl.load(index_ptr + FEW, mask=slots > FEW, other=-1, eviction_policy="evict_last")
+    slot = tl.arange(0, FEW)
+    few = tl.load(index_ptr + slot, mask=slot < slots, other=-1, eviction_policy="evict_last")
     if MANY > FEW and beyond >= 0:
         many = tl.load(index_ptr + tl.arange(0, MANY), mask=tl.arange(0, MANY) < slots, other=-1)
         _rows(
