@@ -136,7 +136,7 @@ def _linear_rows(
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [first_tile], dtype=tl.int32, is_pure=False, pack=1
         )
-    # Nothing can be done before these arrive, so they are asked for together, and stay in the cache for the next linear.
+    # Nothing can be done before these arrive: they are asked for together, and stay in the cache for the next linear.
     first = tl.load(index_ptr, eviction_policy="evict_last")
     beyond = tl.load(index_ptr + FEW, mask=slots > FEW, other=-1, eviction_policy="evict_last")
     slot = tl.arange(0, FEW)
