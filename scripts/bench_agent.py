@@ -281,7 +281,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[int, 
     spread: dict[str, Any] = {"nargs": 2, "type": int, "metavar": ("MIN", "MAX")}
     add("--tool-tokens", default=[512, 4096], help="new tokens in each turn, uniform (default: %(default)s)", **spread)
     add("--output-tokens", default=[32, 128], help="generated in each turn, uniform (default: %(default)s)", **spread)
-    add("--vocab", type=int, help="token ids are below this (default: the model's vocabulary, at most 150000)")
     add_arguments(parser, rounds=3, kv_tokens=150000)
     args = parser.parse_args(argv)
     args.concurrency = sorted({*args.concurrency})
@@ -293,9 +292,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[int, 
     if args.agents is not None and args.agents < args.concurrency[-1]:
         parser.error(f"argument --agents: {args.agents} cannot fill concurrency {args.concurrency[-1]}")
     prepare(args, parser)
-    if args.vocab is None:
-        config = json.loads((args.model_path / "config.json").read_text())
-        args.vocab = min(150000, config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 150000))
     fixed = (args.turns, args.system_tokens, tuple(args.tool_tokens), tuple(args.output_tokens), args.vocab)
     shapes = {n: Shape(args.agents or max(4, 2 * n), *fixed) for n in args.concurrency}
     longest = max(

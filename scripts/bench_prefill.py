@@ -2,8 +2,9 @@
 """Prefill time and decode step of several servers, side by side on one GPU.
 
 Every arm is a real SGLang server; all of them are up at once (with a bounded KV pool) and each round takes them in
-another order, so that a slow moment of the machine and the heat of the arm before hit every arm.  Prompts are random
-token ids, new for every request, so that nothing is cached.  Medians over the rounds:
+another order, so that a slow moment of the machine hits every arm.  Before each prompt the GPU rests, because what it
+did just before is worth up to 5%.  Prompts are random token ids, new for every request, so that nothing is cached.
+Medians over the rounds:
 
     prefill  client: seconds until the first token of a prompt of L tokens, batch 1, HTTP included
     pass     server: seconds of the forward passes (chunks) of that same prompt, without HTTP and scheduling; taken by
@@ -20,6 +21,7 @@ import argparse
 import json
 import random
 import statistics
+import time
 
 from bench_servers import Arm, add_arguments, in_turn, machine, prepare, serving
 
@@ -36,6 +38,7 @@ def measure(arms: list[Arm], args: argparse.Namespace) -> dict[str, dict[str, fl
         order = in_turn(arms, round_number)
         for length in args.lengths:
             for arm in order:
+                time.sleep(args.rest)
                 mark = arm.mark()
                 spent, (meta,) = arm.generate([prompt(length)], 1)
                 passes = arm.pass_seconds(mark, meta["prompt_tokens"] - meta["cached_tokens"])
@@ -60,7 +63,9 @@ def main() -> None:
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="for decode (default: %(default)s)")
     parser.add_argument("--decode-context", type=int, default=512, help="tokens before decode (default: %(default)s)")
-    parser.add_argument("--vocab", type=int, default=150000, help="token ids are below this (default: %(default)s)")
+    parser.add_argument(
+        "--rest", type=float, default=0.2, help="seconds without work before each prompt (default: %(default)s)"
+    )
     add_arguments(parser, rounds=6, kv_tokens=70000)
     args = parser.parse_args()
     prepare(args, parser)

@@ -7,6 +7,11 @@ there are none, up to 16 or more rows is seen when the kernel runs. Without any 
 nothing, such as a middle chunk of a long prompt, pays for launches alone. cuBLAS reads the weights as fast, but has no
 early return and needs a second kernel to put the rows in their places.
 
+On an H200, Qwen3-8B's four linears take 107 us a layer behind FP8 GEMMs of 512 rows and 115 us behind those of 2048;
+their bytes alone take 88 us. Nothing was gained by starting before the GEMM has ended, by letting the next kernel start
+early (dependent launches), by hints to the L2 cache, by loads through registers, or by one kernel, with barriers
+inside, for all that lies between two attentions.
+
 FP32 accumulation along K in steps that depend on the weight's shape alone, one rounding to BF16: no row depends on the
 others. Used row numbers must come first in ``index`` and must differ.
 
