@@ -35,7 +35,7 @@ def test_against_float64(m: int, n: int, k: int, kind: str, scales: str, device:
     xq = nvfp4.quantize_activations(x).dequantize().double()
     want = xq @ wq.t()
     # One rounding to BF16, which has 8 bits: 2^-8 of the value. A step of an FP32 sum may lose 2^-23 of the sum so far,
-    # in tensor cores by cutting it off; K/16 such steps of sums that grow with the root of K lose 2^-20 of all terms.
+    # in tensor cores by cutting it off; K/16 steps of sums growing with the root of K lose 2^-20 of all terms. Times 4.
     bound = want.abs() * 2**-8 + (xq.abs() @ wq.abs().t()) * 2**-18
     assert bool(((got.double() - want).abs() <= bound).all())
     assert torch.equal(with_bias, got + bias)
