@@ -2,8 +2,8 @@
 """Prefill time and decode step of several servers, side by side on one GPU.
 
 Every arm is a real SGLang server; all of them are up at once (with a bounded KV pool) and each round takes them in
-another order, so that a slow moment of the machine hits every arm.  Before each prompt the GPU rests, because what it
-did just before is worth up to 5%.  Prompts are random token ids, new for every request, so that nothing is cached.
+another order, so that a slow moment of the machine hits every arm.  Before each prompt the GPU rests: an arm's
+place in the order was worth up to 5% without.  Prompts are random token ids, new for every request, so that nothing is cached.
 Medians over the rounds:
 
     prefill  client: seconds until the first token of a prompt of L tokens, batch 1, HTTP included

@@ -1,7 +1,7 @@
 """Activations quantised where they are made: plain rows, RMSNorm or SiLU, into FP8, NVFP4 or the BF16 values of NVFP4.
 
-One kernel with three sources and three formats. A program makes one token row ``y``, rounds it to BF16 as the kernel
-of the source alone would, holds it in registers and quantises it. So fused and unfused give the same bits; the
+One kernel with three sources and three formats, and one for plain rows to NVFP4. A program makes one token row ``y``
+(that one: two), rounds it to BF16 as the kernel of the source alone would, holds it in registers and quantises it. So fused and unfused give the same bits; the
 numbers are those of ``formats/fp8.py`` and ``formats/nvfp4.py``. Every input is read once and every output written
 once. Bytes for each element of ``y``:
 
@@ -15,7 +15,7 @@ Kept rows: ``slots`` int32 [M] and ``kept`` bfloat16 [R, K] go together. Where `
 ``y[m]`` is also written to ``kept[slots[m]]``, 2 bytes an element; no other row of ``kept`` changes. The caller fills
 the slots: they are not checked against R, and no two rows may name the same one.
 
-No program looks at another row, so a row's bits depend on nothing else. Arithmetic is FP32 without FMA contraction
+Nothing of one row enters another, so a row's bits depend on nothing else. Arithmetic is FP32 without FMA contraction
 (``enable_fp_fusion=False``), divisions are IEEE (``tl.div_rn``; Triton's ``/`` is not). Nothing synchronises,
 everything can be captured in a CUDA graph, M = 0 is fine.
 
