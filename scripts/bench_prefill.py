@@ -3,8 +3,8 @@
 
 Every arm is a real SGLang server; all of them are up at once (with a bounded KV pool) and each round takes them in
 another order, so that a slow moment of the machine hits every arm.  Before each prompt the GPU rests: an arm's
-place in the order was worth up to 5% without.  Prompts are random token ids, new for every request, so that nothing is cached.
-Medians over the rounds:
+place in the order was worth up to 5% without.  Prompts are random token ids, new for every request, so that nothing is
+cached.  Medians over the rounds:
 
     prefill  client: seconds until the first token of a prompt of L tokens, batch 1, HTTP included
     pass     server: seconds of the forward passes (chunks) of that same prompt, without HTTP and scheduling; taken by

@@ -1,9 +1,9 @@
 """Activations quantised where they are made: plain rows, RMSNorm or SiLU, into FP8, NVFP4 or the BF16 values of NVFP4.
 
 One kernel with three sources and three formats, and one for plain rows to NVFP4. A program makes one token row ``y``
-(that one: two), rounds it to BF16 as the kernel of the source alone would, holds it in registers and quantises it. So fused and unfused give the same bits; the
-numbers are those of ``formats/fp8.py`` and ``formats/nvfp4.py``. Every input is read once and every output written
-once. Bytes for each element of ``y``:
+(that one: two), rounds it to BF16 as the kernel of the source alone would, holds it in registers and quantises it. So
+fused and unfused give the same bits; the numbers are those of ``formats/fp8.py`` and ``formats/nvfp4.py``. Every input
+is read once and every output written once. Bytes for each element of ``y``:
 
     source               in         fp8    nvfp4      qdq    (outputs included)
     quantize              2           3   2.5625        4
