@@ -276,10 +276,6 @@ def _quantize_pairs(
     program = tl.program_id(0).to(tl.int64)
     row = program // 32 * 64 + program % 32
     after = row + 32
-    if row >= rows:
-        _zero_scales(scale_ptr, row, K, THREADS)
-        _zero_scales(scale_ptr, after, K, THREADS)
-        return
     here, there = row < rows, after < rows
     if slots_ptr is not None:
         slot = tl.load(slots_ptr + row, mask=here, other=-1).to(tl.int64)
