@@ -13,7 +13,8 @@ from mixquant_sglang.planner.data import Gpu, Model
 
 MOST_TOKENS = 50_000_000  # of one prefill: what a second of planning can walk through
 _WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}  # per element, block scales included
-FEW_ROWS = 64  # protected rows of a pass that have a kernel of their own, as rows.py's GRAPH_ROWS
+FEW_ROWS = 64  # protected rows of a pass that have a kernel of their own, as runtime.py's GRAPH_ROWS
+EAGER_PRODUCTS = 1 << 38  # as runtime.py's: so large a pass without protected rows leaves that kernel out
 _PARTS = ("linears", "attention", "elementwise", "quantise", "dequantise", "protected", "all_reduce", "fixed")
 _INPUT_BYTES = {"bf16": 2.0, "qdq": 2.0, "fp8": 1.0, "nvfp4": 0.5625}
 # What writes a linear's input, and the bytes per element of it that this moves beside the result itself.
@@ -109,6 +110,12 @@ class Plan:
     tail: int = 1  # tokens at the end of each prompt that ``protect`` keeps in the decode precision
 
     @property
+    def mean_products(self) -> float:
+        """Multiplications for each row of a linear that prefill quantises, on average."""
+        low = [linear for linear in self.linears if linear.prefill != "bf16"]
+        return sum(x.n * x.k * x.count for x in low) / max(1, sum(x.count for x in low))
+
+    @property
     def extra_weight_bytes(self) -> int:
         """Bytes per GPU beside the BF16 weights; below zero where they are replaced (stock-fp8)."""
         extra = 0
@@ -132,6 +139,7 @@ class Cost:
         for rows, pairs, ends in work.passes(self.gpu):
             protected = min(rows, ends * plan.tail) if plan.protect else 0
             low = rows >= plan.min_tokens and protected < rows
+            eager = not protected and rows * plan.mean_products >= EAGER_PRODUCTS
             for linear in plan.linears:
                 precision, emulated = (linear.prefill, linear.prefill_emulated) if low else ("bf16", False)
                 fused = plan.fused and precision != "bf16" and not (precision == "fp8" and emulated)
@@ -147,7 +155,7 @@ class Cost:
                 parts["elementwise"] += ms
                 flops += share * 2.0 * rows * linear.n * linear.k * linear.count
                 moved += share * bytes_ + elementwise
-                if low and plan.protect and linear.prefill != linear.decode:
+                if low and plan.protect and linear.prefill != linear.decode and not eager:
                     ms, bytes_ = self._protected(plan, linear, protected)
                     parts["protected"] += ms
                     moved += bytes_
@@ -191,6 +199,8 @@ class Cost:
         moved = linear.count * (rows * k * _INPUT_BYTES[run] + n * k * _WEIGHT_BYTES[run] + rows * n * 2.0)
         flops = linear.count * 2.0 * rows * n * k
         curve = self.rates.gemm[run]
+        if emulated and precision == "nvfp4":
+            curve = self.rates.gemm.get("qdq", curve)
         if plan.stock:
             curve = self.rates.stock_gemm.get(run, curve)
         compute = flops / (self._peak(run) * _at(curve, rows)) * 1e3
@@ -235,8 +245,8 @@ class Cost:
         return ms, moved
 
     def _protected(self, plan: Plan, linear: Linear, rows: int) -> tuple[float, float]:
-        """(milliseconds, bytes): launched in every pass, the kernel reads the weights for protected rows alone; more
-        of them than it takes are a GEMM of their own, which costs no less."""
+        """(milliseconds, bytes): launched in every pass from a graph, the kernel reads the weights for protected rows
+        alone; more of them than it takes are a GEMM of their own, which costs no less."""
         if not rows:
             return linear.count * self.rates.idle_linear_us / 1e3, 0.0
         weights = linear.count * linear.n * linear.k * _WEIGHT_BYTES[linear.decode]

@@ -31,7 +31,7 @@ Curve = tuple[tuple[int, float], ...]  # (rows M, fraction of peak), M rising; b
 class Rates:
     """Fractions of datasheet peaks (``gemm`` and ``attention``: of FLOP/s; others: of bytes/s) and microseconds."""
 
-    gemm: Mapping[str, Curve]  # precision -> curve; attention and everything emulated runs at BF16
+    gemm: Mapping[str, Curve]  # precision -> curve; attention and what is emulated run at BF16, NVFP4 at "qdq" if there
     stock_gemm: Mapping[str, Curve]  # where SGLang's own server runs another GEMM than ours
     attention: float
     copy: float  # elementwise kernels and the operands of a GEMM
@@ -76,6 +76,10 @@ H200_RATES = Rates(
         # [H200] the faster of CUTLASS and cuBLAS for each shape: 0.178, 0.583 (qkv in one GEMM) and 2.169 ms (q apart)
         # for a layer at M = 512, 2048, 8192, over 1978.9 TFLOP/s; at 16384 4.78 ms, cuBLAS for all shapes
         "fp8": ((512, 0.561), (2048, 0.685), (8192, 0.737), (16384, 0.668)),
+        # [H200] emulated NVFP4: BF16's, times what its passes took less than BF16's of the same run (2026-11-22) when
+        # all but the linears is subtracted: 1.066 at 2048 and 1.10 at 8192 rows. Operands of few significant bits draw
+        # less power, so the clock stays higher (inferred).
+        "qdq": ((512, 0.708), (2048, 0.793), (8192, 0.756), (16384, 0.767)),
     },
     # [H200] sgl_kernel.fp8_scaled_mm (CUTLASS): 0.169, 0.587, 2.373, 5.15 ms
     stock_gemm={"fp8": ((512, 0.591), (2048, 0.680), (8192, 0.673), (16384, 0.620))},

@@ -8,9 +8,9 @@ attention 4 * heads * head_dim FLOPs for each (query, visible key), cached prefi
 quantisers what their bytes take; ``lm_head`` runs for the last row of a prompt. Low precision quantises within the
 norms and SiLU (in "elementwise"; "quantise" is what remains by itself), FP8 spares SGLang's copy of q, and the last
 layer computes o_proj and the MLP for the rows that are read; ``prefill: {fuse: false}`` turns these off. A pass in
-which prompts end reads the weights of the decode precision once more for its protected rows; others, such as middle
-chunks, pay for the launches. A decode step reads weights and KV and has an overhead by layer. The fractions and where
-they come from: ``data.py``.
+which prompts end reads the weights of the decode precision once more for its protected rows; small ones in which none
+does pay for the launches. A decode step reads weights and KV and has an overhead by layer. The fractions and where they
+come from: ``data.py``.
 
 Refused: arguments out of range, and what ``data.py`` refuses. Not modelled: passes that mix prefill and decode
 rows, that passes with more than 64 protected rows run without a graph, rates by linear rather than by layer, which

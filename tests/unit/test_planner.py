@@ -89,6 +89,21 @@ SECOND_PASSES = {
     "fp8-unprotected": (8.32, 28.20, 133.77, 336.99, 942.55),
     "stock-fp8": (8.82, 30.73, 151.54, 376.42, 1019.54),
 }
+# A run of 2026-11-22 (8 rounds), of which no constant knows: as the client sees it, and the passes; and emulated NVFP4
+# that day, from which the rate of its GEMMs over BF16's was taken.
+LATER_SERVERS = {
+    "bf16": (17.96, 48.81, 210.34, 485.28, 1247.12),
+    "fp8": (18.19, 35.19, 133.39, 327.31, 911.33),
+    "fp8-unprotected": (13.97, 31.26, 130.36, 325.69, 908.63),
+    "stock-fp8": (14.45, 33.76, 148.94, 364.42, 1000.38),
+}
+LATER_PASSES = {
+    "bf16": (12.52, 42.79, 202.91, 476.63, 1236.12),
+    "fp8": (12.44, 29.22, 125.98, 318.50, 900.28),
+    "fp8-unprotected": (8.56, 25.33, 123.10, 317.34, 896.80),
+    "stock-fp8": (9.19, 28.03, 141.55, 355.83, 990.00),
+}
+LATER_EMULATED = {"nvfp4": (56.83, 206.68)}
 DECODE_STEPS = {"bf16": (5.05, 5.51, 6.95), "fp8": (5.02, 5.51, 6.95), "fp8-unprotected": (5.05, 5.47, 6.94)}
 DECODE_STEPS["stock-fp8"] = (3.71, 4.00, 5.71)
 # An earlier run, emulated and before anything was fused: client, one pass each.
@@ -98,15 +113,23 @@ BENCH_PREFILL = {"bf16": (45.5, 211.5, 1268.7), "stock-fp8": (29.6, 149.5, 1016.
 BENCH_DECODE = {"bf16": (6.41, 6.65, 7.60), "stock-fp8": (4.56, 5.02, 6.01)}
 
 
-@pytest.mark.parametrize(("recipe", "length", "ms"), table(SERVERS, LENGTHS))
+PASSES_OF_RUNS = [row for run in (PASSES, SECOND_PASSES, LATER_PASSES) for row in table(run, LENGTHS)]
+
+
+@pytest.mark.parametrize(("recipe", "length", "ms"), table(SERVERS, LENGTHS) + table(LATER_SERVERS, LENGTHS))
 def test_prefill_of_our_h200_servers(recipe: str, length: int, ms: float) -> None:
     close(f"{recipe}, {length} tokens", arm(recipe, length).prefill_ms, ms, 0.10)
 
 
-@pytest.mark.parametrize(("recipe", "length", "ms"), table(PASSES, LENGTHS) + table(SECOND_PASSES, LENGTHS))
+@pytest.mark.parametrize(("recipe", "length", "ms"), PASSES_OF_RUNS)
 def test_passes_of_our_h200_servers(recipe: str, length: int, ms: float) -> None:
     predicted = arm(recipe, length)
     close(f"{recipe}, {length} tokens, passes", predicted.prefill_ms - predicted.prefill_parts["host"], ms, 0.10)
+
+
+@pytest.mark.parametrize(("recipe", "length", "ms"), table(LATER_EMULATED, (2048, 8192)))
+def test_prefill_emulated(recipe: str, length: int, ms: float) -> None:
+    close(f"{recipe} emulated, {length} tokens", arm(recipe, length).prefill_ms, ms, 0.10)
 
 
 @pytest.mark.parametrize(("length", "ms"), EMULATED)
@@ -136,8 +159,9 @@ def test_decode_of_bench_one_batch(recipe: str, length: int, ms: float) -> None:
 def test_protected_rows_cost_one_read_of_the_weights_where_a_prompt_ends() -> None:
     one = predict("fp8", 8192).prefill_parts["protected"]
     close("protected rows", one, 3.77, 0.02)  # measured: 12.21 - 8.44 and 30.49 - 26.72 ms
-    idle = predict("fp8", 32768).prefill_parts["protected"] - one
-    close("three middle chunks", idle, 3 * 0.2, 0.05)
+    idle = predict("fp8", 32768, chunk=4096).prefill_parts["protected"] - one
+    close("seven middle chunks", idle, 7 * 0.2, 0.05)
+    assert predict("fp8", 32768).prefill_parts["protected"] == one  # middle chunks of 8192 rows run without a graph
     assert predict("fp8", 2048, batch=16).prefill_parts["protected"] == pytest.approx(4 * one)  # 4 prompts in each
     assert predict("fp8", 512, batch=16).prefill_parts["protected"] == pytest.approx(one)
     close("17 prompts", predict("fp8", 256, batch=17).prefill_parts["protected"], 5.5, 0.02)
@@ -308,12 +332,12 @@ def test_nvfp4_is_native_from_blackwell_on(gpu: planner_data.Gpu) -> None:
     one = predict("nvfp4", 8192, gpu)
     native = gpu.capability >= (10, 0)
     assert ("nvfp4 (native)" in one.describe) == native
-    assert (one.prefill_speedup > 1) == native
+    assert one.prefill_speedup > 1.3 if native else 0.9 < one.prefill_speedup < 1.1  # emulated on an H200: 1.03
     assert (one.prefill_parts["dequantise"] > 0) != native
     auto = planner.make_plan("auto", QWEN, gpu)
     same = planner.make_plan("nvfp4-fp8" if native else "fp8", QWEN, gpu)
     assert (auto.linears, auto.describe) == (same.linears, same.describe)
-    assert predict("nvfp4-emulated", 8192, gpu).prefill_speedup < 1
+    assert predict("nvfp4-emulated", 8192, gpu).prefill_speedup < (1 if native else 1.1)
     assert predict("nvfp4-everywhere", 8192, gpu).prefill_parts["protected"] == 0
 
 
