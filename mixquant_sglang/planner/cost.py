@@ -136,10 +136,11 @@ class Cost:
     def prefill(self, plan: Plan, work: Workload) -> tuple[dict[str, float], float, float]:
         parts = dict.fromkeys(_PARTS, 0.0)
         flops = moved = 0.0
+        products = plan.mean_products
         for rows, pairs, ends in work.passes(self.gpu):
             protected = min(rows, ends * plan.tail) if plan.protect else 0
             low = rows >= plan.min_tokens and protected < rows
-            eager = not protected and rows * plan.mean_products >= EAGER_PRODUCTS
+            eager = not protected and rows * products >= EAGER_PRODUCTS
             for linear in plan.linears:
                 precision, emulated = (linear.prefill, linear.prefill_emulated) if low else ("bf16", False)
                 fused = plan.fused and precision != "bf16" and not (precision == "fp8" and emulated)

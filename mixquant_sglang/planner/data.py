@@ -78,7 +78,7 @@ H200_RATES = Rates(
         "fp8": ((512, 0.561), (2048, 0.685), (8192, 0.737), (16384, 0.668)),
         # [H200] emulated NVFP4: BF16's, times what its passes took less than BF16's of the same run (2026-11-22) when
         # all but the linears is subtracted: 1.066 at 2048 and 1.10 at 8192 rows. Operands of few significant bits draw
-        # less power, so the clock stays higher (inferred).
+        # less power, so the clock stays higher (inferred). [assumed] 512 as BF16, 16384 as 8192.
         "qdq": ((512, 0.708), (2048, 0.793), (8192, 0.756), (16384, 0.767)),
     },
     # [H200] sgl_kernel.fp8_scaled_mm (CUTLASS): 0.169, 0.587, 2.373, 5.15 ms
