@@ -78,17 +78,18 @@ def _doctor(only: str | None) -> int:
     healthy = registered and not blocked
 
     from mixquant_sglang import compat
+    from mixquant_sglang.hooks import table
 
     if compat.sglang_version() not in compat.TESTED:
         print(f"                   this SGLang is untested; tested: {', '.join(compat.TESTED)}")
     missing = 0
-    for hook in compat.HOOKS:
+    for hook in table.HOOKS:
         try:
-            compat.target_of(hook)
+            table.target_of(hook)
         except MixQuantError as error:
             missing += 1
             print(f"hook {hook.handler}: {error}")
-    print(f"hooks              {len(compat.HOOKS) - missing} of {len(compat.HOOKS)} targets exist")
+    print(f"hooks              {len(table.HOOKS) - missing} of {len(table.HOOKS)} targets exist")
     healthy = healthy and not missing
 
     from mixquant_sglang.kernels import select

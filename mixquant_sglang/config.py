@@ -17,6 +17,7 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
 from mixquant_sglang import __version__, compat, fusion, recipe, runtime
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.hooks import table
 from mixquant_sglang.kernels import fp4_tactics, gemm, select
 from mixquant_sglang.kernels.verify import verify
 from mixquant_sglang.matching import RuleMatcher
@@ -55,7 +56,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         self._not_ready: set[str] = set()
         self._pruned: torch.nn.Module | None = None
         with refusing():
-            compat.check_hooks_took_effect()
+            table.check_hooks_took_effect()
             self._recipe = recipe.load(recipe.requested())
             selection = select(self._recipe, compat.device())
             if self._recipe.min_tokens > 1 and selection.decode != "bf16":

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import sys
 
-from mixquant_sglang import compat, hooks
+from mixquant_sglang import compat
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.hooks import launcher, table
 from mixquant_sglang.refusals import refusing
 
 logger = logging.getLogger(__name__)
@@ -23,11 +24,11 @@ def register() -> None:
     if compat.is_scheduler_process():
         with refusing():
             compat.allow_cpu()
-            compat.register_hooks(compat.hooks_of("asked", "scheduler"))
-            hooks.register_config()
+            table.register_hooks(table.hooks_of("asked", "scheduler"))
+            launcher.register_config()
         return
     try:
-        compat.register_hooks(compat.hooks_of("launcher"))
+        table.register_hooks(table.hooks_of("launcher"))
     except MixQuantError as error:
         if any(compat.NAME in argument for argument in sys.argv[1:]):
             raise SystemExit(f"mixquant: {error}") from None

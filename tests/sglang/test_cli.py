@@ -3,14 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixquant_sglang import compat, recipe
+from mixquant_sglang import recipe
 from mixquant_sglang.cli import main
+from mixquant_sglang.hooks import table
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert f"hooks              {len(compat.HOOKS)} of {len(compat.HOOKS)} targets exist" in out
+    assert f"hooks              {len(table.HOOKS)} of {len(table.HOOKS)} targets exist" in out
     assert "plugin             found by SGLang\n" in out and out.endswith(
         "=> --quantization mixquant will start here\n"
     )

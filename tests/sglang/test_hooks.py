@@ -9,31 +9,32 @@ from typing import Any, ClassVar
 
 import pytest
 
-from mixquant_sglang import compat, hooks, recipe, refusals
+from mixquant_sglang import compat, recipe, refusals
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.hooks import forward, launcher, requests, table
 
 LEDGER = Path(__file__).resolve().parents[2] / "patches" / "README.md"
 
 
 def test_every_target_exists_here() -> None:
-    for hook in compat.HOOKS:
-        assert compat.target_of(hook) in hook.targets
+    for hook in table.HOOKS:
+        assert table.target_of(hook) in hook.targets
 
 
 def test_ledger_and_code_name_the_same_hooks() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| [^|]* \| ([^|]*) \|", LEDGER.read_text(), re.MULTILINE)
     listed = {handler: (kind, tuple(re.findall(r"`([\w.]+)`", targets))) for handler, kind, targets in rows}
-    assert listed == {hook.handler: (hook.kind, hook.targets) for hook in compat.HOOKS}
+    assert listed == {hook.handler: (hook.kind, hook.targets) for hook in table.HOOKS}
 
 
 def test_every_handler_exists_and_nothing_else_is_one() -> None:
-    for hook in compat.HOOKS:
-        assert callable(getattr(hooks, hook.handler))
-    assert len({hook.handler for hook in compat.HOOKS}) == len(compat.HOOKS)
+    for hook in table.HOOKS:
+        assert callable(table.handler_of(hook))
+    assert len({hook.handler for hook in table.HOOKS}) == len(table.HOOKS)
 
 
-@pytest.mark.parametrize("hook", compat.HOOKS, ids=lambda hook: hook.handler)
-def test_a_missing_target_is_named_with_its_purpose(hook: compat.Hook, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hook", table.HOOKS, ids=lambda hook: hook.handler)
+def test_a_missing_target_is_named_with_its_purpose(hook: table.Hook, monkeypatch: pytest.MonkeyPatch) -> None:
     import pkgutil
 
     resolve = pkgutil.resolve_name
@@ -47,7 +48,7 @@ def test_a_missing_target_is_named_with_its_purpose(hook: compat.Hook, monkeypat
     else:
         monkeypatch.setattr(pkgutil, "resolve_name", without)
     with pytest.raises(MixQuantError) as error:
-        compat.target_of(hook)
+        table.target_of(hook)
     assert all(target in str(error.value) for target in hook.targets) and hook.why in str(error.value)
     assert compat.sglang_version() in str(error.value) and "pip install" in str(error.value)
 
@@ -61,15 +62,15 @@ def test_a_hook_that_did_not_take_effect_is_found(monkeypatch: pytest.MonkeyPatc
 
     def other(result: Any, *args: Any) -> None: ...
 
-    hook = compat.Hook("plan_batch", "after", "scheduler", ("here.made",), "is a test")
-    monkeypatch.setattr(compat, "target_of", lambda hook: "here.made")
-    monkeypatch.setattr(compat.pkgutil, "resolve_name", lambda name: Target.made)
-    assert not compat.took_effect(hook)
-    wrapped = _wrap_fn(Target.__dict__["made"].__func__, hooks.plan_batch, HookType.AFTER)
+    hook = table.Hook("plan_batch", "after", "scheduler", ("here.made",), "is a test")
+    monkeypatch.setattr(table, "target_of", lambda hook: "here.made")
+    monkeypatch.setattr(table.pkgutil, "resolve_name", lambda name: Target.made)
+    assert not table.took_effect(hook)
+    wrapped = _wrap_fn(Target.__dict__["made"].__func__, forward.plan_batch, HookType.AFTER)
     Target.made = classmethod(_wrap_fn(wrapped, other, HookType.AFTER))  # somebody else's hook on top of ours
-    assert compat.took_effect(hook)
+    assert table.took_effect(hook)
     Target.made = classmethod(_wrap_fn(Target.__dict__["made"].__func__.__wrapped__, other, HookType.AFTER))
-    assert compat.took_effect(hook)
+    assert table.took_effect(hook)
 
 
 def test_config_refuses_where_the_hooks_are_missing() -> None:
@@ -96,11 +97,11 @@ def test_a_recipe_without_bf16_decode_has_no_bf16_policy(monkeypatch: pytest.Mon
     class Params:
         custom_params: ClassVar = {"mixquant": {"prefill": "bf16"}}
 
-    monkeypatch.setattr(hooks, "_recipe", recipe.load("nvfp4"))
-    hooks.check_request(None, Params())
-    monkeypatch.setattr(hooks, "_recipe", recipe.load("nvfp4-everywhere"))
+    monkeypatch.setattr(launcher, "_recipe", recipe.load("nvfp4"))
+    requests.check_request(None, Params())
+    monkeypatch.setattr(launcher, "_recipe", recipe.load("nvfp4-everywhere"))
     with pytest.raises(ValueError, match="nvfp4-everywhere has decode nvfp4"):
-        hooks.check_request(None, Params())
+        requests.check_request(None, Params())
 
 
 def test_arguments_that_are_already_resolved_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,5 +112,5 @@ def test_arguments_that_are_already_resolved_are_left_alone(monkeypatch: pytest.
 
     calls = []
     monkeypatch.setenv(compat.ACTIVE_ENV, "1")
-    hooks.resolve_server_args(calls.append, Args())
+    launcher.resolve_server_args(calls.append, Args())
     assert len(calls) == 1 and os.environ[compat.ACTIVE_ENV] == "1"

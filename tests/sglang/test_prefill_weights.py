@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from mixquant_sglang import compat, phase, recipe, runtime
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
+from mixquant_sglang.hooks import table
 from mixquant_sglang.kernels import Device
 from mixquant_sglang.phase import DECODE_PASS, Pass, Phase
 from tests.support import nvfp4_checkpoints as tiny
@@ -26,7 +27,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(compat, "check_hooks_took_effect", lambda *_: None)
+    monkeypatch.setattr(table, "check_hooks_took_effect", lambda *_: None)
     monkeypatch.setattr(compat, "device", lambda: Device("this CPU", None))
     monkeypatch.setattr(runtime, "_runtime", None)
     yield
@@ -248,24 +249,24 @@ def test_they_need_nvfp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_another_model_is_refused_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixquant_sglang import hooks
     from mixquant_sglang.errors import MixQuantError
+    from mixquant_sglang.hooks import launcher
 
     folder = save(tmp_path / "ready", *tiny.compressed_tensors(bf16_tensors()))
     file = tmp_path / "mine.yaml"
     file.write_text(f"version: 1\nprefill: {{precision: nvfp4, weights: {folder}}}")
-    monkeypatch.setattr(hooks, "_recipe", recipe.load(str(file)))
-    monkeypatch.setattr(hooks, "_command_line", False)
+    monkeypatch.setattr(launcher, "_recipe", recipe.load(str(file)))
+    monkeypatch.setattr(launcher, "_command_line", False)
     for size in (HIDDEN, 128):
         config = SimpleNamespace(**{**CONFIG, "hidden_size": size}, dtype=torch.bfloat16)
         asked = SimpleNamespace(
             quantization="mixquant", hf_config=config, hf_text_config=config, dtype=torch.bfloat16, model_path="m"
         )
         if size == HIDDEN:
-            hooks.check_checkpoint(asked)
+            launcher.check_checkpoint(asked)
             continue
         with pytest.raises(MixQuantError, match="hidden_size is 64, but 128 in the BF16 checkpoint"):
-            hooks.check_checkpoint(asked)
+            launcher.check_checkpoint(asked)
 
 
 def test_native_is_verified_at_load(

@@ -1,0 +1,52 @@
+"""Prefill CUDA graphs: what they are captured with, which passes may replay them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mixquant_sglang import phase, runtime
+from mixquant_sglang.hooks.forward import plan_of
+from mixquant_sglang.hooks.table import handler
+from mixquant_sglang.runtime import PassPlan
+
+
+def _plan(forward_batch: Any) -> PassPlan:
+    plan = plan_of(forward_batch)
+    assert plan is not None, "a prefill graph was asked for a batch without the facts of its requests"
+    return plan
+
+
+@handler
+def capture_prefill(
+    original: Callable[..., Any], runner: Any, forward_batch: Any, num_tokens: int, *args: Any, **kwargs: Any
+) -> Any:
+    run = runtime.current()
+    if run is None:
+        return original(runner, forward_batch, num_tokens, *args, **kwargs)
+    backend = str(getattr(runner.prefill_backend_name, "value", runner.prefill_backend_name))
+    if run.split and backend != "breakable":
+        raise SystemExit(
+            f"mixquant: the prefill CUDA graph backend is {backend}; row protection is tested with breakable graphs "
+            "and without: pass --cuda-graph-backend-prefill breakable (or disabled)"
+        )
+    device = torch.device(runner.model_runner.device)
+    with phase.scope(run.captured_pass(num_tokens, runner.max_num_tokens, device)):
+        return original(runner, forward_batch, num_tokens, *args, **kwargs)
+
+
+@handler
+def can_replay_prefill(original: Callable[..., bool], runner: Any, forward_batch: Any) -> bool:
+    if not original(runner, forward_batch):
+        return False
+    run = runtime.current()
+    return run is None or run.can_replay(_plan(forward_batch))
+
+
+@handler
+def load_prefill_rows(_runner: Any, forward_batch: Any, **_kwargs: Any) -> None:
+    run = runtime.current()
+    if run is not None:
+        run.load_graph(_plan(forward_batch))

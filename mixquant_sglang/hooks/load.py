@@ -1,0 +1,24 @@
+"""Once the model is loaded, and once it has an attention back end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixquant_sglang import runtime
+from mixquant_sglang.hooks.observe import publish_metrics
+from mixquant_sglang.hooks.table import handler
+
+
+@handler
+def finish_load(_result: None, model_runner: Any) -> None:
+    run = runtime.current()
+    if run is not None and run.finish_load is not None:
+        run.finish_load(model_runner)
+        publish_metrics()
+
+
+@handler
+def finish_attention(_result: None, model_runner: Any) -> None:
+    run = runtime.current()
+    if run is not None and run.finish_attention is not None:
+        run.finish_attention(model_runner)
