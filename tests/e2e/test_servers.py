@@ -30,10 +30,10 @@ def ids(rng: random.Random, n: int) -> list[int]:
 
 
 def conversation(server: Server, seed: int, **more: Any) -> list[dict[str, Any]]:
-    """Four turns that grow one prompt, greedy, with the logprobs of every generated token."""
+    """Five turns that grow one prompt, greedy, with the logprobs of every generated token."""
     rng = random.Random(seed)
     prompt, turns = ids(rng, 300), []
-    for length in (200, 7, 130, 0):
+    for length in (200, 7, 130, 61, 0):
         answer = server.generate(prompt, 24, return_logprob=True, **more)
         turns.append(answer)
         prompt = [*prompt, *answer["output_ids"], *ids(rng, length)]
