@@ -1,0 +1,35 @@
+"""``scripts/drift.py`` reads SGLang's source as Python would import it."""
+
+from __future__ import annotations
+
+from importlib.metadata import files
+from pathlib import Path
+
+import pytest
+
+from mixquant_sglang.hooks import table
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def test_what_is_there_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import drift
+
+    init = next(file for file in files("sglang") or [] if str(file) == "sglang/__init__.py")
+    site = Path(str(init.locate())).parents[1]
+    here = [target for hook in table.HOOKS for target in hook.targets if drift.exists(site, target)]
+    assert here == [target for hook in table.HOOKS for target in hook.targets if _imports(target)]
+    assert len(here) >= len([hook for hook in table.HOOKS if not getattr(hook, "optional", "")])
+    for gone in ("sglang.srt.server_args.ServerArgs.nope", "sglang.srt.nope.X.y", "sglang.srt.server_args.nope"):
+        assert not drift.exists(site, gone)
+
+
+def _imports(target: str) -> bool:
+    import pkgutil
+
+    owner, _, name = target.rpartition(".")
+    try:
+        return hasattr(pkgutil.resolve_name(owner), name)
+    except (ImportError, AttributeError):
+        return False
