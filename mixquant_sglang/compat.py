@@ -36,6 +36,23 @@ def is_scheduler_process() -> bool:
     return os.environ.get(ACTIVE_ENV) == "1" and "sglang.srt.managers.scheduler" in sys.modules
 
 
+def resolved(server_args: Any) -> Any:
+    """``server_args`` with what SGLang made of them so far.
+
+    0.5.23 never writes its decisions to the record; 0.5.17 writes those of some fields at the end
+    (``materialize_declarations``), from when on the record alone is right.
+    """
+    if getattr(server_args, "_declarations_materialized", False):
+        return server_args
+    for module in ("sglang.srt.arg_groups.model_override_base", "sglang.srt.arg_groups.overrides"):
+        try:
+            view: Callable[[Any], Any] = pkgutil.resolve_name(f"{module}.resolved_view")
+        except (ImportError, AttributeError):
+            continue
+        return view(server_args)
+    return server_args
+
+
 # -- facts of requests and batches -------------------------------------------------------------------------------------
 
 
@@ -93,6 +110,23 @@ def tensor_parallel(layer: Any) -> tuple[int, int]:
         return int(layer.tp_rank), int(layer.tp_size)
     group = getattr(layer, "tp_group", None)
     return (0, 1) if group is None else (int(group.rank_in_group), int(group.world_size))
+
+
+def rank_group() -> Any | None:
+    """The CPU process group of all ranks that run this model together; None where there is none."""
+    from sglang.srt.distributed import parallel_state
+
+    world = getattr(parallel_state, "_WORLD", None)
+    return None if world is None else world.cpu_group
+
+
+def dumps_modules() -> bool:
+    """Whether SGLang's dumper (``DUMPER_ENABLE``) looks at what modules return."""
+    try:
+        dumper = pkgutil.resolve_name("sglang.srt.debug_utils.dumper.dumper")
+    except (ImportError, AttributeError):
+        return False
+    return bool(getattr(dumper, "may_enable", False))
 
 
 # -- attention of some rows --------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
-from mixquant_sglang import __version__, compat, fusion, recipe, runtime
+from mixquant_sglang import __version__, compat, fusion, recipe, refusals, runtime
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.fingerprint import fingerprint
 from mixquant_sglang.hooks import table
 from mixquant_sglang.kernels import fp4_tactics, gemm, select
 from mixquant_sglang.kernels.verify import verify
@@ -24,6 +25,7 @@ from mixquant_sglang.matching import RuleMatcher
 from mixquant_sglang.method import MixQuantLinearMethod
 from mixquant_sglang.phase import Phase
 from mixquant_sglang.prefill_weights.weights import PrefillWeights
+from mixquant_sglang.ranks import check_same
 from mixquant_sglang.refusals import refusing
 from mixquant_sglang.runtime import Runtime
 
@@ -142,6 +144,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         device = torch.device(model_runner.device)
         run = self._runtime
         with refusing():
+            words = f"mixquant {__version__}, recipe {self._recipe.name} -> {run.selection.describe()}"
+            check_same(fingerprint(self._recipe, run.selection), words, compat.rank_group())
             if self._matcher is not None:
                 self._matcher.check_all_matched(self._names)
                 for rule in self._matcher.unmatched():
@@ -213,7 +217,10 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 count,
                 worst,
             )
-        if self._recipe.fuse:
+        watching = refusals.watching(model_runner.server_args)
+        if self._recipe.fuse and watching:
+            logger.info("mixquant: nothing fused and no row left out, so that %s sees all", " and ".join(watching))
+        elif self._recipe.fuse:
             self._fuse(model_runner)
         fp8 = {shape for m in packed if m.runs("fp8", "native") for shape in m.gemm_shapes}
         if fp8:

@@ -1,12 +1,18 @@
-"""What mixquant refuses of SGLang's flags, and how a refusal ends a process: one line that says why."""
+"""What mixquant refuses of SGLang's flags, and how a refusal ends a process: one line that says why.
+
+Asked of the resolved arguments, since a flag may set others (``--rl-on-policy-target`` turns deterministic inference
+on) and a model its own.  ``docs/support.md`` has the same list, and what was looked at and let through.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from mixquant_sglang import compat
 from mixquant_sglang.errors import MixQuantError
 
 
@@ -20,59 +26,288 @@ def refusing() -> Iterator[None]:
         raise SystemExit(f"mixquant: {error}") from None
 
 
-# Field of ServerArgs, how much of it is refused, and why.  What is not here was seen working or does not touch us.
-_REFUSED: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
-    (
+@dataclass(frozen=True)
+class Refusal:
+    """``field`` of ``ServerArgs`` (dots go on into what it holds), how much of it is refused, why, and the way out.
+
+    ``devices``: of which ``--device`` alone this is asked; empty for all."""
+
+    field: str
+    flag: str
+    refused: Callable[[Any], bool]
+    why: str
+    instead: str
+    devices: tuple[str, ...] = ()
+
+
+def _set(value: Any) -> bool:
+    return value not in (None, "", "none", "null", "off", False, 0)
+
+
+def _several(value: Any) -> bool:
+    return bool(value > 1)
+
+
+def _whole_graph(value: Any) -> bool:
+    return value in ("full", "tc_piecewise")
+
+
+_REPLICAS = "start one server per replica behind SGLang's router"
+_TP = "use --tp-size"
+_LEAVE_OUT = "leave it out"
+_CP = "context parallelism splits and reorders the rows of a pass"
+_RANKS = "the linears of some layers get other rows than those of the pass"
+_BREAKABLE = "use 'breakable' (SGLang's default on CUDA) or 'disabled'"
+_GRAPHS = "row protection is tested with breakable prefill graphs and without"
+_CHECKPOINT = "serve the plain BF16 checkpoint"
+
+# Those whose loader fills the weights first and then calls process_weights_after_loading (model_loader/loader.py):
+# sharded_state, presharded and remote call it before, layered, remote_instance and ipc_cache never.
+LOAD_FORMATS = (
+    "auto", "safetensors", "pt", "npcache", "dummy", "mistral", "fastsafetensors", "instanttensor", "runai_streamer",
+)  # fmt: skip
+
+# What is not here was seen working or does not touch us: docs/support.md.
+REFUSALS: tuple[Refusal, ...] = (
+    # processes
+    Refusal(
         "tokenizer_worker_num",
         "--tokenizer-worker-num > 1",
-        lambda v: v > 1,
+        _several,
         "SGLang does not load plugins in its tokenizer workers",
+        "use one",
     ),
-    (
+    Refusal("use_ray", "--use-ray", _set, "SGLang does not load plugins in Ray actors", _LEAVE_OUT),
+    Refusal(
+        "device",
+        "--device other than cuda and cpu",
+        lambda v: _set(v) and str(v).partition(":")[0] not in ("cuda", "cpu"),
+        "nothing here has run on it",
+        "use an NVIDIA GPU or the CPU",
+    ),
+    # the rows of a pass
+    Refusal(
         "enable_dp_attention",
         "--enable-dp-attention",
-        bool,
+        _set,
         "it turns decode passes into prefill passes and mixes the rows of several ranks",
+        _TP,
     ),
-    ("attn_dp_size", "--attn-dp-size > 1", lambda v: v > 1, "it mixes the rows of several ranks"),
-    ("dp_size", "--dp-size > 1", lambda v: v > 1, "it has not been tested; start one server per replica"),
-    ("pp_size", "--pp-size > 1", lambda v: v > 1, "pipeline parallelism has not been tested"),
-    ("attn_cp_size", "--attn-cp-size > 1", lambda v: v > 1, "context parallelism reorders token rows"),
-    ("enable_prefill_cp", "--enable-prefill-cp", bool, "context parallelism reorders token rows"),
-    ("enable_two_batch_overlap", "--enable-two-batch-overlap", bool, "it splits the rows of a pass"),
-    ("enable_pdmux", "--enable-pdmux", bool, "it has not been tested"),
-    ("speculative_algorithm", "--speculative-algorithm", bool, "speculative decoding has not been tested"),
-    ("dllm_algorithm", "--dllm-algorithm", bool, "diffusion language models have no prefill to speak of"),
-    (
+    Refusal("attn_dp_size", "--attn-dp-size > 1", _several, "it mixes the rows of several ranks", _TP),
+    Refusal("dp_size", "--dp-size > 1", _several, "it has not been tested", _REPLICAS),
+    Refusal("pp_size", "--pp-size > 1", _several, "pipeline parallelism has not been tested", _TP),
+    Refusal("attn_cp_size", "--attn-cp-size > 1", _several, _CP, _TP),
+    Refusal("enable_prefill_cp", "--enable-prefill-cp", _set, _CP, _TP),
+    Refusal("enable_prefill_context_parallel", "--enable-prefill-context-parallel", _set, _CP, _TP),
+    Refusal("enable_dsa_prefill_context_parallel", "--enable-dsa-prefill-context-parallel", _set, _CP, _TP),
+    Refusal("enable_cp_tp_group_sharing", "prefill context parallelism in the TP group", _set, _CP, _TP),
+    Refusal(
+        "dcp_size",
+        "--dcp-size > 1",
+        _several,
+        "the last layer's attention over some rows has not been tested with decode context parallelism",
+        _TP,
+    ),
+    Refusal(
+        "enable_layernorm_sp",
+        "--enable-layernorm-sp",
+        _set,
+        "it splits the rows of a pass over ranks, and multiplies linears itself, in BF16 and past our counters",
+        _LEAVE_OUT,
+    ),
+    Refusal(
+        "enable_attn_tp_input_scattered",
+        "--enable-attn-tp-input-scattered",
+        _set,
+        "it splits the rows of a pass over ranks",
+        _LEAVE_OUT,
+    ),
+    Refusal("moe_dense_tp_size", "--moe-dense-tp-size", _set, _RANKS, _LEAVE_OUT),
+    Refusal("moe_dp_size", "--moe-dp-size > 1", _several, _RANKS, _LEAVE_OUT),
+    Refusal("moe_a2a_backend", "--moe-a2a-backend", _set, _RANKS, "use --ep-size without it"),
+    Refusal("dwdp_size", "--dwdp-size > 1", _several, "it has not been tested", _LEAVE_OUT),
+    Refusal("enable_two_batch_overlap", "--enable-two-batch-overlap", _set, "it splits the rows of a pass", _LEAVE_OUT),
+    Refusal("enable_single_batch_overlap", "--enable-single-batch-overlap", _set, "it has not been tested", _LEAVE_OUT),
+    Refusal("enable_pdmux", "--enable-pdmux", _set, "it has not been tested", _LEAVE_OUT),
+    Refusal(
+        "enable_decoder_swa_bounded_replay",
+        "--enable-decoder-swa-bounded-replay",
+        _set,
+        "it leaves rows out of prefill, which has not been tested with row protection",
+        "pass --no-enable-decoder-swa-bounded-replay",
+    ),
+    Refusal(
+        "enable_encoder_swa_bounded_replay",
+        "--enable-encoder-swa-bounded-replay",
+        _set,
+        "it prefills cached rows again, which has not been tested with row protection",
+        _LEAVE_OUT,
+    ),
+    # what a pass is for
+    Refusal(
+        "enable_return_aux_hidden_states",
+        "--enable-return-aux-hidden-states",
+        _set,
+        "prompt rows are those of low-precision prefill, which a draft should not be trained on unasked",
+        "serve the model without the plugin for it",
+    ),
+    Refusal(
+        "speculative_algorithm",
+        "--speculative-algorithm",
+        _set,
+        "speculative decoding has not been tested",
+        _LEAVE_OUT,
+    ),
+    Refusal(
+        "decoupled_spec_role",
+        "--decoupled-spec-role",
+        _set,
+        "speculative decoding has not been tested",
+        _LEAVE_OUT,
+    ),
+    Refusal(
+        "dllm_algorithm",
+        "--dllm-algorithm",
+        _set,
+        "diffusion language models have no prefill to speak of",
+        "serve them without the plugin",
+    ),
+    Refusal(
         "disaggregation_mode",
         "--disaggregation-mode",
-        lambda v: v not in (None, "null"),
-        "one server does both phases here; prefill/decode disaggregation has not been tested",
+        _set,
+        "prefill/decode disaggregation has not been tested",
+        "leave it out: one server does both phases here",
     ),
-    ("enable_lora", "--enable-lora", bool, "LoRA has not been tested"),
-    ("lora_paths", "--lora-paths", bool, "LoRA has not been tested"),
-    ("cpu_offload_gb", "--cpu-offload-gb", bool, "packed weights would stay on the GPU"),
-    ("offload_group_size", "--offload-group-size", lambda v: v is not None and v > 0, "it has not been tested"),
-    (
+    Refusal("encoder_only", "--encoder-only", _set, "an encoder has no prefill", "serve it without the plugin"),
+    Refusal(
         "enable_deterministic_inference",
         "--enable-deterministic-inference",
-        bool,
+        _set,
         "the low-precision GEMMs sum in an order that depends on the number of rows",
+        "leave it out, and --rl-on-policy-target, which turns it on",
     ),
-    ("use_ray", "--use-ray", bool, "SGLang does not load plugins in Ray actors"),
-    ("encoder_only", "--encoder-only", bool, "an encoder has no prefill"),
-    (
-        "cuda_graph_backend_prefill",
-        "--cuda-graph-backend-prefill full or tc_piecewise",
-        lambda v: v in ("full", "tc_piecewise"),
-        "row protection is tested with breakable prefill graphs and without; use 'breakable' or 'disabled'",
+    Refusal(
+        "enable_nvidia_megakernel",
+        "--enable-nvidia-megakernel",
+        _set,
+        "it replaces the model's forward pass, which has not been tested",
+        _LEAVE_OUT,
     ),
+    Refusal(
+        "enable_amd_monokernel",
+        "--enable-amd-monokernel",
+        _set,
+        "it replaces the model's forward pass, which has not been tested",
+        _LEAVE_OUT,
+    ),
+    Refusal("cuda_graph_backend_prefill", "--cuda-graph-backend-prefill full", _whole_graph, _GRAPHS, _BREAKABLE),
+    Refusal(
+        "cuda_graph_config.prefill.backend",
+        "a prefill CUDA graph backend full or tc_piecewise (--cuda-graph-config, or the model's default)",
+        _whole_graph,
+        _GRAPHS,
+        "pass --cuda-graph-backend-prefill breakable or --disable-prefill-cuda-graph",
+        ("cuda",),
+    ),
+    # weights
+    Refusal("enable_lora", "--enable-lora", _set, "LoRA has not been tested", "merge the adapter into the checkpoint"),
+    Refusal("lora_paths", "--lora-paths", _set, "LoRA has not been tested", "merge the adapter into the checkpoint"),
+    Refusal("cpu_offload_gb", "--cpu-offload-gb", _set, "packed weights would stay on the GPU", _LEAVE_OUT),
+    Refusal(
+        "offload_group_size",
+        "--offload-group-size",
+        lambda v: v is not None and v > 0,
+        "it has not been tested",
+        _LEAVE_OUT,
+    ),
+    Refusal(
+        "torchao_config",
+        "--torchao-config",
+        _set,
+        "it quantises the BF16 weights that decode runs and the packed ones come from",
+        "serve torchao without the plugin",
+    ),
+    Refusal("modelopt_quant", "--modelopt-quant", _set, "it quantises the model at load", _CHECKPOINT),
+    Refusal("quantize_and_serve", "--quantize-and-serve", _set, "it quantises the model at load", _CHECKPOINT),
+    Refusal("rl_quant_profile", "--rl-quant-profile", _set, "it quantises the model at load", _CHECKPOINT),
+    Refusal(
+        "load_format",
+        "--load-format other than " + ", ".join(LOAD_FORMATS),
+        lambda v: v not in LOAD_FORMATS,
+        "it quantises, or weights arrive after process_weights_after_loading, where the packed ones are made",
+        "load from files in one of these",
+    ),
+    Refusal(
+        "weight_cache_mode",
+        "--weight-cache-mode",
+        _set,
+        "its weights arrive past process_weights_after_loading, where the packed ones are made",
+        "load from files",
+    ),
+    Refusal(
+        "enable_eplb",
+        "--enable-eplb",
+        _set,
+        "it moves experts between ranks while serving, which has not been tested",
+        _LEAVE_OUT,
+    ),
+    Refusal(
+        "elastic_ep_backend",
+        "--elastic-ep-backend",
+        _set,
+        "ranks that join later have not been tested",
+        _LEAVE_OUT,
+    ),
+    Refusal(
+        "kt_weight_path",
+        "--kt-weight-path",
+        _set,
+        "KTransformers wraps quantization methods, which has not been tested with ours",
+        _LEAVE_OUT,
+    ),
+    Refusal(
+        "model_impl",
+        "--model-impl transformers or mindspore",
+        lambda v: v in ("transformers", "mindspore"),
+        "layer names and rows of models that are not SGLang's own have not been tested",
+        "use 'auto' or 'sglang'",
+    ),
+)
+
+# Flags with which somebody looks at what modules return.  Fused modules hand over quantised activations, and rows that
+# nobody reads are left out, which a dump would show as values: so nothing is fused and nothing left out.
+WATCHING = (
+    "forward_hooks",
+    "debug_tensor_dump_output_folder",
+    "msprobe_dump_config",
 )
 
 
 def check_server_args(server_args: Any) -> None:
-    """Raises ``MixQuantError`` for a flag that mixquant refuses."""
-    for field, flag, refused, why in _REFUSED:
-        value = getattr(server_args, field, None)
-        if value is not None and refused(value):
-            raise MixQuantError(f"--quantization mixquant does not go with {flag}: {why}")
+    """Raises ``MixQuantError`` for a flag that mixquant refuses, as given or as resolved so far."""
+    resolved = compat.resolved(server_args)
+    device = str(getattr(resolved, "device", None) or "").partition(":")[0]
+    for refusal in REFUSALS:
+        if refusal.devices and device not in refusal.devices:
+            continue
+        # as given too: SGLang resolves --enable-dp-attention to --attn-dp-size and False
+        for args in (server_args, resolved):
+            value = _value(args, refusal.field)
+            if value is not None and refusal.refused(value):
+                raise MixQuantError(
+                    f"--quantization {compat.NAME} does not go with {refusal.flag}: {refusal.why}; {refusal.instead}"
+                )
+
+
+def _value(args: Any, field: str) -> Any:
+    for name in field.split("."):
+        args = args.get(name) if isinstance(args, dict) else getattr(args, name, None)
+    return args
+
+
+def watching(server_args: Any) -> list[str]:
+    """The flags among ``WATCHING`` that this server has, and the environment's dumper."""
+    resolved = compat.resolved(server_args)
+    flags = [f"--{field.replace('_', '-')}" for field in WATCHING if _set(getattr(resolved, field, None))]
+    return [*flags, "DUMPER_ENABLE"] if compat.dumps_modules() else flags

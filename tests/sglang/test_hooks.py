@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from mixquant_sglang import compat, recipe, refusals
+from mixquant_sglang import compat, recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.hooks import forward, launcher, requests, table
 
@@ -78,19 +78,6 @@ def test_config_refuses_where_the_hooks_are_missing() -> None:
 
     with pytest.raises(SystemExit, match=r"the hook on .* is not in place.*--quantization mixquant"):
         MixQuantConfig()
-
-
-def test_server_args_that_are_refused() -> None:
-    class Args:
-        tokenizer_worker_num = 1
-        disaggregation_mode = "null"
-
-    refusals.check_server_args(Args())
-    for field, flag, _, _ in refusals._REFUSED:
-        bad = Args()
-        setattr(bad, field, {"cuda_graph_backend_prefill": "full", "disaggregation_mode": "prefill"}.get(field, 2))
-        with pytest.raises(MixQuantError, match=re.escape(flag)):
-            refusals.check_server_args(bad)
 
 
 def test_a_recipe_without_bf16_decode_has_no_bf16_policy(monkeypatch: pytest.MonkeyPatch) -> None:

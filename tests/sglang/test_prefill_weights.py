@@ -110,7 +110,8 @@ class Model:
             weight.weight_loader(weight, self.made[f"{parent}.{shard}.weight"], shard_id)
 
     def finish(self) -> None:
-        self.config.finish_load(SimpleNamespace(model=self.root, device="cpu", is_generation=True))
+        runner = SimpleNamespace(model=self.root, device="cpu", is_generation=True, server_args=SimpleNamespace())
+        self.config.finish_load(runner)
 
     def apply(self, name: str, x: torch.Tensor, running: Pass) -> torch.Tensor:
         layer = self.linears[name]

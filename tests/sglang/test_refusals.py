@@ -1,0 +1,174 @@
+"""What is refused of SGLang's arguments, against the installed ServerArgs, and against the table in docs/support.md."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt import server_args as sglang_args
+
+from mixquant_sglang import compat, refusals
+from mixquant_sglang.errors import MixQuantError
+
+SUPPORT = Path(__file__).resolve().parents[2] / "docs" / "support.md"
+
+# Fields that one of the tested versions alone has.
+ONLY = {
+    "attn_dp_size": "0.5.23",
+    "enable_cp_tp_group_sharing": "0.5.23",
+    "enable_layernorm_sp": "0.5.23",
+    "enable_decoder_swa_bounded_replay": "0.5.23",
+    "enable_encoder_swa_bounded_replay": "0.5.23",
+    "enable_return_aux_hidden_states": "0.5.23",
+    "enable_nvidia_megakernel": "0.5.23",
+    "enable_amd_monokernel": "0.5.23",
+    "enable_prefill_context_parallel": "0.5.17",
+    "enable_dsa_prefill_context_parallel": "0.5.17",
+    "torchao_config": "0.5.17",
+}
+# A value that is refused, of fields for which 2 is not.
+REFUSED_VALUES: dict[str, Any] = {
+    "cuda_graph_backend_prefill": "full",
+    "cuda_graph_config": {"prefill": {"backend": "full"}},
+    "device": "npu",
+    "model_impl": "transformers",
+    "load_format": "sharded_state",
+}
+
+
+def fields() -> set[str]:
+    return {*sglang_args.ServerArgs.__annotations__} | {*getattr(sglang_args.ServerArgs, "__struct_fields__", ())}
+
+
+def unresolved(**given: Any) -> Any:
+    """ServerArgs before any resolution: 0.5.17 resolves as it constructs."""
+    if hasattr(sglang_args.ServerArgs, "__struct_fields__"):
+        return sglang_args.ServerArgs(**given)
+    args = sglang_args.ServerArgs.__new__(sglang_args.ServerArgs)
+    for name in fields():
+        object.__setattr__(args, name, given.get(name, getattr(sglang_args.ServerArgs, name, None)))
+    return args
+
+
+def plain() -> Any:
+    return SimpleNamespace(tokenizer_worker_num=1, disaggregation_mode="null", torchao_config="", device="cuda")
+
+
+@pytest.mark.parametrize("field", sorted({r.field.partition(".")[0] for r in refusals.REFUSALS} | {*refusals.WATCHING}))
+def test_the_fields_exist(field: str) -> None:
+    assert compat.sglang_version() in compat.TESTED, "say in ONLY what this version lacks"
+    assert (field in fields()) == (ONLY.get(field, compat.sglang_version()) == compat.sglang_version())
+
+
+@pytest.mark.parametrize("refusal", refusals.REFUSALS, ids=lambda refusal: refusal.flag)
+def test_each_is_refused_with_reason_and_way_out(refusal: refusals.Refusal) -> None:
+    refusals.check_server_args(plain())
+    bad, field = plain(), refusal.field.partition(".")[0]
+    setattr(bad, field, REFUSED_VALUES.get(field, 2))
+    with pytest.raises(MixQuantError) as error:
+        refusals.check_server_args(bad)
+    assert f"does not go with {refusal.flag}: {refusal.why}; {refusal.instead}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_defaults_of_this_sglang_are_not_refused(tiny_model: Path) -> None:
+    refusals.check_server_args(unresolved(model_path=str(tiny_model)))
+
+
+def test_prefill_graphs_of_the_resolved_config() -> None:
+    args = plain()
+    for backend in ("breakable", "disabled"):
+        args.cuda_graph_config = SimpleNamespace(prefill=SimpleNamespace(backend=backend))
+        refusals.check_server_args(args)
+    args.cuda_graph_config = SimpleNamespace(prefill=SimpleNamespace(backend="tc_piecewise"))
+    with pytest.raises(MixQuantError, match="--cuda-graph-backend-prefill breakable"):
+        refusals.check_server_args(args)
+    args.device = "cpu"  # where SGLang 0.5.17 resolves to tc_piecewise and captures nothing
+    refusals.check_server_args(args)
+
+
+def test_what_sglang_turned_on_by_itself_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--rl-on-policy-target turns deterministic inference on; 0.5.23 writes that beside the record."""
+    from sglang.srt.environ import envs
+
+    for env in (envs.SGLANG_VLM_CACHE_SIZE_MB, envs.SGLANG_ENABLE_DETERMINISTIC_INFERENCE):
+        monkeypatch.setenv(env.name, "0")  # the handler sets them
+    args = unresolved(model_path=str(tiny_model), rl_on_policy_target="fsdp", attention_backend="triton", device="cuda")
+    refusals.check_server_args(args)
+    if hasattr(args, "_handle_deterministic_inference"):
+        args._handle_deterministic_inference()
+    else:
+        from sglang.srt.arg_groups.attention_hook import handle_deterministic_inference
+
+        handle_deterministic_inference(args)
+        assert not args.enable_deterministic_inference
+    with pytest.raises(MixQuantError, match="--rl-on-policy-target, which turns it on"):
+        refusals.check_server_args(args)
+
+
+def test_as_given_counts_too() -> None:
+    """0.5.23 resolves --enable-dp-attention to False, and says so in --attn-dp-size."""
+    args = plain()
+    args.enable_dp_attention, args._resolved_overrides = True, [("a hook", {"enable_dp_attention": False})]
+    with pytest.raises(MixQuantError, match="--enable-dp-attention"):
+        refusals.check_server_args(args)
+
+
+def test_the_resolved_value_counts_and_the_last_one_wins() -> None:
+    args = plain()
+    args._resolved_overrides = [("a", {"moe_a2a_backend": "deepep"}), ("b", {"moe_a2a_backend": "none"})]
+    refusals.check_server_args(args)
+    args._resolved_overrides.append(("c", {"moe_a2a_backend": "megamoe"}))
+    with pytest.raises(MixQuantError, match="--moe-a2a-backend"):
+        refusals.check_server_args(args)
+
+
+@pytest.mark.parametrize("field", refusals.WATCHING)
+def test_who_looks_at_modules_is_found(field: str) -> None:
+    args = plain()
+    assert refusals.watching(args) == []
+    setattr(args, field, "something")
+    assert refusals.watching(args) == ["--" + field.replace("_", "-")]
+
+
+def test_sglangs_dumper_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.debug_utils import dumper
+
+    monkeypatch.setattr(dumper, "dumper", SimpleNamespace(may_enable=True))
+    assert refusals.watching(plain()) == ["DUMPER_ENABLE"]
+
+
+def test_nothing_is_fused_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    import torch
+
+    from mixquant_sglang import config
+
+    made = object.__new__(config.MixQuantConfig)
+    called: list[str] = []
+    made._recipe = SimpleNamespace(fuse=True, verify=False, name="a recipe")
+    made._runtime = SimpleNamespace(
+        layers=[], precisions={}, split=False, selection=SimpleNamespace(kernels={}, describe=lambda: "")
+    )
+    made._matcher = made._ready = None
+    monkeypatch.setattr(made, "_fuse", lambda runner: called.append("fused"), raising=False)
+    monkeypatch.setattr(config, "fingerprint", lambda *_: "")
+    runner = SimpleNamespace(model=torch.nn.Module(), device="cpu", server_args=plain())
+    made.finish_load(runner)
+    assert called == ["fused"]
+    runner.server_args.forward_hooks = [{"name": "a"}]
+    with caplog.at_level(logging.INFO):
+        made.finish_load(runner)
+    assert called == ["fused"]
+    assert "nothing fused and no row left out, so that --forward-hooks sees all" in caplog.text
+
+
+def test_the_document_lists_the_refusals() -> None:
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", SUPPORT.read_text(), re.MULTILINE)
+    listed = [row for row in rows if row[0].startswith("`") or row[0] in {f"{r.flag}" for r in refusals.REFUSALS}]
+    assert [tuple(cell.replace("`", "") for cell in row) for row in listed] == [
+        (r.flag, r.why, r.instead) for r in refusals.REFUSALS
+    ]
