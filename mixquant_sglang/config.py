@@ -83,7 +83,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 selection.describe(),
                 selection.reason,
             )
-            runtime.start(Runtime(self._recipe, selection, bf16_below=compat.bf16_below()))
+            identity = self._ready.identity() if self._ready is not None else ""
+            runtime.start(Runtime(self._recipe, selection, bf16_below=compat.bf16_below(), ready_made=identity))
         current = runtime.current()
         assert current is not None
         self._runtime = current

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mixquant_sglang import compat
 from mixquant_sglang.errors import MixQuantError
 
 
@@ -58,6 +59,50 @@ _REFUSED: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
         "--enable-deterministic-inference",
         bool,
         "the low-precision GEMMs sum in an order that depends on the number of rows",
+    ),
+    (
+        "hicache_storage_backend",
+        "--hicache-storage-backend",
+        lambda v: bool(v) and not compat.stored_pages_are_named(),
+        compat.UNNAMED_PAGES,
+    ),
+    (
+        "enable_unified_cache_external_linker",
+        "--enable-unified-cache-external-linker",
+        lambda v: bool(v) and not compat.stored_pages_are_named(),
+        compat.UNNAMED_PAGES,
+    ),
+    (
+        "disaggregation_decode_enable_offload_kvcache",
+        "--disaggregation-decode-enable-offload-kvcache",
+        lambda v: bool(v) and not compat.stored_pages_are_named(),
+        compat.UNNAMED_PAGES,
+    ),
+    (
+        "enable_lmcache",
+        "--enable-lmcache",
+        bool,
+        "how LMCache names pages has not been seen to tell KV of one recipe from that of another; "
+        "use --enable-hierarchical-cache",
+    ),
+    (
+        "enable_flexkv",
+        "--enable-flexkv",
+        bool,
+        "FlexKV names pages by their tokens alone, so KV of other recipes would be read; "
+        "use --enable-hierarchical-cache",
+    ),
+    (
+        "radix_cache_backend",
+        "--radix-cache-backend",
+        bool,
+        "whether it tells KV of one recipe from that of another is not known",
+    ),
+    (
+        "disable_radix_cache",
+        "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
+        lambda v: not v and compat.tree_ignores_keys(),
+        "that tree looks at tokens alone, so a request's BF16 prefill would reuse low-precision KV; unset it",
     ),
     ("use_ray", "--use-ray", bool, "SGLang does not load plugins in Ray actors"),
     ("encoder_only", "--encoder-only", bool, "an encoder has no prefill"),
