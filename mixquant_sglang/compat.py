@@ -129,6 +129,37 @@ def dumps_modules() -> bool:
     return bool(getattr(dumper, "may_enable", False))
 
 
+# -- where KV is kept --------------------------------------------------------------------------------------------------
+
+UNNAMED_PAGES = (
+    "this SGLang names stored pages by their tokens alone, so KV of other recipes would be read; 0.5.23 does not"
+)
+
+
+def stored_pages_are_named() -> bool:
+    """Whether pages in stores that outlive the process are named by ``extra_key`` too: their chain of hashes begins
+    with it in 0.5.23 (``mem_cache/utils.py``), with the tokens in 0.5.17."""
+    from sglang.srt.mem_cache import utils
+
+    seed = getattr(utils, "storage_namespace_seed", None)
+    return seed is not None and seed("a", None) != seed("b", None)
+
+
+def refused_storage(message: str) -> Any:
+    """What ``Scheduler.attach_hicache_storage_wrapped`` answers when it attached nothing."""
+    from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput
+
+    return AttachHiCacheStorageReqOutput(success=False, message=message)
+
+
+def tree_ignores_keys() -> bool:
+    """Whether the environment asks for 0.5.17's experimental C++ radix tree, which looks at tokens alone."""
+    from sglang.srt.environ import envs
+
+    asked = getattr(envs, "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", None)
+    return asked is not None and bool(asked.get())
+
+
 # -- attention of some rows --------------------------------------------------------------------------------------------
 
 _FLASH_ATTENTION = "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend"

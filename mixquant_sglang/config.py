@@ -17,7 +17,6 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
 from mixquant_sglang import __version__, compat, fusion, recipe, refusals, runtime
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.fingerprint import fingerprint
 from mixquant_sglang.hooks import table
 from mixquant_sglang.kernels import fp4_tactics, gemm, select
 from mixquant_sglang.kernels.verify import verify
@@ -85,7 +84,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 selection.describe(),
                 selection.reason,
             )
-            runtime.start(Runtime(self._recipe, selection, bf16_below=compat.bf16_below()))
+            identity = self._ready.identity() if self._ready is not None else ""
+            runtime.start(Runtime(self._recipe, selection, bf16_below=compat.bf16_below(), ready_made=identity))
         current = runtime.current()
         assert current is not None
         self._runtime = current
@@ -145,7 +145,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         run = self._runtime
         with refusing():
             words = f"mixquant {__version__}, recipe {self._recipe.name} -> {run.selection.describe()}"
-            check_same(fingerprint(self._recipe, run.selection), words, compat.rank_group())
+            check_same(run.fingerprint, words, compat.rank_group())
             if self._matcher is not None:
                 self._matcher.check_all_matched(self._names)
                 for rule in self._matcher.unmatched():

@@ -1,8 +1,10 @@
-"""A short name for the numbers that a server computes: equal where recipe, device and package come to the same.
+"""A short name for what decides the KV that a server writes: equal where recipe, device and package come to the same.
 
-Ranks of one server compare it at load, and stores of KV that outlive a server keep what differs apart.  What only names
-or explains (name, description, file and line, reason) and what the selection has resolved (``auto``) is left out; any
-other field counts, also one that a later version adds.
+Ranks of one server compare it at load, and it names KV (``policy.kv_name``) in the radix cache and in stores that
+outlive the process.  What only names or explains (name, description, file and line, reason) and what the selection has
+resolved (``auto``) is left out; any other field counts, also one that a later version adds.  All that run BF16 throughout
+have ``policy.BF16``.  Not in it: the BF16 checkpoint, by whose name stores separate servers
+themselves, and SGLang's version.
 """
 
 from __future__ import annotations
@@ -13,23 +15,36 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mixquant_sglang import __version__
+from mixquant_sglang import __version__, policy
 from mixquant_sglang.kernels import Selection
 from mixquant_sglang.recipe import LayerRule, Recipe
 
 _LEFT_OUT: dict[type, frozenset[str]] = {
     Recipe: frozenset(
-        # the last three are in the selection, resolved; verify compares and changes nothing
-        {"name", "source", "description", "prefill_weights_at", "verify", "prefill", "decode", "kernel"}
+        {
+            *("name", "source", "description", "prefill_weights_at"),
+            "verify",  # compares and changes nothing
+            *("prefill", "decode", "kernel"),  # in the selection, resolved
+            "prefill_weights",  # a place; what lies there is ``ready_made``
+        }
     ),
     LayerRule: frozenset({"where", "optional"}),
     Selection: frozenset({"reason"}),
 }
 
 
-def fingerprint(recipe: Recipe, selection: Selection) -> str:
-    """16 hexadecimal digits.  Ready-made weights count by the name that the recipe gives them, not by their content."""
-    facts = {"version": __version__, "recipe": _plain(recipe), "selection": _plain(selection)}
+def fingerprint(recipe: Recipe, selection: Selection, *, ready_made: str = "") -> str:
+    """16 hexadecimal digits, or ``policy.BF16`` where no layer has a low precision in either phase.
+
+    ``ready_made``: the identity of ready-made prefill weights (``PrefillWeights.identity``)."""
+    if not selection.kernels:
+        return policy.BF16
+    facts = {"version": __version__, "recipe": _plain(recipe), "selection": _plain(selection), "ready": ready_made}
+    return digest(facts)
+
+
+def digest(facts: Any) -> str:
+    """16 hexadecimal digits of JSON values; the order of keys does not matter."""
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -48,6 +48,10 @@ def _several(value: Any) -> bool:
     return bool(value > 1)
 
 
+def _unnamed(value: Any) -> bool:
+    return _set(value) and not compat.stored_pages_are_named()
+
+
 def _whole_graph(value: Any) -> bool:
     return value in ("full", "tc_piecewise")
 
@@ -187,6 +191,50 @@ REFUSALS: tuple[Refusal, ...] = (
         "the low-precision GEMMs sum in an order that depends on the number of rows",
         "leave it out, and --rl-on-policy-target, which turns it on",
     ),
+    # where KV is kept
+    Refusal(
+        "hicache_storage_backend",
+        "--hicache-storage-backend",
+        _unnamed,
+        compat.UNNAMED_PAGES,
+        "leave it out: --enable-hierarchical-cache keeps KV in this process",
+    ),
+    Refusal(
+        "disaggregation_decode_enable_offload_kvcache",
+        "--disaggregation-decode-enable-offload-kvcache",
+        _unnamed,
+        compat.UNNAMED_PAGES,
+        _LEAVE_OUT,
+    ),
+    Refusal(
+        "enable_lmcache",
+        "--enable-lmcache",
+        _set,
+        "how LMCache names pages has not been seen to tell KV of one recipe from that of another",
+        "use --enable-hierarchical-cache",
+    ),
+    Refusal(
+        "enable_flexkv",
+        "--enable-flexkv",
+        _set,
+        "FlexKV names pages by their tokens alone, so KV of other recipes would be read",
+        "use --enable-hierarchical-cache",
+    ),
+    Refusal(
+        "radix_cache_backend",
+        "--radix-cache-backend",
+        _set,
+        "whether it tells KV of one recipe from that of another is not known",
+        _LEAVE_OUT,
+    ),
+    Refusal(
+        "disable_radix_cache",
+        "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
+        lambda v: not v and compat.tree_ignores_keys(),
+        "that tree looks at tokens alone, so a request's BF16 prefill would reuse low-precision KV",
+        "unset it",
+    ),
+    # what replaces the forward pass
     Refusal(
         "enable_nvidia_megakernel",
         "--enable-nvidia-megakernel",

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from mixquant_sglang import __version__, phase
+from mixquant_sglang.fingerprint import fingerprint
 from mixquant_sglang.kernels import Selection
 from mixquant_sglang.metrics import PassCounters
 from mixquant_sglang.phase import Pass, Phase
@@ -66,10 +67,11 @@ class Layer(Protocol):
 
 
 class Runtime:
-    def __init__(self, recipe: Recipe, selection: Selection, *, bf16_below: int = 1) -> None:
+    def __init__(self, recipe: Recipe, selection: Selection, *, bf16_below: int = 1, ready_made: str = "") -> None:
         """``bf16_below``: passes with fewer rows stay BF16 whatever the recipe says, because SGLang bypasses the linear
-        methods there (``compat.bf16_below``)."""
+        methods there (``compat.bf16_below``).  ``ready_made``: ``PrefillWeights.identity``."""
         self.recipe = recipe
+        self.fingerprint = fingerprint(recipe, selection, ready_made=ready_made)
         self.selection = selection
         self.counters = PassCounters()
         self.layers: list[Layer] = []
@@ -217,6 +219,7 @@ class Runtime:
         return {
             "version": __version__,
             "recipe": self.recipe.name,
+            "fingerprint": self.fingerprint,
             "precision": {"prefill": self.selection.prefill, "decode": self.selection.decode},
             "kernel": dict(self.selection.kernels),
             "layers": dict(self.precisions),

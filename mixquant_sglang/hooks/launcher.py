@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -62,21 +63,31 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
             _recipe = recipe.load(recipe.requested())
             check_server_args(server_args)
             for hook in table.HOOKS:
-                table.target_of(hook)
+                if hook.process != "http":
+                    table.target_of(hook)
             _dtype_asked = server_args.dtype
             _prepare_launcher()
         original(server_args, *args, **kwargs)
         if asked:
             check_server_args(server_args)
+            if _command_line or _HTTP_SERVER in sys.modules:
+                _set_hooks("http")  # imports SGLang's HTTP server, which comes next; sgl.Engine does without
             os.environ[compat.ACTIVE_ENV] = "1"
 
 
+_HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+
+
 def _prepare_launcher() -> None:
-    waiting = [hook for hook in table.hooks_of("asked") if not table.took_effect(hook)]
-    table.register_hooks(waiting)
-    table.apply_hooks()
-    table.check_hooks_took_effect("launcher", "asked")
+    _set_hooks("asked")
+    table.check_hooks_took_effect("launcher")
     register_config()
+
+
+def _set_hooks(process: str) -> None:
+    table.register_hooks([hook for hook in table.hooks_of(process) if not table.took_effect(hook)])
+    table.apply_hooks()
+    table.check_hooks_took_effect(process)
 
 
 def register_config() -> None:

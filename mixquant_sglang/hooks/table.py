@@ -18,7 +18,8 @@ from mixquant_sglang.errors import MixQuantError
 @dataclass(frozen=True)
 class Hook:
     """``handler`` names a function of this package.  ``process``: "launcher" hooks are set in every process that
-    may parse server arguments, "asked" hooks once it asked for mixquant, "scheduler" hooks in the schedulers."""
+    may parse server arguments, "asked" hooks once it asked for mixquant, "http" hooks there too if it will serve HTTP,
+    "scheduler" hooks in the schedulers."""
 
     handler: str
     kind: str
@@ -54,14 +55,42 @@ HOOKS = (
         "after",
         "asked",
         ("sglang.srt.sampling.sampling_params.SamplingParams.verify",),
-        "answers 400 to a bad custom_params.mixquant",
+        "answers 400 to a bad custom_params.mixquant, and hands on one that the HTTP body had",
+    ),
+    Hook(
+        "read_policies",
+        "before",
+        "http",
+        ("sglang.srt.entrypoints.http_server._setup_and_run_http_server",),
+        "reads custom_params.mixquant of the bodies whose endpoints drop it",
     ),
     Hook(
         "namespace_request",
         "after",
         "scheduler",
         ("sglang.srt.managers.schedule_batch.Req.__init__",),
-        "gives requests with BF16 prefill a cache namespace of their own",
+        "names each request's KV by what makes it",
+    ),
+    Hook(
+        "session_turn",
+        "after",
+        "scheduler",
+        ("sglang.srt.session.session_controller.Session.create_req",),
+        "answers 400 to a turn that would reuse a streaming session's KV of another policy",
+    ),
+    Hook(
+        "rebootstrap_payload",
+        "after",
+        "scheduler",
+        ("sglang.srt.managers.schedule_batch.Req.build_rebootstrap_payload",),
+        "lets a prefill server name the KV that it makes again by its own recipe",
+    ),
+    Hook(
+        "attach_storage",
+        "around",
+        "scheduler",
+        ("sglang.srt.managers.scheduler.Scheduler.attach_hicache_storage_wrapped",),
+        "refuses a cache store whose pages are named by tokens alone",
     ),
     Hook(
         "plan_batch",

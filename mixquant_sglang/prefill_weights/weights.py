@@ -34,6 +34,7 @@ from safetensors import safe_open
 
 from mixquant_sglang.checkpoint.files import DTYPES, Source, Stored
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.fingerprint import digest
 from mixquant_sglang.formats.nvfp4 import BLOCK, NVFP4Tensor
 from mixquant_sglang.prefill_weights.layout import Layout, detect
 from mixquant_sglang.prefill_weights.linear import ReadyLinear
@@ -94,6 +95,16 @@ class PrefillWeights:
     @property
     def folder(self) -> Path:
         return self.source.folder
+
+    def identity(self) -> str:
+        """Of the weights, wherever they lie: dtypes and shapes, each module's tensor scale and first row of scales."""
+        tensors = sorted((name, stored.dtype, list(stored.shape)) for name, stored in self.source.tensors.items())
+        samples = []
+        for module in sorted(self.quantised):
+            scales = self._slice(f"{module}.{self.layout.scales}", slice(0, 1), slice(None), BLOCK)
+            outer = self.source.read(f"{module}.{self.layout.tensor_scale}")
+            samples.append([scales.view(torch.uint8).flatten().tolist(), outer.flatten().tolist()])
+        return digest([self.layout.name, tensors, samples])
 
     def check_model(self, config: Any) -> None:
         """Refuses a checkpoint of another model; ``config``: what transformers makes of the BF16 one's config.json."""

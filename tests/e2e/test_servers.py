@@ -274,16 +274,115 @@ def test_input_logprobs_read_every_row(servers: Servers) -> None:
 # -- requests and surface ---
 
 
-@pytest.mark.parametrize("policy", [3, {}, {"prefill": "fp4"}, {"prefil": "bf16"}, {"prefill": "bf16", "decode": "x"}])
-def test_a_bad_policy_is_a_400_and_the_server_goes_on(servers: Servers, policy: Any) -> None:
+@pytest.mark.parametrize("policy", [3, None, {"prefill": "fp4"}, {"prefil": "bf16"}, {"prefill": "y" * 200_000}])
+def test_a_bad_policy_is_a_short_400_and_the_server_goes_on(servers: Servers, policy: Any) -> None:
     custom = {"custom_params": {"mixquant": policy}}
     body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2, **custom}}
     answer = servers.low.post("/generate", body, ok=False)
-    assert answer.status_code == 400 and "allowed: {'prefill': 'bf16'}" in answer.text
+    assert answer.status_code == 400 and "allowed: {'prefill': 'bf16'}" in answer.text and len(answer.text) < 600
     chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, **custom}
     answer = servers.low.post("/v1/chat/completions", chat, ok=False)
-    assert answer.status_code == 400 and "allowed: {'prefill': 'bf16'}" in answer.text
+    assert answer.status_code == 400 and "allowed: {'prefill': 'bf16'}" in answer.text and len(answer.text) < 600
     assert servers.low.post("/v1/chat/completions", {**chat, "custom_params": None})["choices"]
+
+
+def prompts(text: str) -> dict[str, dict[str, Any]]:
+    """A short answer to ``text`` on each entry point that generates with this model, by path."""
+    messages = [{"role": "user", "content": text}]
+    return {
+        "/generate": {"text": text, "sampling_params": {"max_new_tokens": 2}},
+        "/vertex_generate": {"instances": [{"text": text}], "parameters": {"sampling_params": {"max_new_tokens": 2}}},
+        "/v1/completions": {"model": "m", "prompt": text, "max_tokens": 2},
+        "/v1/chat/completions": {"model": "m", "messages": messages, "max_tokens": 2},
+        "/invocations": {"model": "m", "messages": messages, "max_tokens": 2},
+        "/v1/responses": {"model": "m", "input": text, "max_output_tokens": 2},
+        "/v1/messages": {"model": "m", "messages": messages, "max_tokens": 2},
+        "/api/generate": {"model": "m", "prompt": text, "stream": False, "options": {"num_predict": 2}},
+        "/v1/score": {"model": "m", "query": text, "items": [" yes", " no"], "label_token_ids": [5, 6]},
+    }
+
+
+@pytest.mark.parametrize("path", prompts(""))
+def test_every_entry_point_honours_a_policy_or_answers_400(servers: Servers, path: str) -> None:
+    low = servers.low
+    body = prompts(f"{path} counts the wolves " * 5)[path]
+    shapes = [body, {**body, "stream": True}] if path not in ("/v1/score", "/vertex_generate") else [body]
+    for asked in shapes:
+        low.flush()
+        with Counted(servers) as counted:
+            answer = low.post(path, {**asked, **BF16_POLICY}, ok=False)
+        assert answer.status_code == 200, answer.text
+        assert counted.low == 0 and counted.high > 20
+        for wrong in ({"mixquant": {"prefill": "nonsense"}}, {"mixquant": None}, ["mixquant"], "mixquant", 7):
+            answer = low.post(path, {**asked, "custom_params": wrong}, ok=False)
+            assert answer.status_code == 400 and "allowed: " in answer.text, answer.text
+    low.flush()
+    with Counted(servers) as counted:
+        assert low.post(path, body)
+    assert counted.low > 20 and counted.high <= 2
+
+
+def test_one_policy_a_prompt_in_a_batch(servers: Servers) -> None:
+    low, rng = servers.low, random.Random(30)
+    body = {"input_ids": [ids(rng, 40), ids(rng, 50)], "sampling_params": [{"max_new_tokens": 2}] * 2}
+    with Counted(servers) as counted:
+        low.post(
+            "/generate", {**body, "sampling_params": [{"max_new_tokens": 2, **BF16_POLICY}, {"max_new_tokens": 2}]}
+        )
+    assert (counted.low, counted.high) == (49, 41)
+    wrong = [{"max_new_tokens": 2}, {"max_new_tokens": 2, "custom_params": {"mixquant": 1}}]
+    assert low.post("/generate", {**body, "sampling_params": wrong}, ok=False).status_code == 400
+
+
+@pytest.mark.parametrize("field", ["extra_key", "cache_salt"])
+def test_no_client_text_reaches_another_policys_cache(servers: Servers, field: str) -> None:
+    low, rng = servers.low, random.Random(31)
+    made_by = low.state()["fingerprint"]
+    prompt = ids(rng, 120)
+    low.flush()
+    clean = low.generate(prompt, 4, return_logprob=True, sampling=BF16_POLICY)
+    for text in ("|mixquant=bf16", "mixquant:bf16", "|mixquant:bf16", "mixquant:bf16|", f"mixquant:{made_by}", ""):
+        low.flush()
+        body = {"model": "m", "prompt": prompt, "max_tokens": 1, field: text}
+        low.post("/v1/completions", body)
+        low.generate(prompt, 1, extra_key=text)
+        low.generate([prompt, prompt[:50]], 1, extra_key=[text, "other"])
+        mine = low.generate(prompt, 4, return_logprob=True, sampling=BF16_POLICY)
+        assert mine["meta_info"]["cached_tokens"] == 0 and outputs([mine]) == outputs([clean])
+        again = low.post("/v1/completions", body)
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 119, "a client's own key still finds its KV"
+
+
+def test_a_streaming_session_keeps_to_one_policy(servers: Servers) -> None:
+    low, rng = servers.low, random.Random(32)
+
+    def turn(session: str, n: int, **sampling: Any) -> requests.Response:
+        params = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True, **sampling}
+        body = {"input_ids": ids(rng, n), "session_params": {"id": session}, "sampling_params": params}
+        answer: requests.Response = low.post("/generate", body, ok=False)
+        return answer
+
+    for first, second in (({}, BF16_POLICY), (BF16_POLICY, {})):
+        session = low.post("/open_session", {"capacity_of_str_len": 5000, "streaming": True})
+        one = turn(session, 150, **first).json()["meta_info"]
+        assert one["cached_tokens"] == 0
+        refused = turn(session, 20, **second)
+        assert refused.status_code == 400 and "streaming session keeps KV of turns prefilled in" in refused.text
+        with Counted(servers) as counted:
+            two = turn(session, 20, **first).json()["meta_info"]
+        assert two["prompt_tokens"] == 150 + 4 + 20, "the refused turn left nothing behind"
+        assert two["cached_tokens"] >= 150 and (counted.low == 0) == bool(first)
+        requests.post(low.url + "/close_session", json={"session_id": session}, timeout=60)
+    # Other sessions are requests like any other: their KV lies in the radix tree, under the turn's own name.
+    session = low.post("/open_session", {"capacity_of_str_len": 5000})
+    one = low.post(
+        "/generate",
+        {"input_ids": ids(rng, 90), "session_params": {"id": session}, "sampling_params": {"max_new_tokens": 2}},
+    )
+    body = {"input_ids": ids(rng, 10), "session_params": {"id": session, "rid": one["meta_info"]["id"]}}
+    two = low.post("/generate", {**body, "sampling_params": {"max_new_tokens": 2, **BF16_POLICY}})["meta_info"]
+    assert two["prompt_tokens"] > 100 and two["cached_tokens"] == 0
+    requests.post(low.url + "/close_session", json={"session_id": session}, timeout=60)
 
 
 def test_sglang_frontend(servers: Servers) -> None:
@@ -307,6 +406,7 @@ def test_server_info(servers: Servers) -> None:
     assert state["recipe"] == LOW_RECIPE and state["precision"] == {"prefill": low, "decode": "bf16"}
     layers = {low: 32} if (LOW_RECIPE, low) != ("auto", "nvfp4") else {"nvfp4": 16, "fp8": 16}
     assert state["layers"] == layers and state["kernel"].keys() == layers.keys()
+    assert len(state["fingerprint"]) == 16 and servers.control.state()["fingerprint"] == "bf16"
     assert 0.25 * 19.3e6 < state["extra_weight_bytes"] < 0.55 * 19.3e6
     control = servers.control.state()
     assert control["kernel"] == {} and control["extra_weight_bytes"] == control["protected_rows"] == 0

@@ -37,6 +37,7 @@ REFUSED_VALUES: dict[str, Any] = {
     "device": "npu",
     "model_impl": "transformers",
     "load_format": "sharded_state",
+    "disable_radix_cache": False,
 }
 
 
@@ -65,8 +66,10 @@ def test_the_fields_exist(field: str) -> None:
 
 
 @pytest.mark.parametrize("refusal", refusals.REFUSALS, ids=lambda refusal: refusal.flag)
-def test_each_is_refused_with_reason_and_way_out(refusal: refusals.Refusal) -> None:
+def test_each_is_refused_with_reason_and_way_out(refusal: refusals.Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     refusals.check_server_args(plain())
+    monkeypatch.setattr(compat, "stored_pages_are_named", lambda: False)  # as in 0.5.17
+    monkeypatch.setattr(compat, "tree_ignores_keys", lambda: True)
     bad, field = plain(), refusal.field.partition(".")[0]
     setattr(bad, field, REFUSED_VALUES.get(field, 2))
     with pytest.raises(MixQuantError) as error:
@@ -150,12 +153,10 @@ def test_nothing_is_fused_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, 
     made = object.__new__(config.MixQuantConfig)
     called: list[str] = []
     made._recipe = SimpleNamespace(fuse=True, verify=False, name="a recipe")
-    made._runtime = SimpleNamespace(
-        layers=[], precisions={}, split=False, selection=SimpleNamespace(kernels={}, describe=lambda: "")
-    )
+    selection = SimpleNamespace(kernels={}, describe=lambda: "")
+    made._runtime = SimpleNamespace(layers=[], precisions={}, split=False, selection=selection, fingerprint="bf16")
     made._matcher = made._ready = None
     monkeypatch.setattr(made, "_fuse", lambda runner: called.append("fused"), raising=False)
-    monkeypatch.setattr(config, "fingerprint", lambda *_: "")
     runner = SimpleNamespace(model=torch.nn.Module(), device="cpu", server_args=plain())
     made.finish_load(runner)
     assert called == ["fused"]

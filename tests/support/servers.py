@@ -15,6 +15,7 @@ FLAGS = [
     str(CHUNK),
     "--enable-mixed-chunk",
     "--enable-cache-report",
+    "--enable-streaming-session",
     "--random-seed",
     "1",
     "--sleep-on-idle",

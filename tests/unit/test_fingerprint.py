@@ -17,7 +17,7 @@ RULE = LayerRule("re:.*down_proj", "fp8", None, "a.yaml:7")
 RECIPE = dataclasses.replace(recipe.load("nvfp4"), layers=(RULE,), prefill_weights="somewhere")
 SELECTION = select(RECIPE, Device("a GPU", (10, 0)))
 NO_NUMBERS = {"name", "source", "description", "prefill_weights_at", "verify", "where", "optional", "reason"}
-RESOLVED = {"prefill", "decode", "kernel"}
+RESOLVED = {"prefill", "decode", "kernel", "prefill_weights"}  # in the selection, or by content
 
 
 def other(value: Any) -> Any:
@@ -69,6 +69,34 @@ def test_the_package_version_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     before = fingerprint(RECIPE, SELECTION)
     monkeypatch.setattr(module, "__version__", "0.0.0")
     assert fingerprint(RECIPE, SELECTION) != before
+
+
+def test_ready_made_weights_count_by_content() -> None:
+    made = {fingerprint(RECIPE, SELECTION, ready_made=content) for content in ("", "a", "b")}
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("device", [Device("this CPU", None), Device("a GPU", (10, 0))])
+def test_all_bf16_is_one(device: Device) -> None:
+    rule = LayerRule("re:.*", "bf16", "bf16", "r:1")
+    for asked in (recipe.load("bf16"), dataclasses.replace(RECIPE, prefill="bf16", layers=(rule,), min_tokens=9)):
+        assert fingerprint(asked, select(asked, device)) == "bf16"
+    for more in ({"layers": (dataclasses.replace(rule, prefill="fp8"),)}, {"decode": "nvfp4"}):
+        low = dataclasses.replace(RECIPE, **{"prefill": "bf16", "layers": (), **more})
+        assert fingerprint(low, select(low, device)) != "bf16"
+
+
+def test_shipped_recipes_differ_by_what_they_run() -> None:
+    cpu, hopper, blackwell = Device("this CPU", None), Device("H200", (9, 0)), Device("B200", (10, 0))
+
+    def of(name: str, device: Device) -> str:
+        loaded = recipe.load(name)
+        return fingerprint(loaded, select(loaded, device))
+
+    names = set(recipe.shipped()) - {"auto"}
+    assert len({of(name, cpu) for name in names}) == len(names) - 1  # nvfp4 and nvfp4-emulated are one on a CPU
+    assert of("nvfp4", blackwell) != of("nvfp4-emulated", blackwell) == of("nvfp4", hopper)
+    assert of("auto", blackwell) == of("nvfp4-fp8", blackwell)
 
 
 def test_auto_is_what_it_comes_to() -> None:
