@@ -15,7 +15,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
-from mixquant_sglang import __version__, compat, fusion, recipe, runtime
+from mixquant_sglang import __version__, bypasses, compat, fusion, recipe, runtime
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.hooks import table
 from mixquant_sglang.kernels import fp4_tactics, gemm, select
@@ -59,10 +59,12 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             table.check_hooks_took_effect()
             self._recipe = recipe.load(recipe.requested())
             selection = select(self._recipe, compat.device())
-            if self._recipe.min_tokens > 1 and selection.decode != "bf16":
+            low_decode = {selection.decode, *selection.by_rule.get("decode", ())} - {"bf16"}
+            if self._recipe.min_tokens > 1 and low_decode:
                 raise MixQuantError(
-                    f"{self._recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs "
-                    f"'decode: {{precision: bf16}}'; the recipe has {selection.decode}"
+                    f"{self._recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs decode in bf16 "
+                    f"for all layers; the recipe decodes {'some' if selection.decode == 'bf16' else 'them'} in "
+                    f"{' and '.join(sorted(low_decode))}"
                 )
             if selection.kernels.get("nvfp4") == "native":
                 compat.provide_fp4_linear_method(own_quantizer=self._recipe.fuse)
@@ -83,7 +85,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 selection.describe(),
                 selection.reason,
             )
-            runtime.start(Runtime(self._recipe, selection, bf16_below=compat.bf16_below()))
+            runtime.start(Runtime(self._recipe, selection))
         current = runtime.current()
         assert current is not None
         self._runtime = current
@@ -213,6 +215,9 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 count,
                 worst,
             )
+        guarded = bypasses.guard(model)
+        if guarded:
+            logger.info("mixquant: SGLang's fused input projections of %d layers run in BF16 passes alone", guarded)
         if self._recipe.fuse:
             self._fuse(model_runner)
         fp8 = {shape for m in packed if m.runs("fp8", "native") for shape in m.gemm_shapes}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from mixquant_sglang import __version__, compat
@@ -18,13 +19,24 @@ from mixquant_sglang.errors import MixQuantError
 @dataclass(frozen=True)
 class Hook:
     """``handler`` names a function of this package.  ``process``: "launcher" hooks are set in every process that
-    may parse server arguments, "asked" hooks once it asked for mixquant, "scheduler" hooks in the schedulers."""
+    may parse server arguments, "asked" hooks once it asked for mixquant, "scheduler" hooks in the schedulers.
+    ``only_with``: a module; an SGLang without it has nothing to hook, one with it must have a target."""
 
     handler: str
     kind: str
     process: str
     targets: tuple[str, ...]
     why: str
+    only_with: str = ""
+
+    @property
+    def needed(self) -> bool:
+        if not self.only_with:
+            return True
+        try:
+            return find_spec(self.only_with) is not None
+        except ModuleNotFoundError:  # a package that it would be in
+            return False
 
 
 HOOKS = (
@@ -90,6 +102,28 @@ HOOKS = (
         "scheduler",
         ("sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends",),
         "lets the last layer's attention leave out rows that nobody reads",
+    ),
+    Hook(
+        "can_run_dual_gemm",
+        "around",
+        "scheduler",
+        ("sglang.srt.layers.dual_gemm.DualGemm.can_run",),
+        "keeps the fused BF16 gate and up projections to passes that are BF16",
+        only_with="sglang.kernels.ops.gemm.cutedsl_dual_gemm",
+    ),
+    Hook(
+        "run_fused_a_gemm",
+        "around",
+        "scheduler",
+        ("sglang.kernels.ops.gemm.fused_a_gemm.linear_with_fused_a_gemm",),
+        "keeps a BF16 kernel of few rows to passes that are BF16",
+    ),
+    Hook(
+        "size_prefill_graphs",
+        "before",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.cuda_graph_setup.capture_prefill_graph",),
+        "has a prefill graph captured for the largest pass that min_tokens keeps in BF16",
     ),
     Hook(
         "capture_prefill",
@@ -186,7 +220,8 @@ def target_of(hook: Hook) -> str:
 
 
 def hooks_of(*processes: str) -> list[Hook]:
-    return [hook for hook in HOOKS if hook.process in processes]
+    """The hooks of these processes (of all, if none is named) that this SGLang has something to hook for."""
+    return [hook for hook in HOOKS if (not processes or hook.process in processes) and hook.needed]
 
 
 def register_hooks(hooks: list[Hook]) -> None:
