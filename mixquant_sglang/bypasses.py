@@ -25,7 +25,7 @@ def left_to_sglang(linear: Any, x: Any) -> bool:
 
 
 class InputProjections:
-    """Takes the place of a ``Qwen3_5GatedDeltaNet._forward_input_proj``: hides the weight of both projections in one."""
+    """Takes the place of a ``Qwen3_5GatedDeltaNet._forward_input_proj``: hides the weight of both in one."""
 
     def __init__(self, block: Any) -> None:
         self._block = block
@@ -44,12 +44,13 @@ class InputProjections:
 
 def guard(model: torch.nn.Module) -> int:
     """Puts ``InputProjections`` where they are needed; call it once the weights are loaded.  Returns how many."""
-    blocks = [
-        block
-        for block in model.modules()
-        if getattr(block, "_fused_in_proj_weight", None) is not None
-        and any(hasattr(linear.quant_method, "takes_stock_now") for linear in (block.in_proj_qkvz, block.in_proj_ba))
-    ]
-    for block in blocks:
-        block._forward_input_proj = InputProjections(block)  # type: ignore[assignment]
-    return len(blocks)
+    guarded = 0
+    block: Any
+    for block in model.modules():
+        if getattr(block, "_fused_in_proj_weight", None) is None:
+            continue
+        methods = block.in_proj_qkvz.quant_method, block.in_proj_ba.quant_method
+        if any(hasattr(method, "takes_stock_now") for method in methods):
+            block._forward_input_proj = InputProjections(block)
+            guarded += 1
+    return guarded

@@ -79,13 +79,13 @@ def most_prefill_rows(model_runner: Any) -> int:
 
 
 def prefill_graph_of(runner: Any, tokens: int) -> int:
-    """Rows of the captured prefill graph that SGLang replays for ``tokens`` rows, at most as many as the largest has."""
+    """Rows of the captured prefill graph that SGLang takes for ``tokens`` rows, at most as many as the largest has."""
     return int(runner._pad_to_bucket(tokens, runner.capture_num_tokens))
 
 
 def add_prefill_graph(model_runner: Any, rows: int) -> None:
-    """Has SGLang capture a breakable prefill graph of ``rows`` rows beside those of its list, if it is to capture larger
-    ones; call it before the list is read (``capture_prefill_graph``)."""
+    """Has SGLang capture a breakable prefill graph of ``rows`` rows too, if it is to capture larger ones; call it before
+    the list of sizes is read (``capture_prefill_graph``)."""
     try:
         from sglang.srt.runtime_context import get_exec
 

@@ -198,14 +198,14 @@ class Runtime:
         return pass_plan.protected_total <= (self.graph_rows.capacity if self.graph_rows else 0)
 
     def log_graphs(self, sizes: Sequence[int]) -> None:
-        """Says once which of the captured prefill graphs, of ``sizes`` rows, are BF16, and which BF16 passes have none."""
+        """Says once which of the captured prefill graphs, of ``sizes`` rows, are BF16; which BF16 passes have none."""
         most = self.most_bf16_rows
         if self._graphs_logged or not most:
             return
         self._graphs_logged = True
         largest = max((size for size in sizes if size <= most), default=0)
         logger.info(
-            "mixquant: prefill graphs of up to %d rows are captured in BF16, for passes of fewer than min_tokens = %d%s",
+            "mixquant: prefill graphs of up to %d rows are captured in BF16, for passes below min_tokens = %d%s",
             largest,
             most + 1,
             f"; such passes of {largest + 1} to {most} rows run without a graph" if largest < most else "",

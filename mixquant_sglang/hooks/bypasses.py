@@ -1,4 +1,4 @@
-"""Where SGLang asks whether to multiply by a linear's BF16 weight itself, or does it (``mixquant_sglang/bypasses.py``)."""
+"""Where SGLang multiplies by a linear's BF16 weight itself (``mixquant_sglang/bypasses.py``)."""
 
 from __future__ import annotations
 
