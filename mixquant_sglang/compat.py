@@ -84,8 +84,9 @@ def prefill_graph_of(runner: Any, tokens: int) -> int:
 
 
 def add_prefill_graph(model_runner: Any, rows: int) -> None:
-    """Has SGLang capture a breakable prefill graph of ``rows`` rows too, if it is to capture larger ones; call it before
-    the list of sizes is read (``capture_prefill_graph``)."""
+    """Has SGLang capture a breakable prefill graph of ``rows`` rows too, if it is to capture larger ones.
+
+    Call it before ``capture_prefill_graph`` reads the list of sizes."""
     try:
         from sglang.srt.runtime_context import get_exec
 

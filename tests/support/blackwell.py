@@ -11,6 +11,7 @@ import torch
 from mixquant_sglang.formats import nvfp4
 
 CALLS: list[str] = []
+SUM = torch.float32  # what the stand-in for the GEMM multiplies and adds in
 
 
 def fp4_quantize(x: torch.Tensor, global_scale: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +42,7 @@ def gemm(
     def read(codes: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
         linear = nvfp4.unswizzle_scales(scales.contiguous().view(torch.float8_e4m3fn), rows, k)
         one = torch.ones((), dtype=torch.float32)
-        return nvfp4.NVFP4Tensor(codes.contiguous(), linear, one).unscaled(torch.float32)
+        return nvfp4.NVFP4Tensor(codes.contiguous(), linear, one).unscaled(torch.float32).to(SUM)
 
     total = read(x, x_scales, x.shape[0]) @ read(weight.T, weight_scales.T, n).T
     return (total * alpha).to(dtype)
