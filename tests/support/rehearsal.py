@@ -1,4 +1,4 @@
-"""A Blackwell server's start, prefill and decode without the GPU: ``python -m tests.support.rehearsal OUT_FOLDER``.
+"""A Blackwell server's start, prefill and decode without the GPU: ``python tests/support/rehearsal.py FOLDER``.
 
 SGLang loads a tiny Qwen3 on the CPU through the plugin and its hooks, as a scheduler process does.  What asks for the
 GPU is told that there is one, and what would run on it are stand-ins that note that they ran: FlashInfer's FP4 calls,
@@ -23,7 +23,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +52,7 @@ SCENARIOS = (
     Scenario("auto, emulated", "auto", changes={"kernel": "emulated"}),
     Scenario("auto, min_tokens", "auto", changes={"min_tokens": 13}),
     Scenario("nvfp4, FlashInfer's quantiser", "nvfp4", changes={"fuse": False}),
-    Scenario("nvfp4, emulated", "nvfp4", changes={"kernel": "emulated"}),
+    Scenario("nvfp4, emulated", "nvfp4", changes={"kernel": "emulated", "fuse": False}),
     Scenario("nvfp4-everywhere", "nvfp4-everywhere"),
     Scenario("nvfp4-everywhere, emulated", "nvfp4-everywhere", changes={"kernel": "emulated"}),
 )
@@ -103,6 +103,15 @@ def checkpoint(folder: Path) -> Path:
 # -- stand-ins ---------------------------------------------------------------------------------------------------------
 
 
+def beside(name: str) -> Any:
+    """The module next to this file: a script finds no package ``tests``."""
+    spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def ran(kernel: str, n: int, k: int) -> None:
     RAN[f"{kernel} {n}x{k}"] += 1
 
@@ -129,8 +138,8 @@ def stand_in(capability: tuple[int, int]) -> None:
     from mixquant_sglang.formats import fp8
     from mixquant_sglang.kernels import Device, emulated, gemm
     from mixquant_sglang.rows import CapturedRows
-    from tests.support import blackwell
 
+    blackwell = beside("blackwell")
     blackwell.SUM = torch.float64
     blackwell.install(setattr)
     from sglang.srt.layers.quantization import modelopt_quant
@@ -396,9 +405,6 @@ def main(out: Path, only: Sequence[str]) -> None:
     others = {file.stem for file in Path(models).iterdir()} - {"qwen3"}
     os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(sorted(others))  # saves importing them all
     torch.set_grad_enabled(False)
-    import sglang.benchmark.one_batch
-    import sglang.srt.managers.scheduler
-    import sglang.srt.models.registry
 
     import mixquant_sglang.config  # noqa: F401
 
@@ -412,9 +418,9 @@ def main(out: Path, only: Sequence[str]) -> None:
             continue
         try:
             torch.save(play(folder, scenario), out / f"{scenario.name}.pt")
-        except BaseException:  # SystemExit too: whatever ended the start is the result
-            (out / f"{scenario.name}.txt").write_text(traceback.format_exc())
-        finally:
+        finally:  # SystemExit too: whatever ended the start is the result
+            if sys.exc_info()[0] is not None:
+                (out / f"{scenario.name}.txt").write_text(traceback.format_exc())
             sys.stdout.flush()
             os._exit(0)
 
