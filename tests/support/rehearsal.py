@@ -54,6 +54,7 @@ SCENARIOS = (
     Scenario("nvfp4, FlashInfer's quantiser", "nvfp4", changes={"fuse": False}),
     Scenario("nvfp4, emulated", "nvfp4", changes={"kernel": "emulated", "fuse": False}),
     Scenario("nvfp4-everywhere", "nvfp4-everywhere"),
+    Scenario("nvfp4-everywhere, FlashInfer's quantiser", "nvfp4-everywhere", changes={"fuse": False}),
     Scenario("nvfp4-everywhere, emulated", "nvfp4-everywhere", changes={"kernel": "emulated"}),
 )
 
