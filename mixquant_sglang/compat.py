@@ -9,7 +9,6 @@ import dataclasses
 import inspect
 import logging
 import os
-import pkgutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -94,6 +93,25 @@ def most_prefill_rows(model_runner: Any) -> int:
     args = model_runner.server_args
     chunk = args.chunked_prefill_size
     return int(chunk if chunk is not None and chunk > 0 else args.max_prefill_tokens)
+
+
+def prefill_graph_of(runner: Any, tokens: int) -> int:
+    """Rows of the captured prefill graph that SGLang takes for ``tokens`` rows, at most as many as the largest has."""
+    return int(runner._pad_to_bucket(tokens, runner.capture_num_tokens))
+
+
+def add_prefill_graph(model_runner: Any, rows: int) -> None:
+    """Has SGLang capture a breakable prefill graph of ``rows`` rows too, if it is to capture larger ones.
+
+    Call it before ``capture_prefill_graph`` reads the list of sizes."""
+    try:
+        from sglang.srt.runtime_context import get_exec
+
+        config = get_exec().graph.cuda_graph_config.prefill  # 0.5.23
+    except (ImportError, AttributeError):
+        config = model_runner.server_args.cuda_graph_config.prefill  # 0.5.17
+    if config.backend == "breakable" and config.bs and 0 < rows < max(config.bs):
+        config.bs = sorted({*config.bs, rows})
 
 
 def forward_method(op: Any) -> Callable[..., Any]:
@@ -238,20 +256,6 @@ def kernel_versions() -> dict[str, str]:
     import sgl_kernel
 
     return {"sgl_kernel": str(sgl_kernel.__version__)}
-
-
-def bf16_below() -> int:
-    """Passes with fewer rows than this bypass the linear methods: SGLang 0.5.23 runs the gate and up projections of
-    small batches through a fused BF16 kernel (``layers/dual_gemm.py``), in prefill too."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return 1
-    try:
-        limit = pkgutil.resolve_name("sglang.kernels.ops.gemm.cutedsl_dual_gemm.MAX_DUAL_GEMM_DECODE_TOKENS")
-    except (ImportError, AttributeError):
-        return 1
-    return int(limit) + 1
 
 
 def allow_cpu() -> None:

@@ -15,7 +15,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
-from mixquant_sglang import __version__, compat, fusion, recipe, refusals, runtime
+from mixquant_sglang import __version__, bypasses, compat, fusion, recipe, refusals, runtime
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.hooks import table
 from mixquant_sglang.kernels import fp4_tactics, gemm, select
@@ -60,10 +60,12 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             table.check_hooks_took_effect()
             self._recipe = recipe.load(recipe.requested())
             selection = select(self._recipe, compat.device())
-            if self._recipe.min_tokens > 1 and selection.decode != "bf16":
+            low_decode = {selection.decode, *selection.by_rule.get("decode", ())} - {"bf16"}
+            if self._recipe.min_tokens > 1 and low_decode:
                 raise MixQuantError(
-                    f"{self._recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs "
-                    f"'decode: {{precision: bf16}}'; the recipe has {selection.decode}"
+                    f"{self._recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs decode in bf16 "
+                    f"for all layers; the recipe decodes {'some' if selection.decode == 'bf16' else 'them'} in "
+                    f"{' and '.join(sorted(low_decode))}"
                 )
             if selection.kernels.get("nvfp4") == "native":
                 compat.provide_fp4_linear_method(own_quantizer=self._recipe.fuse)
@@ -85,7 +87,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 selection.reason,
             )
             identity = self._ready.identity() if self._ready is not None else ""
-            runtime.start(Runtime(self._recipe, selection, bf16_below=compat.bf16_below(), ready_made=identity))
+            runtime.start(Runtime(self._recipe, selection, ready_made=identity))
         current = runtime.current()
         assert current is not None
         self._runtime = current
@@ -217,6 +219,9 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 count,
                 worst,
             )
+        guarded = bypasses.guard(model)
+        if guarded:
+            logger.info("mixquant: SGLang's fused input projections of %d layers run in BF16 passes alone", guarded)
         watching = refusals.watching(model_runner.server_args)
         if self._recipe.fuse and watching:
             logger.info("mixquant: nothing fused and no row left out, so that %s sees all", " and ".join(watching))

@@ -13,6 +13,7 @@ import torch
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 from mixquant_sglang import compat, phase
+from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels import activations, packed_linear
 from mixquant_sglang.kernels.activations import QuantizedActivations
 from mixquant_sglang.kernels.verify import Pair
@@ -105,6 +106,13 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
+        if layer is not self._layer:
+            with refusing():
+                raise MixQuantError(
+                    f"SGLang moved the weight of {self.name} into another module, {type(layer).__name__}, with that of "
+                    f"a linear beside it; keep both in BF16 with recipe rules like '{{match: {self.name}, prefill: "
+                    "bf16, decode: bf16}'"
+                )
         self.pack()
 
     def pack(self) -> None:
@@ -141,17 +149,22 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         with refusing():
             return self._ready.load(self._layer.weight.data, check=check)  # type: ignore[arg-type]
 
+    def takes_stock_now(self) -> bool:
+        """Whether the running pass takes what SGLang would run without us: BF16 for all rows."""
+        running = phase.current()
+        return self.precision[running.column] == "bf16" and (running.rows is None or not self.split)
+
     def apply(
         self,
         layer: torch.nn.Module,
         x: torch.Tensor | QuantizedActivations | ReadRows,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor | SplitOutput | ReadRows:
+        if self.takes_stock_now():
+            return super().apply(layer, x, bias)  # type: ignore[no-any-return]
         running = phase.current()
         precision = self.precision[running.column]
         rows = running.rows if self.split else None
-        if rows is None and precision == "bf16":
-            return super().apply(layer, x, bias)  # type: ignore[no-any-return]
         if self.prunes and running.read is not None:
             assert not isinstance(x, QuantizedActivations), "of few rows, norms and activations hand over BF16"
             return self._read_rows(layer, x, running.read, rows, bias)
@@ -314,12 +327,21 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def apply_into(
         self, layer: torch.nn.Module, x: torch.Tensor, output: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        running = phase.current()
-        if self.precision[running.column] == "bf16" and (running.rows is None or not self.split):
+        if self.takes_stock_now():
             return super().apply_into(layer, x, output, bias)  # type: ignore[no-any-return]
         result = self.apply(layer, x, bias)
         assert isinstance(result, torch.Tensor), "qkv projections do not write into an output of the caller"
         return output.copy_(result)
+
+    def apply_with_addend(
+        self, layer: torch.nn.Module, x: torch.Tensor, addend: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """0.5.23 only; there the caller counts ``addend`` as used up."""
+        if self.takes_stock_now():
+            return super().apply_with_addend(layer, x, addend, bias)  # type: ignore[no-any-return]
+        result = self.apply(layer, x, bias)
+        assert isinstance(result, torch.Tensor), "qkv projections have no addend"
+        return result.add_(addend)
 
     def _linear(
         self, column: Phase, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None

@@ -67,9 +67,8 @@ class Layer(Protocol):
 
 
 class Runtime:
-    def __init__(self, recipe: Recipe, selection: Selection, *, bf16_below: int = 1, ready_made: str = "") -> None:
-        """``bf16_below``: passes with fewer rows stay BF16 whatever the recipe says, because SGLang bypasses the linear
-        methods there (``compat.bf16_below``).  ``ready_made``: ``PrefillWeights.identity``."""
+    def __init__(self, recipe: Recipe, selection: Selection, *, ready_made: str = "") -> None:
+        """``ready_made``: ``PrefillWeights.identity``."""
         self.recipe = recipe
         self.fingerprint = fingerprint(recipe, selection, ready_made=ready_made)
         self.selection = selection
@@ -84,9 +83,9 @@ class Runtime:
         self.split = selection.prefill != selection.decode  # whether rows can need protection
         self.finish_load: Callable[[Any], None] | None = None  # takes SGLang's model runner; None once it is loaded
         self.finish_attention: Callable[[Any], None] | None = None  # takes it again, once it has an attention back end
-        self._bf16_below = bf16_below
         self._dirty = False
         self._captured = False
+        self._graphs_logged = False
         self._products = 0  # multiplications for each row and linear, on average
 
     # -- how a pass runs -------------------------------------------------------------------------------------------
@@ -101,7 +100,7 @@ class Runtime:
         low, high = self.selection.prefill, self.selection.decode
         if not self.split:
             return self._plan(rows, Pass(Phase.PREFILL), low, protected=())
-        if rows.prefill < self.recipe.min_tokens or rows.total < self._bf16_below:
+        if rows.prefill < self.recipe.min_tokens:
             return self._plan(rows, phase.DECODE_PASS, high, protected=())
         if rows.protected_total == rows.total:
             return self._plan(rows, phase.DECODE_PASS, high, protected=rows.protected)
@@ -148,8 +147,15 @@ class Runtime:
 
     # -- prefill CUDA graphs ---------------------------------------------------------------------------------------
 
+    @property
+    def most_bf16_rows(self) -> int:
+        """Rows of the largest prefill graph that no low pass fits into: each has ``min_tokens`` rows or more."""
+        return self.recipe.min_tokens - 1 if self.split else 0
+
     def captured_pass(self, tokens: int, most: int, device: torch.device) -> Pass:
         """The pass that a prefill graph of ``tokens`` rows, at most ``most``, is captured with."""
+        if tokens <= self.most_bf16_rows:
+            return phase.DECODE_PASS
         if not self._captured:
             self._products = sum(n * k for n, k in (layer.shape for layer in self.layers)) // max(len(self.layers), 1)
         if not self._captured and self.split:
@@ -166,25 +172,47 @@ class Runtime:
 
     def load_graph(self, pass_plan: PassPlan) -> None:
         """Fills the buffers that captured prefill graphs read, for a pass that ``can_replay``."""
+        if pass_plan.running.column is Phase.DECODE:
+            return  # it replays a graph without slots, and may protect more rows than there are
         if self.graph_rows:
             self.graph_rows.fill(pass_plan.protected)
         if self.graph_read and pass_plan.read is not None:
             self.graph_read.fill(pass_plan.read)
 
-    def can_replay(self, pass_plan: PassPlan) -> bool:
-        """Whether a captured prefill graph computes what ``pass_plan`` asks for."""
+    def can_replay(self, pass_plan: PassPlan, graph: int | None = None) -> bool:
+        """Whether the prefill graph captured for ``graph`` rows (by default those of the pass) computes what
+        ``pass_plan`` asks for."""
         if not self.split:
             return True
-        if self.graphs_stale or pass_plan.running.column is Phase.DECODE:
+        rows = sum(pass_plan.tokens.values())
+        bf16_pass = pass_plan.running.column is Phase.DECODE
+        bf16_graph = (graph or rows) <= self.most_bf16_rows
+        if bf16_pass or bf16_graph:
+            return bf16_pass and bf16_graph
+        if self.graphs_stale:
             return False
         if self.prunes and pass_plan.read is None:
             return False
         if self.graph_rows and not pass_plan.protected:
-            return sum(pass_plan.tokens.values()) * self._products < EAGER_PRODUCTS
+            return rows * self._products < EAGER_PRODUCTS
         if self.graph_read and pass_plan.read is not None and len(pass_plan.read) > self.graph_read.capacity:
             return False
         # Without protection of the last prompt token most passes protect nothing, so graphs are captured without slots.
         return pass_plan.protected_total <= (self.graph_rows.capacity if self.graph_rows else 0)
+
+    def log_graphs(self, sizes: Sequence[int]) -> None:
+        """Says once which of the captured prefill graphs, of ``sizes`` rows, are BF16; which BF16 passes have none."""
+        most = self.most_bf16_rows
+        if self._graphs_logged or not most:
+            return
+        self._graphs_logged = True
+        largest = max((size for size in sizes if size <= most), default=0)
+        logger.info(
+            "mixquant: prefill graphs of up to %d rows are captured in BF16, for passes below min_tokens = %d%s",
+            largest,
+            most + 1,
+            f"; such passes of {largest + 1} to {most} rows run without a graph" if largest < most else "",
+        )
 
     # -- weights ---------------------------------------------------------------------------------------------------
 

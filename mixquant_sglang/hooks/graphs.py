@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mixquant_sglang import phase, runtime
+from mixquant_sglang import compat, phase, runtime
 from mixquant_sglang.hooks.forward import plan_of
 from mixquant_sglang.hooks.table import handler
 from mixquant_sglang.runtime import PassPlan
@@ -17,6 +17,14 @@ def _plan(forward_batch: Any) -> PassPlan:
     plan = plan_of(forward_batch)
     assert plan is not None, "a prefill graph was asked for a batch without the facts of its requests"
     return plan
+
+
+@handler
+def size_prefill_graphs(*_args: Any, model_runner: Any, **_kwargs: Any) -> None:
+    """So that the largest pass that ``min_tokens`` keeps in BF16 does not share a graph with low ones."""
+    run = runtime.current()
+    if run is not None and run.most_bf16_rows:
+        compat.add_prefill_graph(model_runner, run.most_bf16_rows)
 
 
 @handler
@@ -32,6 +40,7 @@ def capture_prefill(
             f"mixquant: the prefill CUDA graph backend is {backend}; row protection is tested with breakable graphs "
             "and without: pass --cuda-graph-backend-prefill breakable (or disabled)"
         )
+    run.log_graphs(runner.capture_num_tokens)
     device = torch.device(runner.model_runner.device)
     with phase.scope(run.captured_pass(num_tokens, runner.max_num_tokens, device)):
         return original(runner, forward_batch, num_tokens, *args, **kwargs)
@@ -42,7 +51,10 @@ def can_replay_prefill(original: Callable[..., bool], runner: Any, forward_batch
     if not original(runner, forward_batch):
         return False
     run = runtime.current()
-    return run is None or run.can_replay(_plan(forward_batch))
+    if run is None:
+        return True
+    graph = compat.prefill_graph_of(runner, len(forward_batch.input_ids))
+    return run.can_replay(_plan(forward_batch), graph)
 
 
 @handler

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from mixquant_sglang import __version__, compat
@@ -19,13 +20,33 @@ from mixquant_sglang.errors import MixQuantError
 class Hook:
     """``handler`` names a function of this package.  ``process``: "launcher" hooks are set in every process that
     may parse server arguments, "asked" hooks once it asked for mixquant, "http" hooks there too if it will serve HTTP,
-    "scheduler" hooks in the schedulers."""
+    "scheduler" hooks in the schedulers.  ``only_with``: a dotted name; an SGLang without it has nothing to hook, one with
+    it must have a target."""
 
     handler: str
     kind: str
     process: str
     targets: tuple[str, ...]
     why: str
+    only_with: str = ""
+
+    @property
+    def needed(self) -> bool:
+        return not self.only_with or _exists(self.only_with)
+
+
+def _exists(name: str) -> bool:
+    """Whether there is such a module, which is not imported, or such a name in one."""
+    try:
+        if find_spec(name) is not None:
+            return True
+    except ModuleNotFoundError:  # a package that it would be in
+        pass
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 HOOKS = (
@@ -119,6 +140,28 @@ HOOKS = (
         "scheduler",
         ("sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends",),
         "lets the last layer's attention leave out rows that nobody reads",
+    ),
+    Hook(
+        "can_run_dual_gemm",
+        "around",
+        "scheduler",
+        ("sglang.srt.layers.dual_gemm.DualGemm.can_run",),
+        "keeps the fused BF16 gate and up projections to passes that are BF16",
+        only_with="sglang.kernels.ops.gemm.cutedsl_dual_gemm",
+    ),
+    Hook(
+        "run_fused_a_gemm",
+        "around",
+        "scheduler",
+        ("sglang.kernels.ops.gemm.fused_a_gemm.linear_with_fused_a_gemm",),
+        "keeps a BF16 kernel of few rows to passes that are BF16",
+    ),
+    Hook(
+        "size_prefill_graphs",
+        "before",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.cuda_graph_setup.capture_prefill_graph",),
+        "has a prefill graph captured for the largest pass that min_tokens keeps in BF16",
     ),
     Hook(
         "capture_prefill",
@@ -215,7 +258,8 @@ def target_of(hook: Hook) -> str:
 
 
 def hooks_of(*processes: str) -> list[Hook]:
-    return [hook for hook in HOOKS if hook.process in processes]
+    """The hooks of these processes (of all, if none is named) that this SGLang has something to hook for."""
+    return [hook for hook in HOOKS if (not processes or hook.process in processes) and hook.needed]
 
 
 def register_hooks(hooks: list[Hook]) -> None:

@@ -26,65 +26,17 @@ from mixquant_sglang.kernels.verify import ROWS, TOLERANCE, Pair, activations, v
 from mixquant_sglang.phase import Pass, Phase
 from mixquant_sglang.rows import EagerRows
 from mixquant_sglang.runtime import Runtime
+from tests.support.blackwell import CALLS, gemm, install
 
 SHAPES = [(128, 64), (96, 48), (40, 80), (256, 256)]  # with and without padding of N to 32 and K to 32
 
 
-CALLS: list[str] = []
-
-
-def fp4_quantize(x: torch.Tensor, global_scale: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlashInfer's ``fp4_quantize``: codes [M, K/2], and block scales swizzled 128x4; ``global_scale`` encodes."""
-    assert x.dtype == torch.bfloat16 and x.is_contiguous() and global_scale.shape == ()
-    packed = nvfp4.quantize(x, scales="absmax", tensor_scale=float(1 / global_scale))
-    CALLS.append("fp4_quantize")
-    return packed.packed, packed.swizzled_scales().view(torch.uint8)
-
-
-def gemm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    x_scales: torch.Tensor,
-    weight_scales: torch.Tensor,
-    alpha: torch.Tensor,
-    dtype: torch.dtype,
-    n: int,
-) -> torch.Tensor:
-    """FlashInfer's ``mm_fp4`` as SGLang calls it: transposed weight and scales, alpha on the FP32 sum."""
-    k = 2 * x.shape[1]
-    assert weight.shape == (x.shape[1], n) and k % 32 == n % 32 == 0 and dtype == torch.bfloat16
-    assert x.dtype == weight.dtype == x_scales.dtype == torch.uint8 and weight_scales.dtype == torch.float8_e4m3fn
-    assert x_scales.shape == (-(-x.shape[0] // 128) * 128, -(-k // 64) * 4)
-    assert x.is_contiguous() and x_scales.is_contiguous() and weight.T.is_contiguous() and alpha.shape == ()
-    CALLS.append("fp4_gemm")
-
-    def read(codes: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
-        linear = nvfp4.unswizzle_scales(scales.contiguous().view(torch.float8_e4m3fn), rows, k)
-        one = torch.ones((), dtype=torch.float32)
-        return nvfp4.NVFP4Tensor(codes.contiguous(), linear, one).unscaled(torch.float32)
-
-    total = read(x, x_scales, x.shape[0]) @ read(weight.T, weight_scales.T, n).T
-    return (total * alpha).to(dtype)
-
-
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = SimpleNamespace(
-        is_marlin=lambda: False, is_flashinfer_trtllm=lambda: False, is_flashinfer_cutedsl=lambda: False
-    )
-    monkeypatch.setattr(modelopt_quant, "get_fp4_gemm_runner_backend", lambda: backend)
-    if hasattr(modelopt_quant, "is_blackwell_supported"):
-        monkeypatch.setattr(modelopt_quant, "is_blackwell_supported", lambda: True)
-    if hasattr(modelopt_quant, "get_platform"):
-        monkeypatch.setattr(modelopt_quant, "get_platform", lambda: SimpleNamespace(is_blackwell=True))
-    monkeypatch.setattr(modelopt_quant, "enable_flashinfer_fp4_gemm", True)
-    monkeypatch.setattr(modelopt_quant, "fp4_quantize", fp4_quantize)
-    monkeypatch.setattr(modelopt_quant, "fp4_gemm", gemm)
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
-    monkeypatch.setattr("sglang.srt.layers.quantization.fp4_utils.get_fp4_gemm_runner_backend", lambda: backend)
     monkeypatch.setattr(blackwell, "fp4_linear_method", None)
     monkeypatch.setattr(blackwell, "own_quantizer", None)
     monkeypatch.setenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", "1")
+    install(monkeypatch.setattr)
     compat.provide_fp4_linear_method()
     CALLS.clear()
 

@@ -17,8 +17,23 @@ LEDGER = Path(__file__).resolve().parents[2] / "patches" / "README.md"
 
 
 def test_every_target_exists_here() -> None:
-    for hook in table.HOOKS:
+    for hook in table.hooks_of():
         assert table.target_of(hook) in hook.targets
+
+
+def test_a_hook_is_left_out_only_where_there_is_nothing_to_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.util import find_spec
+
+    for hook in table.HOOKS:
+        assert (hook in table.hooks_of()) == (not hook.only_with or find_spec(hook.only_with) is not None)
+    there, nowhere = (
+        table.Hook("plan_batch", "after", "scheduler", ("sglang.gone",), "is a test", only_with=module)
+        for module in ("sglang.srt.server_args", "sglang.not_a_package.module")
+    )
+    monkeypatch.setattr(table, "HOOKS", (there, nowhere))
+    assert table.hooks_of("scheduler") == table.hooks_of() == [there]
+    with pytest.raises(MixQuantError, match=r"has no sglang\.gone, which mixquant .* needs: it is a test"):
+        table.check_hooks_took_effect()
 
 
 def test_ledger_and_code_name_the_same_hooks() -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 
 from mixquant_sglang import recipe
@@ -16,9 +17,9 @@ CPU = torch.device("cpu")
 MIXED = [RequestRows(100, 0, 100), RequestRows(1, 40, 30, decoding=True)]
 
 
-def make(name: str = "nvfp4", bf16_below: int = 1, **changes: object) -> Runtime:
+def make(name: str = "nvfp4", **changes: object) -> Runtime:
     asked = replace(recipe.load(name), **changes)
-    return Runtime(asked, select(asked, Device("this CPU", None)), bf16_below=bf16_below)
+    return Runtime(asked, select(asked, Device("this CPU", None)))
 
 
 def tokens(plan: PassPlan) -> dict[tuple[str, str], int]:
@@ -49,9 +50,7 @@ def test_short_passes_stay_bf16_and_protect_nothing() -> None:
     assert plan.running is DECODE_PASS and plan.protected_total == 0
     assert tokens(plan) == {("prefill", "bf16"): 100, ("decode", "bf16"): 1}
     assert run.plan_prefill([RequestRows(101, 0, 900)], CPU).precision == "nvfp4"
-    # What SGLang bypasses counts all rows of the pass, decode rows too.
-    assert make(bf16_below=17).plan_prefill([RequestRows(16, 0, 900)], CPU).precision == "bf16"
-    assert make(bf16_below=17).plan_prefill([RequestRows(17, 0, 900)], CPU).precision == "nvfp4"
+    assert make().plan_prefill([RequestRows(2, 0, 900)], CPU).precision == "nvfp4"  # however few rows
 
 
 def test_without_last_token_protection() -> None:
@@ -87,6 +86,64 @@ def test_which_passes_a_captured_graph_computes() -> None:
     run.graphs_are_stale("a.layer")
     assert not run.can_replay(fits)
     assert make("bf16").can_replay(make("bf16").plan_prefill(MIXED, CPU))
+
+
+def test_graphs_below_min_tokens_are_bf16() -> None:
+    """A graph that no low pass fits into is captured in plain BF16, and replayed by passes that are BF16 whole."""
+    run = make(min_tokens=101)
+    assert run.most_bf16_rows == 100 and make().most_bf16_rows == 0
+    low = run.captured_pass(101, 8192, CPU)
+    assert run.captured_pass(100, 8192, CPU) is run.captured_pass(4, 8192, CPU) is DECODE_PASS
+    assert low.column is Phase.PREFILL and low.rows is not None and low.read is None
+    short = run.plan_prefill([RequestRows(90, 0, 90)], CPU)
+    assert short.precision == "bf16" and tokens(short) == {("prefill", "bf16"): 90}
+    assert run.can_replay(short, 90) and run.can_replay(short, 100) and not run.can_replay(short, 104)
+    asked_bf16 = run.plan_prefill([RequestRows(80, 0, 90, bf16=True)], CPU)
+    assert run.can_replay(asked_bf16, 96)  # more protected rows than graphs have slots
+    run.load_graph(asked_bf16)
+    assert run.graph_rows is not None and run.graph_rows.index.tolist() == [-1] * GRAPH_ROWS
+    mixed = run.plan_prefill([RequestRows(99, 0, 200)] + [RequestRows(1, 40, 30, decoding=True)] * 4, CPU)
+    assert mixed.precision == "bf16" and not run.can_replay(mixed, 104)  # right, without a graph
+    long = run.plan_prefill([RequestRows(101, 0, 900)], CPU)
+    assert run.can_replay(long, 104) and not run.can_replay(long, 100)
+    whole = run.plan_prefill([RequestRows(200, 0, 200, bf16=True)], CPU)
+    assert whole.running is DECODE_PASS and not run.can_replay(whole, 256)
+    run.graphs_are_stale("a.layer")
+    assert run.can_replay(short, 100) and not run.can_replay(long, 104)  # they hold no packed weight
+
+
+def test_bf16_graphs_of_a_pruned_last_layer_compute_all_rows() -> None:
+    run = make(min_tokens=101)
+    run.prunes = True
+    assert run.captured_pass(96, 8192, CPU).read is None and run.captured_pass(104, 8192, CPU).read is not None
+    for reads_all in (False, True):  # input logprobs
+        assert run.can_replay(run.plan_prefill([RequestRows(90, 0, 90)], CPU, reads_all=reads_all), 96)
+        assert run.can_replay(run.plan_prefill([RequestRows(101, 0, 101)], CPU, reads_all=reads_all)) != reads_all
+
+
+def test_equal_phases_have_one_kind_of_graph() -> None:
+    run = make("bf16", min_tokens=50)
+    run.split = False  # as finish_load finds out
+    assert run.most_bf16_rows == 0 and run.captured_pass(8, 64, CPU).column is Phase.PREFILL
+    assert run.can_replay(run.plan_prefill([RequestRows(8, 0, 8)], CPU), 8)
+
+
+def test_which_bf16_passes_have_no_graph_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    def said(sizes: list[int], **changes: object) -> list[str]:
+        caplog.clear()
+        run = make(**changes)
+        run.log_graphs(sizes)
+        run.log_graphs(sizes)
+        return [record.getMessage() for record in caplog.records]
+
+    with caplog.at_level("INFO", logger="mixquant_sglang.runtime"):
+        assert said([4, 8, 64]) == []
+        (all_of_them,) = said([4, 8, 64, 100, 128], min_tokens=101)
+        (some,) = said([4, 8, 64, 128], min_tokens=101)
+        (none,) = said([128, 256], min_tokens=101)
+    assert all_of_them.endswith("of up to 100 rows are captured in BF16, for passes below min_tokens = 101")
+    assert some.endswith("such passes of 65 to 100 rows run without a graph") and "up to 64 rows" in some
+    assert none.endswith("such passes of 1 to 100 rows run without a graph") and "up to 0 rows" in none
 
 
 @dataclass
