@@ -59,6 +59,12 @@ _REFUSED: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
         bool,
         "the low-precision GEMMs sum in an order that depends on the number of rows",
     ),
+    (
+        "moe_a2a_backend",
+        "--moe-a2a-backend",
+        lambda v: v != "none",
+        "SGLang runs BF16 experts by other code there once a quantization is named",
+    ),
     ("use_ray", "--use-ray", bool, "SGLang does not load plugins in Ray actors"),
     ("encoder_only", "--encoder-only", bool, "an encoder has no prefill"),
     (

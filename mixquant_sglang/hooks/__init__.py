@@ -3,6 +3,6 @@
 BEFORE handlers take the target's arguments, AFTER handlers its result first, AROUND handlers the target itself first.
 """
 
-from mixquant_sglang.hooks import forward, graphs, launcher, load, observe, requests, table, weights
+from mixquant_sglang.hooks import architecture, forward, graphs, launcher, load, observe, requests, table, weights
 
-__all__ = ["forward", "graphs", "launcher", "load", "observe", "requests", "table", "weights"]
+__all__ = ["architecture", "forward", "graphs", "launcher", "load", "observe", "requests", "table", "weights"]

@@ -50,6 +50,13 @@ HOOKS = (
         "refuses checkpoints that are not plain BF16",
     ),
     Hook(
+        "choose_architecture",
+        "around",
+        "asked",
+        ("sglang.srt.model_loader.utils.get_model_architecture",),
+        "loads Mixtral as the BF16 model that it is",
+    ),
+    Hook(
         "check_request",
         "after",
         "asked",
@@ -90,6 +97,13 @@ HOOKS = (
         "scheduler",
         ("sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends",),
         "lets the last layer's attention leave out rows that nobody reads",
+    ),
+    Hook(
+        "prove_model",
+        "before",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.cuda_graph_setup.capture_prefill_graph",),
+        "runs a tiny prompt to see which linears SGLang multiplies past the plugin",
     ),
     Hook(
         "capture_prefill",
