@@ -31,6 +31,7 @@ from mixquant_sglang.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
+DECODE = "decode"
 FEW = 12  # rows: below SGLang's own kernels for up to 16
 MANY = {"cuda": 1100, "cpu": 40}  # rows: above its kernels for up to 1024
 
@@ -132,7 +133,7 @@ def _correct(
     left: Mapping[torch.nn.Module, str],
     asking: Callable[[MixQuantLinearMethod], tuple[LayerRule, ...]],
 ) -> None:
-    prefills = [name for name in record.calls if name != "decode"]
+    prefills = [name for name in record.calls if name != DECODE]
     low = [method for _, method in report.linears(model) if {*method.precision.values()} != {"bf16"}]
     missed = False
     partly: dict[str, list[str]] = {}
@@ -153,7 +154,7 @@ def _correct(
             missed = True
             continue
         for one, calls in record.calls.items():
-            column = Phase.DECODE if one == "decode" else Phase.PREFILL
+            column = Phase.DECODE if one == DECODE else Phase.PREFILL
             expected = method.precision[column] != "bf16" and not _ran_as_decode(calls, column)
             if expected and method not in calls:
                 partly.setdefault(one, []).append(name)
@@ -164,8 +165,9 @@ def _correct(
         report.log_precisions(run, weights)
         report.log_reasons(run, [report.MULTIPLIED])
     for one, names in partly.items():
-        run.stays_bf16[f"SGLang multiplies by its weight itself in passes of {one}"] = names
-        report.log_reasons(run, [f"SGLang multiplies by its weight itself in passes of {one}"])
+        reason = f"{report.MULTIPLIED} in {'decode steps of 2 rows' if one == DECODE else f'passes of {one}'}"
+        run.stays_bf16[reason] = names
+        report.log_reasons(run, [reason])
     if silent:
         logger.warning("mixquant: no pass of the probe reached these MoE layers: %s", ", ".join(silent[:4]))
     ran = sum({*method.precision.values()} != {"bf16"} for method in low)
@@ -225,7 +227,7 @@ def _run(model_runner: Any, record: Record) -> None:
                 _forward(model_runner, forward_batch)
             if rows == sizes[-1] and model_runner.is_generation:
                 forward_batch = _build(partial(compat.decode_batch, batch, model_runner))
-                with record.during("decode"):
+                with record.during(DECODE):
                     _forward(model_runner, forward_batch)
 
 

@@ -231,7 +231,7 @@ class Runtime:
 
     def state(self) -> dict[str, Any]:
         """``internal_states[i].mixquant`` of ``/server_info``; builtin types only."""
-        return {
+        state = {
             "version": __version__,
             "recipe": self.recipe.name,
             "precision": {column.value: label for column, label in self.labels.items()},
@@ -244,6 +244,7 @@ class Runtime:
             "protected_rows": self.counters.protected_rows,
             "passes": {name: self.counters.passes_of(name) for name in ("prefill", "decode")},
         }
+        return state if self.unproven is None else state | {"unproven": self.unproven}
 
 
 def some(names: Sequence[str], most: int = 4) -> str:

@@ -58,7 +58,7 @@ def check_model(model_config: Any, device: Callable[[], Device], moe_backend: st
     ``model_config``: SGLang's ModelConfig.  ``moe_backend``: what ``--moe-runner-backend`` asked for; None in a process
     that did not parse the flags.
     """
-    name = (model_config.hf_config.architectures or ["a model without a name"])[0]
+    name = (getattr(model_config.hf_config, "architectures", None) or ["a model without a name"])[0]
     path = model_config.model_path
     if getattr(model_config, "is_encoder_decoder", False):
         raise MixQuantError(
