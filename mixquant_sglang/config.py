@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
     """Raises ``SystemExit`` with one line for what the user can mend, so that nothing half-configured serves."""
 
+    weight_block_size = None  # some models read it off any config that they get
+
     def __init__(self) -> None:
         super().__init__()
         self._names: dict[str, None] = {}
