@@ -8,53 +8,41 @@ from __future__ import annotations
 
 import logging
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
-from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
-from mixquant_sglang import __version__, bypasses, compat, fusion, recipe, refusals, runtime
+from mixquant_sglang import __version__, bypasses, compat, fusion, probe, recipe, refusals, report, runtime
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.hooks import table
 from mixquant_sglang.kernels import fp4_tactics, gemm, select
 from mixquant_sglang.kernels.verify import verify
 from mixquant_sglang.matching import RuleMatcher
 from mixquant_sglang.method import MixQuantLinearMethod
-from mixquant_sglang.phase import Phase
+from mixquant_sglang.modules import FUSED, NEVER, why_bf16
 from mixquant_sglang.prefill_weights.weights import PrefillWeights
 from mixquant_sglang.ranks import check_same
+from mixquant_sglang.recipe import LayerRule
 from mixquant_sglang.refusals import refusing
-from mixquant_sglang.runtime import Runtime
+from mixquant_sglang.runtime import Runtime, some
 
 logger = logging.getLogger(__name__)
-
-# What SGLang fuses in its dense models; a model's own packed_modules_mapping is added to it.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-# Layers that stay BF16 whatever the recipe says: routers, MLA's kv_b_proj (its weight is also read outside of apply),
-# and towers for other modalities, whose rows are not the rows of the pass.
-ALWAYS_BF16_LEAVES = frozenset({"gate", "router", "shared_expert_gate", "kv_b_proj"})
-ALWAYS_BF16_TOWERS = frozenset(
-    {"visual", "vision_tower", "vision_model", "vision_encoder", "audio_tower", "multi_modal_projector", "mm_projector"}
-)
-
-
-def always_bf16(name: str) -> bool:
-    parts = name.split(".")
-    return parts[-1] in ALWAYS_BF16_LEAVES or not ALWAYS_BF16_TOWERS.isdisjoint(parts)
 
 
 class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
     """Raises ``SystemExit`` with one line for what the user can mend, so that nothing half-configured serves."""
+
+    weight_block_size = None  # some models read it off any config that they get
 
     def __init__(self) -> None:
         super().__init__()
         self._names: dict[str, None] = {}
         self._matcher: RuleMatcher | None = None
         self._ready: PrefillWeights | None = None
-        self._not_ready: set[str] = set()
+        self._left: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()  # to SGLang, and why
         self._pruned: torch.nn.Module | None = None
         with refusing():
             table.check_hooks_took_effect()
@@ -125,18 +113,21 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         selection = self._runtime.selection
         with refusing():
             prefill, decode = self._matcher.precisions(prefix, selection.prefill, selection.decode)
-            if always_bf16(prefix):
+            never = why_bf16(prefix)
+            why = "by rule of the recipe" if selection.kernels else "by the recipe"
+            if never:
                 prefill = decode = "bf16"
+                why = never
             ready = None
             if self._ready is not None and "nvfp4" in (prefill, decode):
                 ready = self._ready.linear(prefix, self._matcher.shards(prefix))
                 if ready is None:
-                    self._not_ready.add(prefix)
+                    why = "not in the ready-made weights"
                     prefill, decode = ("bf16" if p == "nvfp4" else p for p in (prefill, decode))
             elif self._ready is not None:
-                reason = "never quantised" if always_bf16(prefix) else "by rule of the recipe"
-                self._ready.keep(prefix, self._matcher.shards(prefix), reason)
+                self._ready.keep(prefix, self._matcher.shards(prefix), NEVER if never else why)
         if (prefill, decode) == ("bf16", "bf16"):
+            self._left[layer] = why
             return UnquantizedLinearMethod()
         return MixQuantLinearMethod(self._runtime, prefix, prefill, decode, ready)
 
@@ -155,6 +146,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             if self._ready is not None:
                 self._ready.check_all_taken()
                 self._ready.check_norms(model.named_parameters())
+            report.keep_outside_bf16(model)
+            self._check_ready_names(model)
             methods = [m for m in run.layers if isinstance(m, MixQuantLinearMethod)]
             packed = [m for m in methods if {*m.precision.values()} != {"bf16"}]
             if run.selection.kernels and not packed:
@@ -164,48 +157,21 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                     + ("; ".join(f"{m.name}: {m.refusal}" for m in methods[:3]) or "see the rules")
                 )
         run.split = any(m.split for m in packed)
-        total = 0
-        stays: dict[str, list[str]] = {}
-        run.precisions.clear()
-        for name, module in model.named_modules():
-            method = getattr(module, "quant_method", None)
-            if isinstance(method, MixQuantLinearMethod):
-                run.precisions[method.precision[Phase.PREFILL]] += 1
-                total += module.weight.nbytes
-                if method.refusal:
-                    stays.setdefault(method.refusal, []).append(name)
-            elif isinstance(module, (LinearBase, ParallelLMHead, torch.nn.Linear)):
-                run.precisions["bf16"] += 1
-                total += module.weight.nbytes if isinstance(module, LinearBase) else 0
-                reason = "by rule of the recipe" if isinstance(module, LinearBase) else "never quantised"
-                if isinstance(module, LinearBase) and always_bf16(name):
-                    reason = "never quantised"
-                if name in self._not_ready:
-                    reason = "not in the ready-made weights"
-                stays.setdefault(reason, []).append(name)
-            elif type(module).__name__ == "FusedMoE":
-                stays.setdefault("MoE experts, never quantised by this version", []).append(name)
+        total = report.describe(model, run, self._left)
         run.finish_load = None
         if run.selection.kernels:
-            extra = run.extra_weight_bytes
-            logger.info(
-                "mixquant: linears by prefill precision: %s; "
-                "packed weights add %.1f MiB (%.0f%% of the linears' %.1f MiB)",
-                ", ".join(f"{n} {precision}" for precision, n in sorted(run.precisions.items())),
-                extra / 2**20,
-                100 * extra / max(total, 1),
-                total / 2**20,
-            )
+            report.log_precisions(run, total)
             if device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
                 logger.info("mixquant: memory peaked %.1f MiB above the loaded size while loading", peak / 2**20)
-            for reason, names in stays.items():
-                logger.info("mixquant: stays BF16 (%s): %s", reason, _some(names))
+            report.log_reasons(run, run.stays_bf16)
+        if packed:
+            run.prove = self.prove
         if self._ready is not None:
             logger.info("mixquant: NVFP4 weights come from %s (%s)", self._ready.folder, self._ready.layout.name)
             for reason in sorted({*self._ready.unused.values()}):
                 names = sorted(name for name, why in self._ready.unused.items() if why == reason)
-                logger.info("mixquant: not taken from there (%s): %s", reason, _some(names))
+                logger.info("mixquant: not taken from there (%s): %s", reason, some(names))
         self._tune_fp4(model_runner, [m for m in packed if m.runs("nvfp4", "native")])
         if self._recipe.verify and run.selection.kernels.get("nvfp4") == "native":
             first: dict[tuple[int, int], MixQuantLinearMethod] = {}
@@ -233,6 +199,29 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             with refusing():
                 rows = [2**e for e in range(8, max(most.bit_length(), 9))]
                 gemm.use(gemm.load_or_tune(sorted(fp8), rows, device, compat.kernel_versions()))
+
+    def _check_ready_names(self, model: torch.nn.Module) -> None:
+        """Refuses modules that SGLang built under one prefix: ready-made weights are looked up by it."""
+        if self._ready is None:
+            return
+        known: dict[str, str] = {}
+        for name, method in report.linears(model):
+            if {*method.precision.values()} != {"bf16"} and known.setdefault(method.name, name) != name:
+                raise MixQuantError(
+                    f"{self._recipe.prefill_weights_at}: {known[method.name]} and {name} are both {method.name} to "
+                    "SGLang, so ready-made weights cannot be told apart; leave 'weights' out"
+                )
+
+    def prove(self, model_runner: Any, eager_runner: Any) -> None:
+        """Runs the model once, and makes the report what ran; see ``probe.py``."""
+        run = self._runtime
+        run.prove = None
+        with refusing():
+            probe.prove(model_runner, eager_runner, run, self._left, self._asking)
+
+    def _asking(self, method: MixQuantLinearMethod) -> tuple[LayerRule, ...]:
+        assert self._matcher is not None
+        return self._matcher.asking(method.name)
 
     def _tune_fp4(self, model_runner: Any, methods: list[MixQuantLinearMethod]) -> None:
         measuring = compat.fp4_gemm_measuring(model_runner) if methods else None
@@ -263,10 +252,6 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             logger.info("mixquant: the last layer's attention computes all rows: %s", reason)
         else:
             logger.info("mixquant: the last layer's attention leaves out unread rows in long prefill passes")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def register() -> None:

@@ -2,8 +2,8 @@
 
 Ranks of one server compare it at load, and it names KV (``policy.kv_name``) in the radix cache and in stores that
 outlive the process.  What only names or explains (name, description, file and line, reason) and what the selection has
-resolved (``auto``) is left out; any other field counts, also one that a later version adds.  All that run BF16 throughout
-have ``policy.BF16``.  Not in it: the BF16 checkpoint, by whose name stores separate servers
+resolved (``auto``) is left out; any other field counts, also one that a later version adds.  All that
+run BF16 throughout have ``policy.BF16``.  Not in it: the BF16 checkpoint, by whose name stores separate servers
 themselves, and SGLang's version.
 """
 

@@ -51,6 +51,13 @@ class RuleMatcher:
             )
         return next(iter(results.values()))
 
+    def asking(self, name: str) -> tuple[LayerRule, ...]:
+        """The rules that decided on a module, and are not optional, where they ask for low precision."""
+        by_fused = self._matching(name)
+        first = {min(by_fused | self._matching(shard), default=None) for shard in self.shards(name) or (name,)}
+        rules = [self._rules[rule] for rule in sorted(rule for rule in first if rule is not None)]
+        return tuple(r for r in rules if not r.optional and {r.prefill, r.decode} - {None, "bf16"})
+
     def unmatched(self) -> tuple[LayerRule, ...]:
         """The rules that matched no module asked so far; one that matched and lost to an earlier rule is not here."""
         return tuple(rule for i, rule in enumerate(self._rules) if i not in self._matched)

@@ -104,6 +104,13 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                 self._ready.place(Share(sizes, k, input_size, *compat.tensor_parallel(layer), replicas))
         self._runtime.layers.append(self)
 
+    def stay_bf16(self, reason: str) -> None:
+        """Makes the layer an ordinary BF16 one for good: its packed copies go, ``refusal`` says why."""
+        self.refusal = reason
+        self.precision = dict.fromkeys(Phase, "bf16")
+        self.split = self.prunes = self.prunes_apart = self.hands_over = False
+        self.apart, self._parts, self._packed, self._ready = 0, (), {}, None
+
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
         if layer is not self._layer:

@@ -56,6 +56,7 @@ class Layer(Protocol):
     """What the runtime asks of a linear method."""
 
     name: str
+    precision: dict[Phase, str]
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -74,7 +75,11 @@ class Runtime:
         self.selection = selection
         self.counters = PassCounters()
         self.layers: list[Layer] = []
-        self.precisions: Counter[str] = Counter()
+        self.labels = {Phase.PREFILL: selection.prefill, Phase.DECODE: selection.decode}
+        self.precisions: Counter[str] = Counter()  # linears by prefill precision
+        self.experts: Counter[str] = Counter()  # MoE layers by prefill precision
+        self.unproven: str | None = None  # why the probe could not run
+        self.stays_bf16: dict[str, list[str]] = {}  # reason -> modules
         self.graph_rows: GraphRows | None = None  # protected rows, if captured graphs have slots for them
         self.graph_read: GraphRows | None = None  # rows that are read, if these are not the protected ones
         self.prunes = False  # whether the last layer leaves out rows that nobody reads
@@ -83,10 +88,21 @@ class Runtime:
         self.split = selection.prefill != selection.decode  # whether rows can need protection
         self.finish_load: Callable[[Any], None] | None = None  # takes SGLang's model runner; None once it is loaded
         self.finish_attention: Callable[[Any], None] | None = None  # takes it again, once it has an attention back end
+        # takes it and its eager runner, before graphs are captured
+        self.prove: Callable[[Any, Any], None] | None = None
         self._dirty = False
         self._captured = False
         self._graphs_logged = False
         self._products = 0  # multiplications for each row and linear, on average
+
+    def label(self) -> None:
+        """Names each column by what its layers run; call it when these are known.
+
+        A column goes by the recipe's own precision where that is low and some layer runs it, else by the low ones that
+        rules gave some layers, else by ``bf16``.  Passes and tokens are counted and logged under these names."""
+        for column, own in ((Phase.PREFILL, self.selection.prefill), (Phase.DECODE, self.selection.decode)):
+            low = {layer.precision[column] for layer in self.layers} - {"bf16"}
+            self.labels[column] = own if own in low else "+".join(sorted(low)) or "bf16"
 
     # -- how a pass runs -------------------------------------------------------------------------------------------
 
@@ -97,7 +113,7 @@ class Runtime:
         more rows than each request's last are asked for."""
         protects = self.recipe.protect_last_prompt_token
         rows = plan(requests, last_prompt_token=protects, tail=self.recipe.protected_tail)
-        low, high = self.selection.prefill, self.selection.decode
+        low, high = self.labels[Phase.PREFILL], self.labels[Phase.DECODE]
         if not self.split:
             return self._plan(rows, Pass(Phase.PREFILL), low, protected=())
         if rows.prefill < self.recipe.min_tokens:
@@ -128,7 +144,7 @@ class Runtime:
         protected: tuple[tuple[int, int], ...],
         read: tuple[tuple[int, int], ...] | None = None,
     ) -> PassPlan:
-        high = self.selection.decode
+        high = self.labels[Phase.DECODE]
         if running.column is Phase.DECODE:
             tokens = {("prefill", high): rows.prefill}
         else:
@@ -143,7 +159,7 @@ class Runtime:
 
     def count_decode(self, rows: int) -> None:
         """Once per decode step, so it does as little as it can."""
-        self.counters.add_decode(self.selection.decode, rows)
+        self.counters.add_decode(self.labels[Phase.DECODE], rows)
 
     # -- prefill CUDA graphs ---------------------------------------------------------------------------------------
 
@@ -244,18 +260,25 @@ class Runtime:
 
     def state(self) -> dict[str, Any]:
         """``internal_states[i].mixquant`` of ``/server_info``; builtin types only."""
-        return {
+        state = {
             "version": __version__,
             "recipe": self.recipe.name,
             "fingerprint": self.fingerprint,
-            "precision": {"prefill": self.selection.prefill, "decode": self.selection.decode},
+            "precision": {column.value: label for column, label in self.labels.items()},
             "kernel": dict(self.selection.kernels),
             "layers": dict(self.precisions),
+            "experts": dict(self.experts),
+            "stays_bf16": {reason: some(names) for reason, names in self.stays_bf16.items()},
             "extra_weight_bytes": self.extra_weight_bytes,
             "tokens": {name: self.counters.by_phase(name) for name in ("prefill", "decode")},
             "protected_rows": self.counters.protected_rows,
             "passes": {name: self.counters.passes_of(name) for name in ("prefill", "decode")},
         }
+        return state if self.unproven is None else state | {"unproven": self.unproven}
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 _runtime: Runtime | None = None

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from mixquant_sglang.hooks.table import HOOKS
+from mixquant_sglang.hooks.table import HOOKS, Hook
 
 PINS = sorted(p.stem.removeprefix("sglang-") for p in (Path(__file__).parent / "pins").glob("sglang-*.txt"))
 NEWEST = "newest"
@@ -85,6 +85,11 @@ def exists(site: Path, target: str) -> bool:
     return found is not None and isinstance(found[1], ast.ClassDef) and has(site, found[0], found[1], name)
 
 
+def wanted(site: Path, hook: Hook) -> bool:
+    name = hook.only_with
+    return not name or file_of(site, name) is not None or exists(site, name)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*", default=[*PINS, NEWEST], metavar="VERSION")
@@ -99,7 +104,7 @@ def main() -> int:
             gone = [
                 hook
                 for hook in HOOKS
-                if not getattr(hook, "optional", "") and not any(exists(Path(folder), t) for t in hook.targets)
+                if wanted(Path(folder), hook) and not any(exists(Path(folder), target) for target in hook.targets)
             ]
         print(f"SGLang {got}: {len(HOOKS) - len(gone)} of {len(HOOKS)} hooks have a target")
         for hook in gone:

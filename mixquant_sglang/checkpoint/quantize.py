@@ -44,14 +44,11 @@ from mixquant_sglang.checkpoint.calibration import Inputs, measure_inputs, read_
 from mixquant_sglang.checkpoint.files import DTYPES, Bytes, Progress, Source
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.modules import why_bf16
 from mixquant_sglang.recipe import REGEX, did_you_mean, nearest, show
 
 LINEARS = re.compile(r"(?:[qkvo]|qkv|q_[ab]|out|gate|up|gate_up|down)_proj|kv_a_proj_with_mqa|w[123]")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
-# not blocks of the language model itself; "mtp": draft layers
-OUTSIDE = re.compile(
-    r"(?:^|.*\.)(?:visual|vision_(?:tower|model|encoder)|audio_tower|multi_modal_projector|mm_projector|mtp)\."
-)
 WINDOW = 1.0
 WEIGHTED = "weighted"
 SCALES = (*nvfp4.SCALE_MODES, WEIGHTED)
@@ -224,7 +221,9 @@ def _reads_alike(g: torch.Tensor) -> bool:
 def _is_linear(module: str, layers: int) -> bool:
     block = re.search(r"(?:^|\.)layers\.(\d+)\.", module)
     leaf = module.rpartition(".")[2]
-    return bool(block and int(block[1]) < layers and LINEARS.fullmatch(leaf) and not OUTSIDE.match(module))
+    draft = "mtp" in module.split(".")
+    own = block and int(block[1]) < layers and not draft and why_bf16(module) is None
+    return bool(own and LINEARS.fullmatch(leaf))
 
 
 def _ignored(modules: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:

@@ -3,6 +3,30 @@
 BEFORE handlers take the target's arguments, AFTER handlers its result first, AROUND handlers the target itself first.
 """
 
-from mixquant_sglang.hooks import bypasses, forward, graphs, http, launcher, load, observe, requests, table, weights
+from mixquant_sglang.hooks import (
+    architecture,
+    bypasses,
+    forward,
+    graphs,
+    http,
+    launcher,
+    load,
+    observe,
+    requests,
+    table,
+    weights,
+)
 
-__all__ = ["bypasses", "forward", "graphs", "http", "launcher", "load", "observe", "requests", "table", "weights"]
+__all__ = [
+    "architecture",
+    "bypasses",
+    "forward",
+    "graphs",
+    "http",
+    "launcher",
+    "load",
+    "observe",
+    "requests",
+    "table",
+    "weights",
+]

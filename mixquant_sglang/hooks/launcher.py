@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mixquant_sglang import compat, recipe
+from mixquant_sglang import compat, recipe, stock
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.hooks import table
 from mixquant_sglang.hooks.table import handler
@@ -21,6 +21,7 @@ from mixquant_sglang.refusals import check_server_args, refusing
 _command_line = False  # server arguments came from a command line, so a refusal ends the process with one line
 _flag_given = False
 _dtype_asked: str | None = None
+_moe_backend_asked: str | None = None
 _recipe: Recipe | None = None
 
 
@@ -51,7 +52,7 @@ def _refusing() -> AbstractContextManager[None]:
 
 @handler
 def resolve_server_args(original: Callable[..., None], server_args: Any, *args: Any, **kwargs: Any) -> None:
-    global _dtype_asked, _recipe
+    global _dtype_asked, _moe_backend_asked, _recipe
     if getattr(server_args, "_resolution_finished", False):  # 0.5.23 asks again wherever the arguments arrive
         return original(server_args, *args, **kwargs)
     asked = server_args.quantization == compat.NAME
@@ -66,6 +67,7 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
                 if hook.process != "http":
                     table.target_of(hook)
             _dtype_asked = server_args.dtype
+            _moe_backend_asked = getattr(server_args, "moe_runner_backend", None)
             _prepare_launcher()
         original(server_args, *args, **kwargs)
         if asked:
@@ -99,8 +101,8 @@ def register_config() -> None:
 
 @handler
 def check_checkpoint(model_config: Any) -> None:
-    """Refuses quantised checkpoints, those of another dtype unless ``--dtype bfloat16`` asks for the cast, and
-    ready-made prefill weights of another model."""
+    """Refuses quantised checkpoints, those of another dtype unless ``--dtype bfloat16`` asks for the cast, models that
+    SGLang would not decode as stock, and ready-made prefill weights of another model."""
     if model_config.quantization != compat.NAME:
         return
     with _refusing():
@@ -122,6 +124,7 @@ def check_checkpoint(model_config: Any) -> None:
                 f"would be served as {str(model_config.dtype).removeprefix('torch.')}; mixquant needs BF16: "
                 "convert it, or pass --dtype bfloat16 to cast it at load"
             )
+        stock.check_model(model_config, compat.device, _moe_backend_asked)
         if _recipe is not None and _recipe.prefill_weights:
             from mixquant_sglang.prefill_weights.weights import PrefillWeights
 

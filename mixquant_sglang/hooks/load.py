@@ -1,4 +1,4 @@
-"""Once the model is loaded, and once it has an attention back end."""
+"""Once the model is loaded, once it has an attention back end, and once it can run."""
 
 from __future__ import annotations
 
@@ -22,3 +22,11 @@ def finish_attention(_result: None, model_runner: Any) -> None:
     run = runtime.current()
     if run is not None and run.finish_attention is not None:
         run.finish_attention(model_runner)
+
+
+@handler
+def prove_model(*, model_runner: Any, eager_runner: Any, **_kwargs: Any) -> None:
+    run = runtime.current()
+    if run is not None and run.prove is not None:
+        run.prove(model_runner, eager_runner)
+        publish_metrics()

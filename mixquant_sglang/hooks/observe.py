@@ -28,10 +28,10 @@ def attach_metrics(context: Any, *_args: Any, **_kwargs: Any) -> None:
 
 
 def publish_metrics() -> None:
-    """Once SGLang's labels are known and the model is loaded, whichever comes last."""
+    """Once SGLang's labels are known and the model is loaded and proved, whichever comes last."""
     global _labels
     run = runtime.current()
-    if run is None or run.finish_load is not None or _labels is None:
+    if run is None or run.finish_load is not None or run.prove is not None or _labels is None:
         return
     run.counters.attach(_labels).describe(
         version=__version__,

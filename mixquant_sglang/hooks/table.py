@@ -20,8 +20,8 @@ from mixquant_sglang.errors import MixQuantError
 class Hook:
     """``handler`` names a function of this package.  ``process``: "launcher" hooks are set in every process that
     may parse server arguments, "asked" hooks once it asked for mixquant, "http" hooks there too if it will serve HTTP,
-    "scheduler" hooks in the schedulers.  ``only_with``: a dotted name; an SGLang without it has nothing to hook, one with
-    it must have a target."""
+    "scheduler" hooks in the schedulers.  ``only_with``: a dotted name; an SGLang without it has nothing to hook, one
+    with it must have a target."""
 
     handler: str
     kind: str
@@ -70,6 +70,13 @@ HOOKS = (
         "asked",
         ("sglang.srt.configs.model_config.ModelConfig._verify_quantization",),
         "refuses checkpoints that are not plain BF16",
+    ),
+    Hook(
+        "choose_architecture",
+        "around",
+        "asked",
+        ("sglang.srt.model_loader.utils.get_model_architecture",),
+        "loads Mixtral as the BF16 model that it is",
     ),
     Hook(
         "check_request",
@@ -162,6 +169,13 @@ HOOKS = (
         "scheduler",
         ("sglang.srt.model_executor.model_runner_components.cuda_graph_setup.capture_prefill_graph",),
         "has a prefill graph captured for the largest pass that min_tokens keeps in BF16",
+    ),
+    Hook(
+        "prove_model",
+        "before",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.cuda_graph_setup.capture_prefill_graph",),
+        "runs a tiny prompt to see which linears SGLang multiplies past the plugin",
     ),
     Hook(
         "capture_prefill",

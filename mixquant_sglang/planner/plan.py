@@ -32,6 +32,7 @@ from mixquant_sglang import recipe as recipes
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels import Device, select
 from mixquant_sglang.matching import RuleMatcher
+from mixquant_sglang.modules import FUSED as FUSED
 from mixquant_sglang.planner import data
 from mixquant_sglang.planner.cost import MOST_TOKENS, Cost, Linear, Plan, Workload, bf16_bytes, kv_bytes, linear_shapes
 from mixquant_sglang.planner.data import Gpu, Host, Model, find_gpu, find_model
@@ -39,8 +40,6 @@ from mixquant_sglang.planner.data import Gpu, Host, Model, find_gpu, find_model
 DEFAULT_RECIPES = ("bf16", "fp8", "nvfp4", "nvfp4-fp8", "nvfp4-emulated", "nvfp4-everywhere")
 BASELINE = "bf16"
 STOCK_FP8 = "stock-fp8"  # not a recipe: SGLang's own --quantization fp8, both phases in FP8, for comparison
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # as in config.py
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from mixquant_sglang.checkpoint.files import DTYPES, Source, Stored
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.fingerprint import digest
 from mixquant_sglang.formats.nvfp4 import BLOCK, NVFP4Tensor
+from mixquant_sglang.modules import is_outside
 from mixquant_sglang.prefill_weights.layout import Layout, detect
 from mixquant_sglang.prefill_weights.linear import ReadyLinear
 
@@ -49,11 +50,8 @@ _DIMENSIONS = (
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
 _SMOOTHED = ("pre_quant_scale", "input_smooth_scale")
-# What no linear of ours can take: experts, and what lies outside of the language model's blocks.
-_NEVER = re.compile(
-    r"(?:.*\.)?(?:lm_head|embed_tokens)|.*\.experts\..*"
-    r"|(?:.*\.)?(?:visual|vision_(?:tower|model|encoder)|audio_tower|multi_modal_projector|mm_projector|mtp)\..*"
-)
+# Beside what lies outside of the language model, no linear of ours can take experts and draft layers.
+_NEVER = re.compile(r"(?:.*\.)?(?:lm_head|embed_tokens)|.*\.experts\..*|(?:.*\.)?mtp\..*")
 
 
 @dataclass
@@ -148,7 +146,8 @@ class PrefillWeights:
         layers = self.source.config.get("text_config", self.source.config).get("num_hidden_layers", math.inf)
         for module in self.quantised.keys() - self._taken - self.unused.keys():
             block = re.search(r"(?:^|\.)layers\.(\d+)\.", module)
-            if not _NEVER.fullmatch(module) and not (block and int(block[1]) >= layers):
+            never = _NEVER.fullmatch(module) or is_outside(module)
+            if not never and not (block and int(block[1]) >= layers):
                 name = f"{module}.{self.layout.codes}"
                 raise MixQuantError(f"{self._file(name)}: {name} belongs to no linear of this model")
             self.unused[module] = "never quantised"

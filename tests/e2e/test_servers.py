@@ -407,9 +407,14 @@ def test_server_info(servers: Servers) -> None:
     layers = {low: 32} if (LOW_RECIPE, low) != ("auto", "nvfp4") else {"nvfp4": 16, "fp8": 16}
     assert state["layers"] == layers and state["kernel"].keys() == layers.keys()
     assert len(state["fingerprint"]) == 16 and servers.control.state()["fingerprint"] == "bf16"
+    assert state["experts"] == {} == state["stays_bf16"] and "unproven" not in state
     assert 0.25 * 19.3e6 < state["extra_weight_bytes"] < 0.55 * 19.3e6
     control = servers.control.state()
     assert control["kernel"] == {} and control["extra_weight_bytes"] == control["protected_rows"] == 0
+    assert control["precision"] == {"prefill": "bf16", "decode": "bf16"}
+    assert control["stays_bf16"].keys() == {"by the recipe"} and control["stays_bf16"]["by the recipe"].endswith(
+        "28 more"
+    )
     assert control["layers"] == {"bf16": 32} and control["tokens"]["prefill"].keys() == {"bf16"}
     info = requests.get(servers.stock.url + "/server_info", timeout=60).json()
     assert "mixquant" not in info["internal_states"][0]
@@ -434,6 +439,7 @@ def test_log_lines(servers: Servers) -> None:
     assert text.count(f": recipe {LOW_RECIPE} -> prefill ") == 1
     assert "mixquant: fused in prefill: " in text and "the last layer's unread rows left out" in text
     assert "mixquant: linears by prefill precision: " in text
+    assert "mixquant: a tiny prompt ran 32 of 32 low linears (passes: 12 rows, " in text
     assert f"#{low}-token: " in text and "#protected-row: 1, " in text
     assert "is not fully optimized" not in text
     stock = servers.stock.log.read_text()

@@ -1,0 +1,297 @@
+"""Which of SGLang's own linears are made BF16 at load, by name and by place, and what the report calls them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mixquant_sglang import compat, probe, recipe, report, runtime, stock
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.hooks import architecture, launcher, observe, table
+from mixquant_sglang.kernels import Device, select
+from mixquant_sglang.matching import RuleMatcher
+from mixquant_sglang.modules import A_GATE, OUTSIDE
+from mixquant_sglang.phase import Phase
+from mixquant_sglang.recipe import LayerRule
+from mixquant_sglang.runtime import Runtime
+
+CPU = Device("this CPU", None)
+B200 = Device("B200", (10, 0))
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(table, "check_hooks_took_effect", lambda *_: None)
+    monkeypatch.setattr(compat, "device", lambda: CPU)
+    monkeypatch.setattr(runtime, "_runtime", None)
+    yield
+
+
+def model(monkeypatch: pytest.MonkeyPatch, asked: str, **prefixes: str) -> tuple[Any, torch.nn.Module]:
+    """A config of recipe ``asked`` and a model of linears: path (dots as __) -> the prefix that SGLang gave each."""
+    from sglang.srt.layers.linear import ReplicatedLinear
+
+    from mixquant_sglang.config import MixQuantConfig
+
+    monkeypatch.setenv(recipe.RECIPE_ENV, asked)
+    config, root = MixQuantConfig(), torch.nn.Module()
+    for path, prefix in prefixes.items():
+        *parents, leaf = path.split("__")
+        at = root
+        for part in parents:
+            if not hasattr(at, part):
+                at.add_module(part, torch.nn.Module())
+            at = getattr(at, part)
+        linear = ReplicatedLinear(
+            64, 32, bias=False, params_dtype=torch.bfloat16, quant_config=config if prefix else None, prefix=prefix
+        )
+        linear.weight.data.normal_()
+        linear.quant_method.process_weights_after_loading(linear)
+        at.add_module(leaf, linear)
+    return config, root
+
+
+def finish(config: Any, root: torch.nn.Module) -> Runtime:
+    config.finish_load(SimpleNamespace(model=root, device="cpu", is_generation=True))
+    return config._runtime  # type: ignore[no-any-return]
+
+
+def test_what_is_built_as_if_it_were_the_model_stays_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, root = model(
+        monkeypatch,
+        "nvfp4",
+        language_model__model__layers__0__fc="model.layers.0.fc",
+        eyes__layers__0__fc="layers.0.fc",  # SigLIP-2, RADIO, InternVL build their towers without a prefix
+        language_model__model__layers__0__in_proj_ba="x.in_proj_qkvz",
+        language_model__model__layers__0__alone="",
+    )
+    tower = root.get_submodule("eyes.layers.0.fc")
+    assert tower.quant_method.extra_bytes > 0
+    run = finish(config, root)
+    assert tower.quant_method.extra_bytes == 0 and tower.quant_method.refusal == OUTSIDE
+    assert run.stays_bf16 == {
+        OUTSIDE: ["eyes.layers.0.fc"],
+        A_GATE: ["language_model.model.layers.0.in_proj_ba"],
+        "SGLang gives it no quantization config": ["language_model.model.layers.0.alone"],
+    }
+    assert run.precisions == {"nvfp4": 1, "bf16": 3} and run.labels[Phase.PREFILL] == "nvfp4"
+    assert run.state()["stays_bf16"][OUTSIDE] == "eyes.layers.0.fc"
+
+
+def test_the_language_model_of_a_wrapper() -> None:
+    def tree(**parts: torch.nn.Module) -> torch.nn.Module:
+        root = torch.nn.Module()
+        for name, part in parts.items():
+            root.add_module(name, part)
+        return root
+
+    text = torch.nn.Module()
+    assert report.language_model(tree(model=text)) is text
+    assert report.language_model(tree(visual=torch.nn.Module(), language_model=tree(model=text))) is text
+    assert report.language_model(tree(talker=torch.nn.Module(), thinker=tree(model=text))) is text
+    assert report.language_model(tree(model=tree(visual=torch.nn.Module(), language_model=text))) is text
+    plain = tree(transformer=torch.nn.Module())
+    assert report.language_model(plain) is plain
+
+
+def test_two_linears_of_one_prefix_cannot_take_ready_made_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, root = model(monkeypatch, "nvfp4", model__a__fc="a.fc", model__b__fc="a.fc")
+    config._check_ready_names(root)
+    config._ready = object()
+    with pytest.raises(MixQuantError, match=r"model\.a\.fc and model\.b\.fc are both a\.fc to SGLang"):
+        config._check_ready_names(root)
+
+
+def test_subclasses_of_fused_moe_are_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, root = model(monkeypatch, "nvfp4", model__layers__0__fc="model.layers.0.fc")
+
+    class Special(report.FusedMoE):  # type: ignore[misc]
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+    root.get_submodule("model.layers.0").add_module("experts", Special())
+    run = finish(config, root)
+    assert run.experts == {"bf16": 1} and run.stays_bf16[report.EXPERTS] == ["model.layers.0.experts"]
+    assert run.state()["experts"] == {"bf16": 1}
+
+
+# -- labels ---
+
+
+def labels(asked: str, *layers: tuple[str, str], **changes: object) -> tuple[str, str]:
+    made = replace(recipe.load(asked), **changes)
+    run = Runtime(made, select(made, CPU))
+    run.layers = [SimpleNamespace(precision=dict(zip(Phase, each, strict=True))) for each in layers]
+    run.label()
+    return run.labels[Phase.PREFILL], run.labels[Phase.DECODE]
+
+
+def test_a_column_goes_by_what_its_layers_run() -> None:
+    assert labels("auto", ("nvfp4", "bf16"), ("fp8", "bf16")) == ("nvfp4", "bf16")
+    assert labels("auto", ("fp8", "bf16"), ("bf16", "bf16")) == ("fp8", "bf16")
+    assert labels("nvfp4", ("bf16", "bf16")) == ("bf16", "bf16") == labels("bf16")
+    assert labels("bf16", ("nvfp4", "bf16"), ("fp8", "bf16")) == ("fp8+nvfp4", "bf16")
+    assert labels("nvfp4", ("nvfp4", "fp8"), ("nvfp4", "bf16")) == ("nvfp4", "fp8")
+    assert labels("nvfp4-everywhere", ("nvfp4", "nvfp4")) == ("nvfp4", "nvfp4")
+
+
+def test_passes_and_tokens_are_counted_under_the_label() -> None:
+    from mixquant_sglang.rows import RequestRows
+
+    made = recipe.load("bf16")
+    run = Runtime(made, select(made, CPU))
+    run.layers = [SimpleNamespace(precision={Phase.PREFILL: "fp8", Phase.DECODE: "bf16"})]
+    run.split = True
+    run.label()
+    plan = run.plan_prefill([RequestRows(9, 0, 9)], torch.device("cpu"))
+    assert plan.precision == "fp8"
+    assert {key: n for key, n in plan.tokens.items() if n} == {("prefill", "fp8"): 8, ("prefill", "bf16"): 1}
+
+
+def test_which_rules_ask_for_low_precision() -> None:
+    rules = [
+        LayerRule("re:.*q_proj", "fp8", None, "r.yaml:1"),
+        LayerRule("a.down_proj", "bf16", None, "r.yaml:2"),
+        LayerRule("re:.*", "nvfp4", None, "r.yaml:3", optional=True),
+    ]
+    matcher = RuleMatcher(rules, {"qk": ("q_proj", "k_proj")})
+    assert matcher.asking("a.q_proj") == (rules[0],) == matcher.asking("a.qk")
+    assert matcher.asking("a.down_proj") == () == matcher.asking("a.up_proj")
+
+
+# -- the probe ---
+
+
+def test_a_model_that_cannot_be_run_without_a_scheduler_is_served_unproved(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, root = model(monkeypatch, "nvfp4", model__layers__0__fc="model.layers.0.fc")
+    run = finish(config, root)
+    assert run.prove is not None
+
+    def cannot(*_: object) -> None:
+        raise AttributeError("a pool of its own kind")
+
+    runner = SimpleNamespace(
+        model=root,
+        device="cpu",
+        is_generation=True,
+        model_config=SimpleNamespace(context_len=4096, vocab_size=99),
+        server_args=SimpleNamespace(chunked_prefill_size=512),
+        req_to_token_pool=SimpleNamespace(available_size=lambda: 8, clear=lambda: None),
+        token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 999, clear=lambda: None),
+    )
+    monkeypatch.setattr(compat, "prefill_batch", cannot)
+    before = vars(root.get_submodule("model.layers.0.fc").quant_method).copy()
+    counters = run.counters
+    with caplog.at_level(logging.WARNING):
+        run.prove(runner, object())
+    assert "not proved by running: AttributeError: a pool of its own kind" in caplog.text
+    assert run.prove is None and run.counters is counters and not hasattr(runner, "eager_runner")
+    assert vars(root.get_submodule("model.layers.0.fc").quant_method) == before
+    assert run.state()["unproven"] == "AttributeError: a pool of its own kind"
+
+
+def test_a_model_that_cannot_run_ends_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    def cannot(_: object) -> None:
+        raise RuntimeError("mat1 and mat2")
+
+    runner = SimpleNamespace(model=torch.nn.Linear(1, 1), forward=cannot)
+    with pytest.raises(RuntimeError, match="mat1"), caplog.at_level(logging.ERROR):
+        probe._forward(runner, SimpleNamespace(input_ids=[1, 2, 3]))
+    assert "Linear cannot run a pass of 3 tokens, so it cannot serve" in caplog.text
+
+
+def test_pools_that_do_not_come_back_are_an_error() -> None:
+    sizes = iter([8, 8, 8, 7])
+    pool = SimpleNamespace(available_size=lambda: next(sizes), clear=lambda: None)
+    pools = compat.Pools(SimpleNamespace(req_to_token_pool=pool, token_to_kv_pool_allocator=pool))
+    with pytest.raises(RuntimeError, match=r"\[8, 7\] free instead of \[8, 8\]"), pools.borrowed():
+        pass
+
+
+def test_metrics_wait_for_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe.load("nvfp4")
+    run = Runtime(made, select(made, CPU))
+    run.prove = lambda *_: None
+    monkeypatch.setattr(runtime, "_runtime", run)
+    monkeypatch.setattr(observe, "_labels", {"model_name": "m"})
+    observe.publish_metrics()
+    assert observe._labels is not None
+
+
+# -- models that SGLang runs by other code ---
+
+
+def config_of(name: str, **text: int) -> Any:
+    return SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=[name]), hf_text_config=SimpleNamespace(**text), model_path="M"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["KimiLinearForCausalLM", "Glm5NextForConditionalGeneration", "BeamForCausalLM", "MuseGlimmerForCausalLM"]
+)
+def test_models_whose_bf16_code_depends_on_the_name_are_refused(name: str) -> None:
+    with pytest.raises(MixQuantError, match=f"M is {name}: .* would not be that of stock"):
+        stock.check_model(config_of(name), lambda: CPU, None)
+
+
+def test_encoder_decoders_are_refused() -> None:
+    wanted = config_of("MllamaForConditionalGeneration")
+    wanted.is_encoder_decoder = True
+    with pytest.raises(MixQuantError, match="encoder rows are not rows of the prompt"):
+        stock.check_model(wanted, lambda: CPU, "auto")
+
+
+def test_moe_back_ends_that_sglang_picks_for_unnamed_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = config_of("Qwen3MoeForCausalLM", num_experts=8)
+    with pytest.raises(MixQuantError, match=r"picks the MoE back end flashinfer_trtllm .*--moe-runner-backend triton"):
+        stock.check_model(moe, lambda: B200, "auto")
+    for device, backend in ((B200, "triton"), (Device("H200", (9, 0)), "auto"), (CPU, "auto"), (B200, None)):
+        stock.check_model(moe, lambda device=device: device, backend)
+    stock.check_model(config_of("Qwen3_5ForConditionalGeneration"), lambda: B200, "auto")  # the dense one
+    gpt = config_of("GptOssForCausalLM", num_local_experts=8)
+    stock.check_model(gpt, lambda: CPU, "auto")
+    with pytest.raises(MixQuantError, match="picks the MoE back end triton_kernel"):
+        stock.check_model(gpt, lambda: Device("H200", (9, 0)), "auto")
+    with pytest.raises(MixQuantError, match="another form of top-k"):
+        stock.check_model(config_of("DeepseekV3ForCausalLM", n_routed_experts=8), lambda: CPU, "triton_kernel")
+
+
+def test_the_launcher_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = SimpleNamespace(dtype=torch.bfloat16)
+    asked = SimpleNamespace(
+        quantization="mixquant",
+        hf_config=SimpleNamespace(architectures=["KimiLinearForCausalLM"]),
+        hf_text_config=text,
+        model_path="M",
+        dtype=torch.bfloat16,
+    )
+    with pytest.raises(MixQuantError, match="M is KimiLinearForCausalLM"):
+        launcher.check_checkpoint(asked)
+
+
+def test_the_name_is_set_aside_while_the_class_is_chosen_and_comes_back() -> None:
+    seen = []
+
+    def original(config: Any) -> str:
+        seen.append(config.quantization)
+        if len(seen) == 2:
+            raise ValueError("no such class")
+        return "class"
+
+    config = SimpleNamespace(quantization="mixquant")
+    assert architecture.choose_architecture(original, config) == "class"
+    with pytest.raises(ValueError, match="no such class"):
+        architecture.choose_architecture(original, config)
+    assert seen == [None, None] and config.quantization == "mixquant"
+    other = SimpleNamespace(quantization="fp8")
+    architecture.choose_architecture(original, other)
+    assert seen[-1] == "fp8"
