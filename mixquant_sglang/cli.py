@@ -83,13 +83,14 @@ def _doctor(only: str | None) -> int:
     if compat.sglang_version() not in compat.TESTED:
         print(f"                   this SGLang is untested; tested: {', '.join(compat.TESTED)}")
     missing = 0
-    for hook in table.HOOKS:
+    wanted = table.wanted()
+    for hook in wanted:
         try:
             table.target_of(hook)
         except MixQuantError as error:
             missing += 1
             print(f"hook {hook.handler}: {error}")
-    print(f"hooks              {len(table.HOOKS) - missing} of {len(table.HOOKS)} targets exist")
+    print(f"hooks              {len(wanted) - missing} of {len(wanted)} targets exist")
     healthy = healthy and not missing
 
     from mixquant_sglang.kernels import select

@@ -142,6 +142,9 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         device = torch.device(model_runner.device)
         run = self._runtime
         with refusing():
+            run.weights.agree = compat.agree
+            run.known.add_parameters(model, ranks=compat.tensor_parallel_ranks())
+            run.weights.finish_load()
             if self._matcher is not None:
                 self._matcher.check_all_matched(self._names)
                 for rule in self._matcher.unmatched():

@@ -9,15 +9,17 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from mixquant_sglang import __version__, phase
+from mixquant_sglang.incoming import Known
 from mixquant_sglang.kernels import Selection
 from mixquant_sglang.metrics import PassCounters
 from mixquant_sglang.phase import Pass, Phase
 from mixquant_sglang.recipe import Recipe
+from mixquant_sglang.refresh import Layer, Weights
 from mixquant_sglang.rows import EagerRows, GraphRows, Queries, RequestRows, RowPlan, plan
 
 logger = logging.getLogger(__name__)
@@ -51,20 +53,6 @@ class PassPlan:
         return sum(stop - start for start, stop in self.protected)
 
 
-class Layer(Protocol):
-    """What the runtime asks of a linear method."""
-
-    name: str
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    def extra_bytes(self) -> int: ...
-
-    def pack(self) -> None: ...
-
-
 class Runtime:
     def __init__(self, recipe: Recipe, selection: Selection, *, bf16_below: int = 1) -> None:
         """``bf16_below``: passes with fewer rows stay BF16 whatever the recipe says, because SGLang bypasses the linear
@@ -72,18 +60,18 @@ class Runtime:
         self.recipe = recipe
         self.selection = selection
         self.counters = PassCounters()
-        self.layers: list[Layer] = []
+        self.weights = Weights()
+        self.known = Known()  # of the checkpoint that was loaded at start
+        self.sent_since_disk = False  # whether the weights are not those of any checkpoint on disk
         self.precisions: Counter[str] = Counter()
         self.graph_rows: GraphRows | None = None  # protected rows, if captured graphs have slots for them
         self.graph_read: GraphRows | None = None  # rows that are read, if these are not the protected ones
         self.prunes = False  # whether the last layer leaves out rows that nobody reads
         self.prunes_attention = False  # whether its attention does so too
-        self.graphs_stale = False
         self.split = selection.prefill != selection.decode  # whether rows can need protection
         self.finish_load: Callable[[Any], None] | None = None  # takes SGLang's model runner; None once it is loaded
         self.finish_attention: Callable[[Any], None] | None = None  # takes it again, once it has an attention back end
         self._bf16_below = bf16_below
-        self._dirty = False
         self._captured = False
         self._products = 0  # multiplications for each row and linear, on average
 
@@ -97,6 +85,9 @@ class Runtime:
         protects = self.recipe.protect_last_prompt_token
         rows = plan(requests, last_prompt_token=protects, tail=self.recipe.protected_tail)
         low, high = self.selection.prefill, self.selection.decode
+        if not self.weights.current:
+            counted = {("prefill", "bf16"): rows.prefill, ("decode", "bf16"): rows.decode}
+            return PassPlan(phase.MASTER_PASS, "bf16", counted)
         if not self.split:
             return self._plan(rows, Pass(Phase.PREFILL), low, protected=())
         if rows.prefill < self.recipe.min_tokens or rows.total < self._bf16_below:
@@ -142,7 +133,7 @@ class Runtime:
 
     def count_decode(self, rows: int) -> None:
         """Once per decode step, so it does as little as it can."""
-        self.counters.add_decode(self.selection.decode, rows)
+        self.counters.add_decode(self.selection.decode if self.weights.current else "bf16", rows)
 
     # -- prefill CUDA graphs ---------------------------------------------------------------------------------------
 
@@ -171,9 +162,11 @@ class Runtime:
 
     def can_replay(self, pass_plan: PassPlan) -> bool:
         """Whether a captured prefill graph computes what ``pass_plan`` asks for."""
+        if pass_plan.running.column is Phase.MASTER or not self.weights.fits_graphs():
+            return False
         if not self.split:
             return True
-        if self.graphs_stale or pass_plan.running.column is Phase.DECODE:
+        if pass_plan.running.column is Phase.DECODE:
             return False
         if self.prunes and pass_plan.read is None:
             return False
@@ -184,27 +177,15 @@ class Runtime:
         # Without protection of the last prompt token most passes protect nothing, so graphs are captured without slots.
         return pass_plan.protected_total <= (self.graph_rows.capacity if self.graph_rows else 0)
 
+    def can_replay_decode(self) -> bool:
+        """Whether captured decode graphs, whose linears of low precision hold packed copies, compute the step."""
+        return not self.weights.decodes_low or (self.weights.current and self.weights.fits_graphs())
+
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    def weights_changed(self) -> None:
-        """The BF16 masters changed without ``process_weights_after_loading``: pack again before the next low pass."""
-        self._dirty = True
-
-    def refresh_if_changed(self) -> None:
-        if self._dirty:
-            self._dirty = False
-            for layer in self.layers:
-                layer.pack()
-            logger.info("mixquant: packed %d layers again after a weight update", len(self.layers))
-
-    def graphs_are_stale(self, name: str) -> None:
-        if self._captured and not self.graphs_stale:
-            self.graphs_stale = True
-            logger.warning(
-                "mixquant: the new weights of %s exceed the scale that captured prefill graphs hold; "
-                "prefills run without CUDA graphs until the server is restarted",
-                name,
-            )
+    @property
+    def layers(self) -> list[Layer]:
+        return self.weights.layers
 
     @property
     def extra_weight_bytes(self) -> int:

@@ -61,7 +61,7 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
         if asked:
             _recipe = recipe.load(recipe.requested())
             check_server_args(server_args)
-            for hook in table.HOOKS:
+            for hook in table.wanted():
                 table.target_of(hook)
             _dtype_asked = server_args.dtype
             _prepare_launcher()

@@ -25,6 +25,7 @@ class Hook:
     process: str
     targets: tuple[str, ...]
     why: str
+    optional: str = ""  # where SGLang may have none of the targets: why nothing is amiss then
 
 
 HOOKS = (
@@ -113,15 +114,29 @@ HOOKS = (
         "fills the row index buffer before a prefill graph is replayed",
     ),
     Hook(
+        "read_checkpoint",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_loader.loader.DefaultModelLoader._get_weights_iterator",),
+        "remembers what the checkpoint holds, and makes SGLang's rollback of an update read the old one",
+    ),
+    Hook(
+        "weights_from_disk",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_disk",),
+        "reads a new checkpoint before SGLang overwrites the weights with it",
+    ),
+    Hook(
         "weights_from_tensor",
-        "after",
+        "around",
         "scheduler",
         ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_tensor",),
-        "packs the weights again after an update that skips process_weights_after_loading",
+        "looks at new weights before they are written, and packs them",
     ),
     Hook(
         "weights_from_distributed",
-        "after",
+        "around",
         "scheduler",
         (
             "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
@@ -129,7 +144,47 @@ HOOKS = (
             "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
             ".load_weights_from_distributed",
         ),
-        "packs the weights again after an update that skips process_weights_after_loading",
+        "looks at new weights before they are written, and packs them",
+    ),
+    Hook(
+        "weights_from_ipc",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_ipc",),
+        "takes new weights when all of them are there, looks at them before they are written, and packs them",
+    ),
+    Hook(
+        "weights_direct",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.weight_updater._model_load_weights_direct",),
+        "looks at new weights before they are written",
+    ),
+    Hook(
+        "weights_begin",
+        "before",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.begin_weight_update",),
+        "keeps packed weights out of use while an update is open",
+        "without sessions, each call is an update of its own",
+    ),
+    Hook(
+        "weights_end",
+        "after",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.end_weight_update",),
+        "packs the weights of an update when it ends",
+        "without sessions, each call is an update of its own",
+    ),
+    Hook(
+        "weights_released",
+        "after",
+        "scheduler",
+        (
+            "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+            ".release_memory_occupation",
+        ),
+        "keeps packed weights out of use while their memory is released",
     ),
     Hook(
         "weights_resumed",
@@ -140,6 +195,13 @@ HOOKS = (
             ".resume_memory_occupation",
         ),
         "packs the weights again after their memory was released",
+    ),
+    Hook(
+        "can_replay_decode",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph",),
+        "runs decode steps eagerly whose captured graphs hold packed weights that are not those of the model",
     ),
     Hook(
         "add_internal_state",
@@ -170,6 +232,15 @@ _handlers: dict[str, Callable[..., Any]] = {}
 
 def target_of(hook: Hook) -> str:
     """The dotted name that ``hook`` takes in this SGLang; raises ``MixQuantError`` if it has none of them."""
+    if found := _found(hook):
+        return found
+    raise MixQuantError(
+        f"SGLang {compat.sglang_version()} has no {' nor '.join(hook.targets)}, which mixquant {__version__} needs: it "
+        f"{hook.why}. Tested with SGLang {' and '.join(compat.TESTED)}: pip install 'sglang=={compat.TESTED[-1]}'"
+    )
+
+
+def _found(hook: Hook) -> str | None:
     for target in hook.targets:
         owner, _, attribute = target.rpartition(".")
         try:
@@ -179,14 +250,16 @@ def target_of(hook: Hook) -> str:
         # object.__init__ and the like do not count, and a class must define what we replace.
         if found:
             return target
-    raise MixQuantError(
-        f"SGLang {compat.sglang_version()} has no {' nor '.join(hook.targets)}, which mixquant {__version__} needs: it "
-        f"{hook.why}. Tested with SGLang {' and '.join(compat.TESTED)}: pip install 'sglang=={compat.TESTED[-1]}'"
-    )
+    return None
+
+
+def wanted() -> list[Hook]:
+    """All but the optional ones that this SGLang has no target for."""
+    return [hook for hook in HOOKS if not hook.optional or _found(hook)]
 
 
 def hooks_of(*processes: str) -> list[Hook]:
-    return [hook for hook in HOOKS if hook.process in processes]
+    return [hook for hook in wanted() if hook.process in processes]
 
 
 def register_hooks(hooks: list[Hook]) -> None:

@@ -199,12 +199,13 @@ class PrefillWeights:
                 "takes about 0.1)"
             )
 
-    def warn_kept(self) -> None:
+    def warn_updated(self) -> None:
         """Once: the BF16 weights were updated."""
         if not self._warned:
             self._warned = True
             logger.warning(
-                "mixquant: the BF16 weights were updated, but prefill still uses the ready-made weights of %s",
+                "mixquant: the BF16 weights were updated, so linears that changed no longer prefill with the ready-made "
+                "weights of %s, but are quantised from the new BF16 weights",
                 self.folder,
             )
 

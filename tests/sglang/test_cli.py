@@ -11,7 +11,7 @@ from mixquant_sglang.hooks import table
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert f"hooks              {len(table.HOOKS)} of {len(table.HOOKS)} targets exist" in out
+    assert f"hooks              {len(table.wanted())} of {len(table.wanted())} targets exist" in out
     assert "plugin             found by SGLang\n" in out and out.endswith(
         "=> --quantization mixquant will start here\n"
     )

@@ -96,7 +96,7 @@ class Linear:
 
 def test_large_passes_without_protected_rows_run_eagerly() -> None:
     run = make()
-    run.layers = [Linear((6144, 4096)), Linear((4096, 4096)), Linear((24576, 4096)), Linear((4096, 12288))]
+    run.weights.layers = [Linear((6144, 4096)), Linear((4096, 4096)), Linear((24576, 4096)), Linear((4096, 12288))]
     middle, short = (run.plan_prefill([RequestRows(n, 0, 9000)], CPU) for n in (8192, 2048))
     last = run.plan_prefill([RequestRows(8192, 808, 9000)], CPU)
     assert run.can_replay(middle)  # captured without slots, graphs have nothing to leave out
