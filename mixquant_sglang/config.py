@@ -144,6 +144,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         with refusing():
             run.weights.agree = compat.agree
             run.known.add_parameters(model, ranks=compat.tensor_parallel_ranks())
+            run.weights.keep(module.quant_method for module in model.modules() if hasattr(module, "quant_method"))
             run.weights.finish_load()
             if self._matcher is not None:
                 self._matcher.check_all_matched(self._names)

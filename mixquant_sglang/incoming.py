@@ -4,8 +4,8 @@ that was loaded at start, of numbers that BF16 holds.
 Without it a bad tensor is found half way: SGLang's loaders copy tensor by tensor, and what they overwrote is gone.
 Refused: a name that neither that checkpoint nor the model has, another shape, a dtype that is not plain floating point
 where it was before (an FP8 checkpoint cast to BF16 without its scales is another model), and NaN or infinity, also by
-the rounding to BF16.  Where the loader at start read no checkpoint (``--load-format dummy``, ``remote_instance``), names
-and shapes are known only of parameters that SGLang holds as the checkpoint does.
+the rounding to BF16.  Where the loader at start read no checkpoint (``--load-format dummy``, ``remote_instance``),
+names and shapes are known only of parameters that SGLang holds as the checkpoint does.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Masters change at load, by SGLang's weight updates, and when their memory is released and resumed.  From the first write
 until every layer of every rank is packed again, ``current`` is False: no packed copy is multiplied by in any column,
-and no captured graph that holds one is replayed, so decode and prefill never see different weights.  A layer that cannot be
-packed (NaN, no memory) leaves it so until a later update; that is warned of once.
+and no captured graph that holds one is replayed, so decode and prefill never see different weights.  A layer that
+cannot be packed (NaN, no memory) leaves it so until a later update; that is warned of once.
 
 Numbers that captured graphs hold by value (the tensor scale of emulated NVFP4) are compared with those at capture each
 time: other ones stop the replay of graphs, and the same ones, as after reloading the same checkpoint, allow it again.
@@ -12,8 +12,8 @@ time: other ones stop the replay of graphs, and the same ones, as after reloadin
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 
@@ -79,6 +79,11 @@ class Weights:
         if not self._loading and not self._due:
             self.changed()  # a path that we do not hook
         self._pack(layer)
+
+    def keep(self, methods: Iterable[Any]) -> None:
+        """Forgets layers that are not among ``methods``: of a model that SGLang built and threw away."""
+        ids = {id(method) for method in methods}
+        self.layers = [layer for layer in self.layers if id(layer) in ids]
 
     def finish_load(self) -> None:
         """Packs what the loader did not hand over, or wrote afterwards (``--load-format remote_instance``,

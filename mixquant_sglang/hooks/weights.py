@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import torch
 from safetensors import SafetensorError
 
@@ -25,10 +26,10 @@ from mixquant_sglang.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
-# What SGLang's loaders and torch raise for what a client sent or a disk holds.
+# What SGLang's loaders, torch and the hub's client raise for what a client sent or a disk holds.
 LOAD_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, ImportError, LookupError, OSError),
-    *(RuntimeError, TypeError, ValueError, pickle.PickleError, SafetensorError),
+    *(RuntimeError, TypeError, ValueError, httpx.HTTPError, pickle.PickleError, SafetensorError),
 )
 _OLD = "the old weights serve on"
 
