@@ -373,7 +373,7 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "a decode scale": (edit(f"{O1}.weight_global_scale", torch.reciprocal), rf"{O1}\.weight_packed is not this weight"),
     "other weights": (
         edit(f"{DOWN0}.weight_packed", lambda x: x.flip(0)),
-        rf"{DOWN0}\.weight_packed is not this weight of the BF16 checkpoint, rounded: .* it is 1\.\d\d of the weight.s norm away",
+        rf"{DOWN0}\.weight_packed is not this weight of the BF16 checkpoint, rounded: .* it is 1\.\d\d of the weight.s",
     ),
     "zeros": (edit(f"{O1}.weight_packed", torch.zeros_like), r"it is 1\.00 of the weight.s norm away"),
 }
