@@ -240,6 +240,56 @@ def metadata_of_queries(backend: Any, queries: Queries) -> Any | None:
     return dataclasses.replace(metadata, cu_seqlens_q=queries.starts, max_seq_len_q=queries.longest)
 
 
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def read_weights(updater: Any, model_path: str, load_format: str) -> Any | None:
+    """The tensors that ``WeightUpdater.update_weights_from_disk`` would read; None where it refuses the format."""
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+
+    loader = get_model_loader(LoadConfig(load_format=load_format), updater.model_config)
+    if not isinstance(loader, DefaultModelLoader):
+        return None
+    source = DefaultModelLoader.Source.init_new(updater.model_config, updater.get_model())
+    return loader._get_weights_iterator(dataclasses.replace(source, model_or_path=model_path))
+
+
+def concerns_weights(recv_req: Any) -> bool:
+    """Whether a request to release or resume memory is about that of the weights."""
+    return not recv_req.tags or "weights" in recv_req.tags
+
+
+def postprocess(model: Any) -> None:
+    """What SGLang does after it loaded weights by IPC (``checkpoint_engine_worker``), whose errors it only logs."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None:
+            method.process_weights_after_loading(module)
+    if hasattr(model, "post_load_weights"):
+        model.post_load_weights()
+
+
+def tensor_parallel_ranks() -> int:
+    import torch.distributed
+    from sglang.srt.distributed import get_tp_group
+
+    return int(get_tp_group().world_size) if torch.distributed.is_initialized() else 1
+
+
+def agree(problem: str | None) -> str | None:
+    """The first rank's problem of the tensor parallel group, the same on all of its ranks."""
+    if tensor_parallel_ranks() == 1:
+        return problem
+    import torch.distributed
+    from sglang.srt.distributed import get_tp_group
+
+    group = get_tp_group()
+    found: list[str | None] = [None] * group.world_size
+    torch.distributed.all_gather_object(found, problem, group=group.cpu_group)
+    return next(filter(None, found), None)
+
+
 # -- the machine -------------------------------------------------------------------------------------------------------
 
 

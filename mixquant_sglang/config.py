@@ -139,6 +139,10 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         with refusing():
             words = f"mixquant {__version__}, recipe {self._recipe.name} -> {run.selection.describe()}"
             check_same(run.fingerprint, words, compat.rank_group())
+            run.weights.agree = compat.agree
+            run.known.add_parameters(model, ranks=compat.tensor_parallel_ranks())
+            run.weights.keep(module.quant_method for module in model.modules() if hasattr(module, "quant_method"))
+            run.weights.finish_load()
             if self._matcher is not None:
                 self._matcher.check_all_matched(self._names)
                 for rule in self._matcher.unmatched():

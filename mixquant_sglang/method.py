@@ -20,6 +20,7 @@ from mixquant_sglang.kernels.verify import Pair
 from mixquant_sglang.outputs import ReadRows, SplitOutput
 from mixquant_sglang.phase import Phase
 from mixquant_sglang.prefill_weights.linear import ReadyLinear, Share
+from mixquant_sglang.refresh import fingerprint
 from mixquant_sglang.refusals import refusing
 from mixquant_sglang.runtime import GRAPH_ROWS
 
@@ -39,7 +40,7 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         """``ready``: where the NVFP4 copy comes from instead of the master."""
         super().__init__()
         self.name = name
-        self.precision = {Phase.PREFILL: prefill, Phase.DECODE: decode}
+        self.precision = {Phase.PREFILL: prefill, Phase.DECODE: decode, Phase.MASTER: "bf16"}
         self.split = prefill != decode  # whether rows can need protection
         self.refusal: str | None = None
         self.apart = 0  # columns of the result that prefill writes to a matrix of their own (fusion.py)
@@ -51,6 +52,8 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self._layer: torch.nn.Module | None = None
         self._ready = ready
         self._packed: dict[str, PackedLinear] = {}
+        self._print: tuple[int, int] | None = None  # of the master that the copies were packed from
+        self._ready_print: tuple[int, int] | None = None  # of the master that the ready-made weights belong to
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -120,26 +123,52 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                     f"a linear beside it; keep both in BF16 with recipe rules like '{{match: {self.name}, prefill: "
                     "bf16, decode: bf16}'"
                 )
-        self.pack()
+        self._runtime.weights.loaded(self)
+
+    @property
+    def stale(self) -> bool:
+        """Whether the copies were never packed, or from other numbers than the master holds now."""
+        return bool(self._low) and (self._print is None or self._print != fingerprint(self._master))
+
+    @property
+    def by_value(self) -> tuple[float, ...]:
+        return tuple(value for packed in self._packed.values() for value in packed.by_value)
+
+    @property
+    def decodes_low(self) -> bool:
+        return self.precision[Phase.DECODE] != "bf16"
+
+    @property
+    def _low(self) -> set[str]:
+        return {*self.precision.values()} - {"bf16"}
+
+    @property
+    def _master(self) -> torch.Tensor:
+        assert self._layer is not None
+        return self._layer.weight.data  # type: ignore[return-value]
 
     def pack(self) -> None:
-        """Packs the master weight; after the first time in place, since captured graphs hold the addresses."""
-        assert self._layer is not None
-        weight: torch.Tensor = self._layer.weight.data  # type: ignore[assignment]
-        for precision in sorted({*self.precision.values()} - {"bf16"}):
+        """Packs the master weight; after the first time in place, since captured graphs hold the addresses.
+
+        Raises ValueError for NaN or infinity."""
+        if not self._low:
+            return
+        self._print = None
+        weight, now = self._master, fingerprint(self._master)
+        for precision in sorted(self._low):
             packed = self._packed.get(precision)
-            ready = self._load_ready(precision, check=packed is None)
-            try:
-                if packed is None:
-                    kernel = packed_linear(precision, self._runtime.selection.kernels[precision])
-                    self._packed[precision] = kernel(weight, scales=self._runtime.recipe.scales, ready=ready)
-                elif self._ready is not None and ready is not None:
-                    packed.replace(ready)  # the same numbers, but the memory may have been released in between
-                    self._ready.warn_kept()
-                elif not packed.refresh(weight):
-                    self._runtime.graphs_are_stale(self.name)
-            except ValueError as error:
-                raise ValueError(f"mixquant: cannot pack {self.name}: {error}") from error
+            if packed is None:
+                kernel = packed_linear(precision, self._runtime.selection.kernels[precision])
+                ready = self._load_ready(precision, check=True)
+                self._packed[precision] = kernel(weight, scales=self._runtime.recipe.scales, ready=ready)
+                self._ready_print = now
+            elif self._ready is not None and precision == "nvfp4" and now == self._ready_print:
+                packed.replace(self._ready.load(weight, check=False))  # the memory was released in between
+            else:
+                packed.refresh(weight)
+                if self._ready is not None and precision == "nvfp4":
+                    self._ready.warn_updated()
+        self._print = now
 
     def verification(self) -> Pair:
         """The packed NVFP4 copy, and the emulated kernel with the same numbers."""
@@ -290,7 +319,7 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         the rows that it has to keep; None if the linear takes BF16.  Decode is never fused: it stays SGLang's own."""
         running = phase.current()
         fmt = self.activation_format
-        if running.column is Phase.DECODE or fmt is None:
+        if running.column is not Phase.PREFILL or fmt is None:
             return None
         rows = running.rows if self.split else None
         if rows is not None:

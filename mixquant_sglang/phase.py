@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class Phase(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
+    MASTER = "master"  # BF16 in every linear: packed copies are not those of their masters (refresh.py)
 
 
 # sglang.srt.model_executor.forward_batch_info.ForwardMode, by name.  ``ForwardMode.is_extend()`` is no substitute: it
@@ -65,6 +66,7 @@ class Pass:
 
 
 DECODE_PASS = Pass(Phase.DECODE)
+MASTER_PASS = Pass(Phase.MASTER)
 
 _current = DECODE_PASS
 

@@ -9,16 +9,18 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from mixquant_sglang import __version__, phase
 from mixquant_sglang.fingerprint import fingerprint
+from mixquant_sglang.incoming import Known
 from mixquant_sglang.kernels import Selection
 from mixquant_sglang.metrics import PassCounters
 from mixquant_sglang.phase import Pass, Phase
 from mixquant_sglang.recipe import Recipe
+from mixquant_sglang.refresh import Layer, Weights
 from mixquant_sglang.rows import EagerRows, GraphRows, Queries, RequestRows, RowPlan, plan
 
 logger = logging.getLogger(__name__)
@@ -52,21 +54,6 @@ class PassPlan:
         return sum(stop - start for start, stop in self.protected)
 
 
-class Layer(Protocol):
-    """What the runtime asks of a linear method."""
-
-    name: str
-    precision: dict[Phase, str]
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    def extra_bytes(self) -> int: ...
-
-    def pack(self) -> None: ...
-
-
 class Runtime:
     def __init__(self, recipe: Recipe, selection: Selection, *, ready_made: str = "") -> None:
         """``ready_made``: ``PrefillWeights.identity``."""
@@ -74,8 +61,10 @@ class Runtime:
         self.fingerprint = fingerprint(recipe, selection, ready_made=ready_made)
         self.selection = selection
         self.counters = PassCounters()
-        self.layers: list[Layer] = []
         self.labels = {Phase.PREFILL: selection.prefill, Phase.DECODE: selection.decode}
+        self.weights = Weights()
+        self.known = Known()  # of the checkpoint that was loaded at start
+        self.sent_since_disk = False  # whether the weights are not those of any checkpoint on disk
         self.precisions: Counter[str] = Counter()  # linears by prefill precision
         self.experts: Counter[str] = Counter()  # MoE layers by prefill precision
         self.unproven: str | None = None  # why the probe could not run
@@ -84,13 +73,11 @@ class Runtime:
         self.graph_read: GraphRows | None = None  # rows that are read, if these are not the protected ones
         self.prunes = False  # whether the last layer leaves out rows that nobody reads
         self.prunes_attention = False  # whether its attention does so too
-        self.graphs_stale = False
         self.split = selection.prefill != selection.decode  # whether rows can need protection
         self.finish_load: Callable[[Any], None] | None = None  # takes SGLang's model runner; None once it is loaded
         self.finish_attention: Callable[[Any], None] | None = None  # takes it again, once it has an attention back end
         # takes it and its eager runner, before graphs are captured
         self.prove: Callable[[Any, Any], None] | None = None
-        self._dirty = False
         self._captured = False
         self._graphs_logged = False
         self._products = 0  # multiplications for each row and linear, on average
@@ -114,6 +101,9 @@ class Runtime:
         protects = self.recipe.protect_last_prompt_token
         rows = plan(requests, last_prompt_token=protects, tail=self.recipe.protected_tail)
         low, high = self.labels[Phase.PREFILL], self.labels[Phase.DECODE]
+        if not self.weights.current:
+            counted = {("prefill", "bf16"): rows.prefill, ("decode", "bf16"): rows.decode}
+            return PassPlan(phase.MASTER_PASS, "bf16", counted)
         if not self.split:
             return self._plan(rows, Pass(Phase.PREFILL), low, protected=())
         if rows.prefill < self.recipe.min_tokens:
@@ -159,7 +149,7 @@ class Runtime:
 
     def count_decode(self, rows: int) -> None:
         """Once per decode step, so it does as little as it can."""
-        self.counters.add_decode(self.labels[Phase.DECODE], rows)
+        self.counters.add_decode(self.labels[Phase.DECODE] if self.weights.current else "bf16", rows)
 
     # -- prefill CUDA graphs ---------------------------------------------------------------------------------------
 
@@ -198,14 +188,16 @@ class Runtime:
     def can_replay(self, pass_plan: PassPlan, graph: int | None = None) -> bool:
         """Whether the prefill graph captured for ``graph`` rows (by default those of the pass) computes what
         ``pass_plan`` asks for."""
+        if pass_plan.running.column is Phase.MASTER:
+            return False
         if not self.split:
-            return True
+            return self.weights.fits_graphs()
         rows = sum(pass_plan.tokens.values())
         bf16_pass = pass_plan.running.column is Phase.DECODE
         bf16_graph = (graph or rows) <= self.most_bf16_rows
         if bf16_pass or bf16_graph:
             return bf16_pass and bf16_graph
-        if self.graphs_stale:
+        if not self.weights.fits_graphs():
             return False
         if self.prunes and pass_plan.read is None:
             return False
@@ -215,6 +207,10 @@ class Runtime:
             return False
         # Without protection of the last prompt token most passes protect nothing, so graphs are captured without slots.
         return pass_plan.protected_total <= (self.graph_rows.capacity if self.graph_rows else 0)
+
+    def can_replay_decode(self) -> bool:
+        """Whether captured decode graphs, whose linears of low precision hold packed copies, compute the step."""
+        return not self.weights.decodes_low or (self.weights.current and self.weights.fits_graphs())
 
     def log_graphs(self, sizes: Sequence[int]) -> None:
         """Says once which of the captured prefill graphs, of ``sizes`` rows, are BF16; which BF16 passes have none."""
@@ -232,25 +228,9 @@ class Runtime:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    def weights_changed(self) -> None:
-        """The BF16 masters changed without ``process_weights_after_loading``: pack again before the next low pass."""
-        self._dirty = True
-
-    def refresh_if_changed(self) -> None:
-        if self._dirty:
-            self._dirty = False
-            for layer in self.layers:
-                layer.pack()
-            logger.info("mixquant: packed %d layers again after a weight update", len(self.layers))
-
-    def graphs_are_stale(self, name: str) -> None:
-        if self._captured and not self.graphs_stale:
-            self.graphs_stale = True
-            logger.warning(
-                "mixquant: the new weights of %s exceed the scale that captured prefill graphs hold; "
-                "prefills run without CUDA graphs until the server is restarted",
-                name,
-            )
+    @property
+    def layers(self) -> list[Layer]:
+        return self.weights.layers
 
     @property
     def extra_weight_bytes(self) -> int:

@@ -181,6 +181,13 @@ def quantize_activations(x: torch.Tensor) -> NVFP4Activations:
     return NVFP4Activations(packed, block_scales, outer)
 
 
+def nearest(x: torch.Tensor, scaled: NVFP4Tensor) -> torch.Tensor:
+    """``x`` [N, K] rounded to nearest with the scales of ``scaled`` [N, K]: float32, zero where a scale is zero."""
+    step = (scaled.block_scales.float() * scaled.tensor_scale).repeat_interleave(BLOCK, dim=1)
+    magnitude = (x.float().abs() / step).masked_fill_(step == 0, 0.0).clamp_(max=E2M1_MAX)
+    return (_round_e2m1(magnitude) * step).copysign(x)
+
+
 def swizzle_scales(block_scales: torch.Tensor) -> torch.Tensor:
     """Block scales [M, K/16] in the 128x4 layout of the Blackwell GEMMs (cuBLAS, CUTLASS, FlashInfer).
 

@@ -26,6 +26,7 @@ def plan_batch(forward_batch: Any, _cls: type, batch: Any, model_runner: Any, **
     run = runtime.current()
     if run is None or _phase_of(forward_batch.forward_mode) is Phase.DECODE:
         return
+    run.weights.refresh()
     requests = compat.request_rows(forward_batch, batch, lambda req: getattr(req, "mixquant_bf16", False))
     reads_all = run.prunes and compat.reads_all_rows(forward_batch)
     plan = run.plan_prefill(requests, torch.device(model_runner.device), reads_all=reads_all)
@@ -44,12 +45,15 @@ def run_pass(original: Callable[..., Any], model_runner: Any, forward_batch: Any
     run = runtime.current()
     if run is None:
         return original(model_runner, forward_batch, *args, **kwargs)
-    run.refresh_if_changed()
+    run.weights.refresh()
     mode = forward_batch.forward_mode
     if _phase_of(mode) is Phase.DECODE:
         # The decode column holds outside of any scope.
         if mode.name != "IDLE":
             run.count_decode(len(forward_batch.input_ids))
+        if not run.weights.current:
+            with phase.scope(phase.MASTER_PASS):
+                return original(model_runner, forward_batch, *args, **kwargs)
         return original(model_runner, forward_batch, *args, **kwargs)
     plan = plan_of(forward_batch)
     if plan is None:

@@ -58,6 +58,14 @@ def can_replay_prefill(original: Callable[..., bool], runner: Any, forward_batch
 
 
 @handler
+def can_replay_decode(original: Callable[..., bool], runner: Any, forward_batch: Any) -> bool:
+    if not original(runner, forward_batch):
+        return False
+    run = runtime.current()
+    return run is None or run.can_replay_decode()
+
+
+@handler
 def load_prefill_rows(_runner: Any, forward_batch: Any, **_kwargs: Any) -> None:
     run = runtime.current()
     if run is not None:

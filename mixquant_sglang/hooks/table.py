@@ -199,15 +199,29 @@ HOOKS = (
         "fills the row index buffer before a prefill graph is replayed",
     ),
     Hook(
+        "read_checkpoint",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_loader.loader.DefaultModelLoader._get_weights_iterator",),
+        "remembers what the checkpoint holds, and makes SGLang's rollback of an update read the old one",
+    ),
+    Hook(
+        "weights_from_disk",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_disk",),
+        "reads a new checkpoint before SGLang overwrites the weights with it",
+    ),
+    Hook(
         "weights_from_tensor",
-        "after",
+        "around",
         "scheduler",
         ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_tensor",),
-        "packs the weights again after an update that skips process_weights_after_loading",
+        "looks at new weights before they are written, and packs them",
     ),
     Hook(
         "weights_from_distributed",
-        "after",
+        "around",
         "scheduler",
         (
             "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
@@ -215,7 +229,47 @@ HOOKS = (
             "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
             ".load_weights_from_distributed",
         ),
-        "packs the weights again after an update that skips process_weights_after_loading",
+        "looks at new weights before they are written, and packs them",
+    ),
+    Hook(
+        "weights_from_ipc",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_ipc",),
+        "takes new weights when all of them are there, looks at them before they are written, and packs them",
+    ),
+    Hook(
+        "weights_direct",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.weight_updater._model_load_weights_direct",),
+        "looks at new weights before they are written",
+    ),
+    Hook(
+        "weights_begin",
+        "before",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.begin_weight_update",),
+        "keeps packed weights out of use while an update is open",
+        only_with="sglang.srt.managers.io_struct.BeginWeightUpdateReqInput",
+    ),
+    Hook(
+        "weights_end",
+        "after",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.end_weight_update",),
+        "packs the weights of an update when it ends",
+        only_with="sglang.srt.managers.io_struct.BeginWeightUpdateReqInput",
+    ),
+    Hook(
+        "weights_released",
+        "after",
+        "scheduler",
+        (
+            "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+            ".release_memory_occupation",
+        ),
+        "keeps packed weights out of use while their memory is released",
     ),
     Hook(
         "weights_resumed",
@@ -226,6 +280,13 @@ HOOKS = (
             ".resume_memory_occupation",
         ),
         "packs the weights again after their memory was released",
+    ),
+    Hook(
+        "can_replay_decode",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph",),
+        "runs decode steps eagerly whose captured graphs hold packed weights that are not those of the model",
     ),
     Hook(
         "add_internal_state",

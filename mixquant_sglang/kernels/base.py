@@ -55,10 +55,14 @@ class PackedLinear(ABC):
         return None
 
     @abstractmethod
-    def refresh(self, weight: torch.Tensor) -> bool:
-        """Packs the changed BF16 ``weight`` [N, K] into the tensors that are already there.
+    def refresh(self, weight: torch.Tensor) -> None:
+        """Packs the changed BF16 ``weight`` [N, K] into the tensors that are already there, whose values are not read:
+        the numbers are those of packing it anew.  Raises ``ValueError`` for NaN or Inf, before it writes."""
 
-        False if something that captured graphs hold by value had to change, so that they must not be replayed."""
+    @property
+    def by_value(self) -> tuple[float, ...]:
+        """What captured graphs hold by value; when ``refresh`` changed it, they must not be replayed."""
+        return ()
 
     def replace(self, ready: Sequence[NVFP4Tensor]) -> None:
         """Copies ready-made pieces, which only differ in values from those of ``__init__``, into the tensors."""

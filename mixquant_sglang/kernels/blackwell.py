@@ -57,7 +57,9 @@ class NativeNVFP4(PackedLinear):
         self._scales = scales
         self._dtype = weight.dtype
         self._n, self.k = weight.shape
-        self._shadows = [self._shadow(part) for part in ready or [nvfp4.quantize(weight, scales=scales)]]
+        parts = ready or [nvfp4.quantize(weight, scales=scales)]
+        self._sizes = [part.shape[0] for part in parts]
+        self._shadows = [self._shadow(part) for part in parts]
 
     @classmethod
     def refusal(cls, n: int, k: int) -> str | None:
@@ -115,9 +117,8 @@ class NativeNVFP4(PackedLinear):
             out *= row_scales[:, None].to(out.dtype)
         return out if bias is None else out.add_(bias)
 
-    def refresh(self, weight: torch.Tensor) -> bool:
-        self.replace([nvfp4.quantize(weight, scales=self._scales)])
-        return True
+    def refresh(self, weight: torch.Tensor) -> None:
+        self.replace([nvfp4.quantize(rows, scales=self._scales) for rows in torch.split(weight, self._sizes)])
 
     def replace(self, ready: Sequence[NVFP4Tensor]) -> None:
         fresh = tuple(parameter.data for part in ready for parameter in self._shadow(part).parameters())

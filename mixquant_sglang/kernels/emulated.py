@@ -62,13 +62,14 @@ class EmulatedNVFP4(PackedLinear):
                 columns.copy_(xq.float() @ part.unscaled(torch.float32).t() * alpha)
         return out if bias is None else out.add_(bias)
 
-    def refresh(self, weight: torch.Tensor) -> bool:
-        # Captured graphs hold alpha by value, so the tensor scale stays as long as the new weights fit into its range.
-        (packed,), (alpha,) = self._parts, self._alphas
-        fits = float(weight.abs().max()) <= alpha * nvfp4.E2M1_MAX * nvfp4.E4M3_MAX
-        fresh = nvfp4.quantize(weight, scales=self._scales, tensor_scale=packed.tensor_scale if fits else None)
-        self.replace([fresh])
-        return fits
+    def refresh(self, weight: torch.Tensor) -> None:
+        # A new tensor scale each time: the one that is there may be lost memory, or far too large for the new weights.
+        sizes = [part.shape[0] for part in self._parts]
+        self.replace([nvfp4.quantize(rows, scales=self._scales) for rows in torch.split(weight, sizes)])
+
+    @property
+    def by_value(self) -> tuple[float, ...]:
+        return tuple(self._alphas)
 
     def replace(self, ready: Sequence[NVFP4Tensor]) -> None:
         copy_all(self.tensors(), tuple(t for p in ready for t in (p.packed, p.block_scales, p.tensor_scale)))
@@ -105,10 +106,9 @@ class EmulatedFP8(PackedLinear):
         total = total * xq.scales[:, None] * self._packed.scales[None, :]
         return _finish(total, bias, x.dtype)
 
-    def refresh(self, weight: torch.Tensor) -> bool:
+    def refresh(self, weight: torch.Tensor) -> None:
         fresh = fp8.quantize(weight)
         copy_all(self.tensors(), (fresh.data, fresh.scales))
-        return True
 
 
 def _finish(total: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

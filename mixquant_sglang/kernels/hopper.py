@@ -49,7 +49,6 @@ class NativeFP8(PackedLinear):
         part._weight, part._scales = self._weight[start:stop], self._scales[start:stop]
         return part
 
-    def refresh(self, weight: torch.Tensor) -> bool:
+    def refresh(self, weight: torch.Tensor) -> None:
         fresh = fp8.quantize(weight)
         copy_all(self.tensors(), (fresh.data, fresh.scales))
-        return True

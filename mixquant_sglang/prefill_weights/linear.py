@@ -78,8 +78,8 @@ class ReadyLinear:
             done, above = done + n, above + full
         return _joined(pieces)
 
-    def warn_kept(self) -> None:
-        self.weights.warn_kept()
+    def warn_updated(self) -> None:
+        self.weights.warn_updated()
 
 
 def _joined(pieces: Sequence[NVFP4Tensor]) -> list[NVFP4Tensor]:

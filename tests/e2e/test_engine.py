@@ -57,9 +57,10 @@ if __name__ == "__main__":
         flush()
         if hasattr(running, "begin_weight_update"):
             running.begin_weight_update()
-        running.update_weights_from_tensor([(name, weight)])
+        answer = running.update_weights_from_tensor([(name, weight)])
         if hasattr(running, "end_weight_update"):
             running.end_weight_update()
+        return [answer.success, answer.message] if hasattr(answer, "success") else list(answer)
 
     def prompt_logprobs():
         flush()
@@ -73,9 +74,15 @@ if __name__ == "__main__":
     for new in (torch.zeros_like(weight), weight):
         update(name, new)
         logprobs.append(prompt_logprobs())
+    nan = weight.clone()
+    nan[3, 5] = float("nan")
+    broken = []
+    for new in (nan, -nan.nan_to_num(float("inf")), weight[:-1].contiguous()):
+        broken.append(update(name, new))
+        logprobs.append(prompt_logprobs())
     running.shutdown()
     tokens = [len(a["output_ids"]) for a in answers]
-    print(json.dumps({"refused": refused, "tokens": tokens, "state": state, "logprobs": logprobs}))
+    print(json.dumps({"refused": refused, "tokens": tokens, "state": state, "logprobs": logprobs, "broken": broken}))
 """
 
 
@@ -102,5 +109,8 @@ def test_engine(random_model: Path, tmp_path: Path) -> None:
     assert state["tokens"]["prefill"]["bf16"] == state["protected_rows"] >= 2
     assert state["tokens"]["decode"].keys() == {"bf16"}
     # Prompt logprobs come from low-precision rows: stale packed weights would not have moved the first of them.
-    before, zeroed, restored = said["logprobs"]
+    before, zeroed, restored, *refused = said["logprobs"]
     assert restored == before and abs(zeroed[0] - before[0]) > 1e-3
+    # Broken ones are refused, and the old weights serve on.
+    assert refused == [before] * 3 and [done for done, _ in said["broken"]] == [False] * 3
+    assert all("model.layers.0.mlp.down_proj.weight h" in message for _, message in said["broken"]), said["broken"]

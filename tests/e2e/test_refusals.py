@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.support import plugins
 from tests.support.server import CPU_FLAGS, ON_GPU, ends
@@ -38,6 +39,13 @@ CASES: dict[str, dict[str, Any]] = {
         "says": ["--mixquant-recipe needs --quantization mixquant"],
         "flags": ["--mixquant-recipe", "auto"],
         "quantization": None,
+    },
+    "NaN in the checkpoint": {
+        "says": [
+            "mixquant: cannot pack model.layers.2.mlp.down_proj: ",
+            "contains NaN or infinity: check the checkpoint",
+        ],
+        "nan": "model.layers.2.mlp.down_proj.weight",
     },
     "float32 checkpoint": {"says": ["is a float32 checkpoint", "--dtype bfloat16"], "config": {"dtype": "float32"}},
     "quantised checkpoint": {
@@ -76,6 +84,13 @@ def run(name: str, case: dict[str, Any], model: Path, folder: Path) -> tuple[int
         config = json.loads((model / "config.json").read_text())
         dtypes = dict.fromkeys(("dtype", "torch_dtype"), config["torch_dtype"])
         (model / "config.json").write_text(json.dumps({**config, **dtypes, **case["config"]}))
+    if "nan" in case:
+        model = Path(shutil.copytree(model, home / "model"))
+        for file in model.glob("*.safetensors"):
+            tensors = load_file(file)
+            if case["nan"] in tensors:
+                tensors[case["nan"]][5, 7] = float("nan")
+                save_file(tensors, file, metadata={"format": "pt"})
     if "sabotage" in case:
         pythonpath.append(plugins.write(home, "a_saboteur", plugins.SABOTEUR))
         env["SABOTAGE"] = case["sabotage"]

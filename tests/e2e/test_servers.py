@@ -8,6 +8,7 @@ FP8 server, to compare rounding with.
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 import time
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import requests
+from safetensors.torch import load_file, save_file
 
 from tests.support.server import ON_GPU, Server
 from tests.support.servers import CHUNK, LOW_RECIPE, Servers
@@ -457,6 +459,30 @@ def test_weight_update_packs_again(servers: Servers, tiny_model: Path) -> None:
     low.flush()
     after = low.generate(prompt, 8, return_logprob=True)
     assert outputs([before]) == outputs([after])
+
+
+@pytest.mark.parametrize("how", ["nan", "shape", "missing"])
+def test_a_broken_weight_update_is_refused(servers: Servers, tiny_model: Path, tmp_path: Path, how: str) -> None:
+    """Where stock SGLang serves the NaN, and ends with the other two."""
+    low, name, prompt = servers.low, "model.layers.2.mlp.down_proj.weight", ids(random.Random(17), 100)
+    low.flush()
+    before = low.generate(prompt, 8, return_logprob=True)
+    broken = Path(shutil.copytree(tiny_model, tmp_path / how))
+    for file in broken.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            if how == "nan":
+                tensors[name][5, 7] = float("nan")
+            else:
+                tensors |= {name: tensors[name][:-1].contiguous()} if how == "shape" else {}
+                _ = tensors.pop(name) if how == "missing" else None
+            save_file(tensors, file, metadata={"format": "pt"})
+    answer = low.post("/update_weights_from_disk", {"model_path": str(broken)}, ok=False).json()
+    assert not answer["success"] and f"{broken}: {name} " in answer["message"], answer
+    low.flush()
+    after = low.generate(prompt, 8, return_logprob=True)
+    assert outputs([before]) == outputs([after])
+    assert requests.get(low.url + "/model_info", timeout=60).json()["model_path"] == str(tiny_model)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")

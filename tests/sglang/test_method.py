@@ -132,8 +132,8 @@ def test_refresh_keeps_addresses_and_packs_the_new_weights(name: str) -> None:
     before = [t.data_ptr() for t in packed.tensors()]
     old = apply(layer, x, Pass(Phase.PREFILL))
     layer.weight.data.mul_(0.5)
-    run.weights_changed()
-    run.refresh_if_changed()
+    run.weights.changed()
+    assert run.weights.refresh() is None
     assert [t.data_ptr() for t in packed.tensors()] == before
     new = apply(layer, x, Pass(Phase.PREFILL))
     assert torch.allclose(new.float(), 0.5 * old.float(), rtol=0.3, atol=0.05) and not torch.equal(new, old)

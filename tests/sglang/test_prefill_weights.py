@@ -199,28 +199,47 @@ def test_an_optional_rule_that_matches_nothing_is_said(
         Model(monkeypatch, folder, made, rules=rules + "}\n").load().finish()
 
 
-def test_an_update_keeps_them(
+def test_an_update_replaces_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made, name = bf16_tensors(), "model.layers.0.self_attn.qkv_proj"
-    folder = save(tmp_path / "ready", *tiny.compressed_tensors(made))
+    """Where the BF16 weight changed: decode and prefill never see different weights.  The others are read again."""
+    made, name, same = bf16_tensors(), "model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.down_proj"
+    folder = save(tmp_path / "ready", *tiny.compressed_tensors(made, scales="absmax"))
     model = Model(monkeypatch, folder, made).load()
     model.finish()
     run, x = runtime.current(), torch.randn(3, HIDDEN, dtype=torch.bfloat16)
+    y = torch.randn(3, INNER, dtype=torch.bfloat16)
     assert run is not None
-    before = model.apply(name, x, Pass(Phase.PREFILL))
-    for layer in model.linears.values():
-        layer.weight.data.mul_(-3)
-        for tensor in layer.quant_method._packed["nvfp4"].tensors():
-            tensor.fill_(0)  # as after release_memory_occupation
+    before = model.apply(name, x, Pass(Phase.PREFILL)), model.apply(same, y, Pass(Phase.PREFILL))
+    masters = {linear: layer.weight.data.clone() for linear, layer in model.linears.items()}
+
+    def lose_copies() -> None:  # as after release_memory_occupation
+        for layer in model.linears.values():
+            for tensor in layer.quant_method._packed["nvfp4"].tensors():
+                tensor.fill_(0)
+
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            run.weights_changed()
-            run.refresh_if_changed()
-    assert torch.equal(model.apply(name, x, Pass(Phase.PREFILL)), before)
+            model.linears[name].weight.data.mul_(-3)
+            lose_copies()
+            run.weights.changed()
+            assert run.weights.refresh() is None
+            packed = model.linears[name].quant_method._packed["nvfp4"]
+            parts = torch.split(model.linears[name].weight.data, [HIDDEN, 32, 32])
+            expected = torch.cat([nvfp4.quantize(part, scales="search").dequantize(torch.float32) for part in parts])
+            held = torch.cat([part.dequantize(torch.float32) for part in packed._parts])
+            assert torch.equal(held, expected)
+            assert torch.equal(model.apply(same, y, Pass(Phase.PREFILL)), before[1])
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [
-        f"mixquant: the BF16 weights were updated, but prefill still uses the ready-made weights of {folder}"
+        "mixquant: the BF16 weights were updated, so linears that changed no longer prefill with the ready-made "
+        f"weights of {folder}, but are quantised from the new BF16 weights"
     ]
+    for linear, layer in model.linears.items():
+        layer.weight.data.copy_(masters[linear])
+    lose_copies()
+    run.weights.changed()
+    assert run.weights.refresh() is None
+    assert torch.equal(model.apply(name, x, Pass(Phase.PREFILL)), before[0])
 
 
 def test_what_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,84 @@
+"""What an update may bring, looked at before any of it is written: tensors of the names and shapes of the checkpoint
+that was loaded at start, of numbers that BF16 holds.
+
+Without it a bad tensor is found half way: SGLang's loaders copy tensor by tensor, and what they overwrote is gone.
+Refused: a name that neither that checkpoint nor the model has, another shape, a dtype that is not plain floating point
+where it was before (an FP8 checkpoint cast to BF16 without its scales is another model), and NaN or infinity, also by
+the rounding to BF16.  Where the loader at start read no checkpoint (``--load-format dummy``, ``remote_instance``),
+names and shapes are known only of parameters that SGLang holds as the checkpoint does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_CHUNK = 2**24  # elements in flight to the device
+
+
+@dataclass
+class Known:
+    """Tensors of the checkpoint by name: shape and dtype."""
+
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)  # whole shapes, of one rank alone
+
+    def record(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Passes ``weights`` on, and remembers names, shapes and dtypes."""
+        for name, tensor in weights:
+            self.tensors[name] = tuple(tensor.shape), tensor.dtype
+            yield name, tensor
+
+    def add_parameters(self, model: torch.nn.Module, *, ranks: int) -> None:
+        """Trainers may send what the checkpoint leaves out (a tied head), and names as SGLang has them."""
+        ids = {id(p): self.tensors[name][0] for name, p in model.named_parameters() if name in self.tensors}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) in ids:
+                self.parameters[name] = ids[id(parameter)]
+            elif ranks == 1:
+                self.parameters[name] = tuple(parameter.shape)
+
+    def missing(self, names: set[str]) -> str | None:
+        """Why an update of the whole model by ``names`` is refused, or None."""
+        if gone := sorted(self.tensors.keys() - names):
+            return f"{gone[0]} is missing" + (f", and {len(gone) - 1} more" if len(gone) > 1 else "")
+        return None
+
+    def problem(self, name: str, tensor: torch.Tensor, device: torch.device) -> str | None:
+        """Why ``tensor`` is refused, or None; its values are looked at on ``device``."""
+        before = self.tensors.get(name)
+        shape = before[0] if before else self.parameters.get(name)
+        if shape is None and self.tensors:
+            return f"{name} is no tensor of this model's checkpoint"
+        if shape is not None and tuple(tensor.shape) != shape:
+            return f"{name} has shape {list(tensor.shape)}, not {list(shape)}"
+        if tensor.dtype not in FLOATING and (before is None or tensor.dtype != before[1]):
+            wanted = before[1] if before else torch.bfloat16
+            return f"{name} is {tensor.dtype}, not {wanted}: a quantised checkpoint does not fit this server"
+        return None if _finite(tensor, device) else f"{name} holds NaN or infinity, in BF16 at least"
+
+    def problem_of_parameter(
+        self, name: str, tensor: torch.Tensor, parameters: dict[str, torch.nn.Parameter]
+    ) -> str | None:
+        """The same for ``load_format: direct``: names and shapes are those of SGLang's parameters on this rank."""
+        if name not in parameters:
+            return f"{name} is no parameter of the model"
+        parameter = parameters[name]
+        own = Known({name: (tuple(parameter.shape), parameter.dtype)})
+        return own.problem(name, tensor, parameter.device)
+
+
+def _finite(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether all numbers are finite once they are BF16; others than floating point are."""
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        return True
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, len(flat), _CHUNK):
+        low, high = torch.aminmax(flat[start : start + _CHUNK].to(device))  # they propagate NaN
+        if not all(math.isfinite(float(bound.to(torch.bfloat16))) for bound in (low, high)):
+            return False
+    return True
