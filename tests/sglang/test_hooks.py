@@ -80,15 +80,18 @@ def test_config_refuses_where_the_hooks_are_missing() -> None:
         MixQuantConfig()
 
 
-def test_server_args_that_are_refused() -> None:
+def test_server_args_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Args:
         tokenizer_worker_num = 1
         disaggregation_mode = "null"
 
     refusals.check_server_args(Args())
+    monkeypatch.setattr(compat, "stored_pages_are_named", lambda: False)
+    monkeypatch.setattr(compat, "tree_ignores_keys", lambda: True)
+    values = {"cuda_graph_backend_prefill": "full", "disaggregation_mode": "prefill", "disable_radix_cache": False}
     for field, flag, _, _ in refusals._REFUSED:
         bad = Args()
-        setattr(bad, field, {"cuda_graph_backend_prefill": "full", "disaggregation_mode": "prefill"}.get(field, 2))
+        setattr(bad, field, values.get(field, 2))
         with pytest.raises(MixQuantError, match=re.escape(flag)):
             refusals.check_server_args(bad)
 
