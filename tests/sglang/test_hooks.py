@@ -18,7 +18,8 @@ LEDGER = Path(__file__).resolve().parents[2] / "patches" / "README.md"
 
 def test_every_target_exists_here() -> None:
     for hook in table.HOOKS:
-        assert table.target_of(hook) in hook.targets
+        if hook.process != "http":  # those in a process of their own: test_requests.py
+            assert table.target_of(hook) in hook.targets
 
 
 def test_ledger_and_code_name_the_same_hooks() -> None:

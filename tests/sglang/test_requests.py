@@ -7,6 +7,8 @@ import hashlib
 import json
 import random
 import re
+import subprocess
+import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
@@ -112,7 +114,7 @@ def matched(tree: RadixCache, key: RadixKey) -> int:
 
 @pytest.fixture
 def hashes_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not SGLang's C++ of the same, which is compiled for minutes: a page's hash is of its tokens and the one before."""
+    """Not SGLang's C++ of the same, compiled for minutes: a page's hash is of its tokens and the one before."""
     from sglang.srt.mem_cache.cpp_utils import native_hash
 
     def get_hash(raw: Any, length: int, _unit: int, _bigram: bool, prior: bytes | None, page: int) -> list[str]:
@@ -349,16 +351,37 @@ def test_a_web_socket_with_a_policy_is_closed() -> None:
     assert [message["code"] for message in sent] == [1008]
 
 
-def test_the_layer_is_put_behind_sglangs_own_once() -> None:
-    from sglang.srt.entrypoints.http_server import app
+# Imported into pytest, 0.5.23's HTTP server ends it with a segmentation fault when Python exits.
+_SERVER = """
+import json
+from mixquant_sglang.hooks import http, table
+from sglang.srt.entrypoints.http_server import app
 
-    before = list(app.user_middleware)
-    try:
-        http.read_policies()
-        http.read_policies()
-        assert [layer.cls for layer in app.user_middleware] == [*(layer.cls for layer in before), http.PolicyLayer]
-    finally:
-        app.user_middleware[:] = before
+def walk(routes):
+    for route in routes:
+        if hasattr(route, "path"):
+            yield route.path, sorted(getattr(route, "methods", None) or [type(route).__name__])
+        yield from walk(getattr(getattr(route, "original_router", route), "routes", None) or ())
+
+targets = [table.target_of(hook) in hook.targets for hook in table.hooks_of("http")]
+before = [layer.cls.__name__ for layer in app.user_middleware]
+http.read_policies()
+http.read_policies()
+after = [layer.cls.__name__ for layer in app.user_middleware]
+print(json.dumps([targets, before, after, list(walk(app.routes))]))
+"""
+
+
+@pytest.fixture(scope="module")
+def http_server() -> Any:
+    command = [sys.executable, "-W", "ignore", "-c", _SERVER]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_layer_is_put_behind_sglangs_own_once(http_server: Any) -> None:
+    targets, before, after, _ = http_server
+    assert targets == [True] and before and after == [*before, "PolicyLayer"]
 
 
 # Routes that take a POST and make no prompt run, beside those that change weights, profile or look after the server.
@@ -380,18 +403,8 @@ _NO_PROMPT = {
 # fmt: on
 
 
-def test_the_table_knows_every_route_that_runs_a_prompt() -> None:
-    from sglang.srt.entrypoints.http_server import app
-
-    def walk(routes: Any) -> Iterator[tuple[str, set[str]]]:
-        for route in routes:
-            if hasattr(route, "path"):
-                yield route.path, getattr(route, "methods", None) or {type(route).__name__}
-            inner = getattr(route, "original_router", route)
-            yield from walk(getattr(inner, "routes", None) or ())
-
-    ways = {"GET", "HEAD", "OPTIONS"}
-    takes = {path for path, methods in walk(app.routes) if methods - ways}
+def test_the_table_knows_every_route_that_runs_a_prompt(http_server: Any) -> None:
+    takes = {path for path, methods in http_server[3] if {*methods} - {"GET", "HEAD", "OPTIONS"}}
     assert {"/generate", "/v1/chat/completions", "/v1/messages", "/api/chat"} <= takes, "routes were not found"
     listed = re.findall(r"^\| `(/[^`]*)`", DOCS.read_text(), re.MULTILINE)
     assert takes - _NO_PROMPT <= {*listed}, "a route that may run a prompt is not in docs/requests.md"
