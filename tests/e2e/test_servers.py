@@ -294,20 +294,21 @@ def prompts(text: str) -> dict[str, dict[str, Any]]:
     return {
         "/generate": {"text": text, "sampling_params": {"max_new_tokens": 2}},
         "/vertex_generate": {"instances": [{"text": text}], "parameters": {"sampling_params": {"max_new_tokens": 2}}},
-        "/v1/completions": {"model": "m", "prompt": text, "max_tokens": 2},
-        "/v1/chat/completions": {"model": "m", "messages": messages, "max_tokens": 2},
-        "/invocations": {"model": "m", "messages": messages, "max_tokens": 2},
-        "/v1/responses": {"model": "m", "input": text, "max_output_tokens": 2},
-        "/v1/messages": {"model": "m", "messages": messages, "max_tokens": 2},
-        "/api/generate": {"model": "m", "prompt": text, "stream": False, "options": {"num_predict": 2}},
-        "/v1/score": {"model": "m", "query": text, "items": [" yes", " no"], "label_token_ids": [5, 6]},
+        "/v1/completions": {"prompt": text, "max_tokens": 2},
+        "/v1/chat/completions": {"messages": messages, "max_tokens": 2},
+        "/invocations": {"messages": messages, "max_tokens": 2},
+        "/v1/responses": {"input": text, "max_output_tokens": 2},
+        "/v1/messages": {"messages": messages, "max_tokens": 2},
+        "/api/generate": {"prompt": text, "stream": False, "options": {"num_predict": 2}},
+        "/v1/score": {"query": text, "items": [" yes", " no"], "label_token_ids": [5, 6]},
     }
 
 
 @pytest.mark.parametrize("path", prompts(""))
 def test_every_entry_point_honours_a_policy_or_answers_400(servers: Servers, path: str) -> None:
     low = servers.low
-    body = prompts(f"{path} counts the wolves " * 5)[path]
+    served = requests.get(low.url + "/v1/models", timeout=60).json()["data"][0]["id"]
+    body = {**prompts(f"{path} counts the wolves " * 5)[path], "model": served}
     shapes = [body, {**body, "stream": True}] if path not in ("/v1/score", "/vertex_generate") else [body]
     for asked in shapes:
         low.flush()

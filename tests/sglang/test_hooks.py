@@ -18,7 +18,8 @@ LEDGER = Path(__file__).resolve().parents[2] / "patches" / "README.md"
 
 def test_every_target_exists_here() -> None:
     for hook in table.hooks_of():
-        assert table.target_of(hook) in hook.targets
+        if hook.process != "http":  # those in a process of their own: test_requests.py
+            assert table.target_of(hook) in hook.targets
     absent = {hook.handler for hook in table.HOOKS} - {hook.handler for hook in table.hooks_of()}
     assert absent & {"weights_begin", "weights_end"} in (set(), {"weights_begin", "weights_end"})  # sessions, or none
 

@@ -25,8 +25,10 @@ def test_what_asks_for_bf16() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [None, 3, True, "bf16", [], ["bf16"], {}, {"prefill": "fp8"}, {"prefill": None}, {"prefil": "bf16"}]
-    + [{"prefill": "bf16", "decode": "bf16"}, {"prefill": ["bf16"]}, {"Prefill": "bf16"}],
+    [
+        *(None, 3, True, "bf16", [], ["bf16"], {}, {"prefill": "fp8"}, {"prefill": None}, {"prefil": "bf16"}),
+        *({"prefill": "bf16", "decode": "bf16"}, {"prefill": ["bf16"]}, {"Prefill": "bf16"}),
+    ],
 )
 def test_a_wrong_policy(value: Any) -> None:
     with pytest.raises(PolicyError, match=r"allowed: \{'prefill': 'bf16'\}") as error:
@@ -36,7 +38,7 @@ def test_a_wrong_policy(value: Any) -> None:
 
 @pytest.mark.parametrize("custom", [[], ["mixquant"], "mixquant", 3, True, [BF16]])
 def test_custom_params_that_are_no_object(custom: Any) -> None:
-    with pytest.raises(PolicyError, match="custom_params is .*; allowed: an object"):
+    with pytest.raises(PolicyError, match=r"custom_params is .*; allowed: an object"):
         asks_bf16(custom, NVFP4)
 
 
@@ -56,8 +58,8 @@ def deep(levels: int) -> Any:
         ["z" * 90] * 9999,
         deep(900),
         {str(n): n for n in range(999)},
-    ]
-    + [10**4000],
+        10**4000,
+    ],
 )
 def test_a_message_shows_a_bounded_part_of_a_clients_value(value: Any) -> None:
     for custom in ({"mixquant": value}, {"mixquant": {"prefill": value}}, value):
