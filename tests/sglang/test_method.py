@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mixquant_sglang import phase, recipe
+from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels import Device, select
 from mixquant_sglang.phase import DECODE_PASS, Pass, Phase
 from mixquant_sglang.rows import EagerRows, GraphRows, RequestRows, RowPlan, plan
@@ -137,6 +138,31 @@ def test_refresh_keeps_addresses_and_packs_the_new_weights(name: str) -> None:
     assert [t.data_ptr() for t in packed.tensors()] == before
     new = apply(layer, x, Pass(Phase.PREFILL))
     assert torch.allclose(new.float(), 0.5 * old.float(), rtol=0.3, atol=0.05) and not torch.equal(new, old)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_weights_that_a_loader_wrote_without_asking_or_after_it_are_packed(asked: bool) -> None:
+    """``--load-format remote_instance`` never calls ``process_weights_after_loading``, ``sharded_state`` too early."""
+    from mixquant_sglang.method import MixQuantLinearMethod
+
+    run, loaded, x = make("nvfp4-emulated", "cpu")
+    run = Runtime(run.recipe, run.selection)
+    method, layer = MixQuantLinearMethod(run, "model.layers.0.x", "nvfp4", "bf16"), torch.nn.Module()
+    method.create_weights(layer, K, [N], K, N, torch.bfloat16, weight_loader=None)
+    layer.quant_method = method
+    layer.weight.data = torch.full((N, K), torch.nan, dtype=torch.bfloat16)  # what was in the memory before
+    if asked:
+        method.process_weights_after_loading(layer)
+    layer.weight.data.copy_(loaded.weight.data)
+    run.weights.finish_load()
+    assert torch.equal(apply(layer, x, Pass(Phase.PREFILL)), apply(loaded, x, Pass(Phase.PREFILL)))
+
+
+def test_what_cannot_be_packed_is_named() -> None:
+    run, layer, _ = make("nvfp4-emulated", "cpu")
+    layer.weight.data[3, 5] = torch.nan
+    with pytest.raises(MixQuantError, match=r"cannot pack model\.layers\.0\.x: .* contains NaN or infinity"):
+        run.weights.finish_load()
 
 
 def test_shadows_are_not_part_of_the_model() -> None:
