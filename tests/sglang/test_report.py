@@ -235,7 +235,9 @@ def config_of(name: str, **text: int) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", ["KimiLinearForCausalLM", "Glm5NextForConditionalGeneration", "BeamForCausalLM", "MuseGlimmerForCausalLM"])
+@pytest.mark.parametrize(
+    "name", ["KimiLinearForCausalLM", "Glm5NextForConditionalGeneration", "BeamForCausalLM", "MuseGlimmerForCausalLM"]
+)
 def test_models_whose_bf16_code_depends_on_the_name_are_refused(name: str) -> None:
     with pytest.raises(MixQuantError, match=f"M is {name}: .* would not be that of stock"):
         stock.check_model(config_of(name), lambda: CPU, None)
