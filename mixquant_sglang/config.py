@@ -61,19 +61,10 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             table.check_hooks_took_effect()
             self._recipe = recipe.load(recipe.requested())
             selection = select(self._recipe, compat.device())
-            if self._recipe.min_tokens > 1 and selection.decode != "bf16":
-                raise MixQuantError(
-                    f"{self._recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs "
-                    f"'decode: {{precision: bf16}}'; the recipe has {selection.decode}"
-                )
+            refusals.check_recipe(self._recipe, selection)
             if selection.kernels.get("nvfp4") == "native":
                 compat.provide_fp4_linear_method(own_quantizer=self._recipe.fuse)
             if self._recipe.prefill_weights:
-                if not recipe.takes_ready_made(selection.prefill, self._recipe.layers):
-                    raise MixQuantError(
-                        f"{self._recipe.prefill_weights_at}: holds NVFP4 weights, but prefill is {selection.prefill} "
-                        f"({selection.reason}); ask for 'prefill: {{precision: nvfp4}}'"
-                    )
                 self._ready = PrefillWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
         known = runtime.current()
         if known is None or known.recipe != self._recipe:

@@ -10,7 +10,9 @@ BF16, both scales are applied to the FP32 sum.  On the CPU the GEMM runs in FP32
 alpha is one number for a GEMM, so ready-made weights whose parts (q, k, v) have different tensor scales take one GEMM
 for each, into columns of one result.
 
-Refuses weights whose K is not a multiple of 16.  Rounding happens in the accumulation alone, hence equality with the native kernels up to accumulation order.
+Refuses weights whose K is not a multiple of 16.
+
+Rounding happens in the accumulation alone, hence equality with the native kernels up to accumulation order.
 Nothing here is faster than BF16: it is for accuracy work and for machines without a GPU.
 """
 
