@@ -28,6 +28,7 @@ from mixquant_sglang.prefill_weights.weights import PrefillWeights
 from mixquant_sglang.ranks import check_same
 from mixquant_sglang.refusals import refusing
 from mixquant_sglang.runtime import Runtime
+from mixquant_sglang.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +220,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             with refusing():
                 rows = [2**e for e in range(8, max(most.bit_length(), 9))]
                 gemm.use(gemm.load_or_tune(sorted(fp8), rows, device, compat.kernel_versions()))
+        if packed and device.type == "cuda":
+            logger.info("mixquant: %s", warm_up(model, packed, device))
 
     def _tune_fp4(self, model_runner: Any, methods: list[MixQuantLinearMethod]) -> None:
         measuring = compat.fp4_gemm_measuring(model_runner) if methods else None
