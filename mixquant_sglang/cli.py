@@ -7,11 +7,16 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import TYPE_CHECKING
 
 from mixquant_sglang import __version__, recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.planner import plan as planner
 
+if TYPE_CHECKING:
+    from mixquant_sglang.kernels import Device
+
+_W4A16 = "SGLANG_FLASHINFER_CUTEDSL_NVFP4_W4A16"
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flashinfer-python", "transformers")
 
 
@@ -56,6 +61,19 @@ def _recipes() -> int:
     return 0
 
 
+def _comes_to(name: str, device: Device) -> str:
+    """What a server with this recipe would say here; raises what it would end with before it looks at a model."""
+    from mixquant_sglang import refusals
+    from mixquant_sglang.kernels import select
+
+    loaded = recipe.load(name)
+    selection = select(loaded, device)
+    refusals.check_recipe(loaded, selection)
+    if selection.kernels.get("nvfp4") == "native" and os.environ.get(_W4A16, "").lower() in ("1", "true", "yes", "y"):
+        raise MixQuantError(f"{_W4A16} leaves activations in BF16; unset it for native nvfp4")
+    return f"{selection.describe()}; because {selection.reason}"
+
+
 def _doctor(only: str | None) -> int:
     """Imports SGLang and torch, but starts nothing and changes nothing."""
     healthy = True
@@ -80,8 +98,9 @@ def _doctor(only: str | None) -> int:
     from mixquant_sglang import compat
     from mixquant_sglang.hooks import table
 
-    if compat.sglang_version() not in compat.TESTED:
-        print(f"                   this SGLang is untested; tested: {', '.join(compat.TESTED)}")
+    device = compat.device()
+    if warning := compat.untested(device):
+        print(f"                   {warning}")
     missing, hooks = 0, table.hooks_of()
     for hook in hooks:
         try:
@@ -92,17 +111,15 @@ def _doctor(only: str | None) -> int:
     print(f"hooks              {len(hooks) - missing} of {len(hooks)} targets exist")
     healthy = healthy and not missing
 
-    from mixquant_sglang.kernels import select
-
-    device = compat.device()
     print(f"device             {device}")
-    for name in [only] if only else recipe.shipped():
-        loaded = recipe.load(name)
+    asked = only or recipe.requested()
+    by = "" if only else " (MIXQUANT_RECIPE)" if os.environ.get(recipe.RECIPE_ENV) else " (the default)"
+    for name in [only] if only else dict.fromkeys([*recipe.shipped(), asked]):
         try:
-            selection = select(loaded, device)
-            print(f"recipe {name:<17} {selection.describe()}; because {selection.reason}")
+            print(f"recipe {name:<17} {_comes_to(name, device)}")
         except MixQuantError as error:
             print(f"recipe {name:<17} refused: {error}")
-            healthy = healthy and name != (only or recipe.requested())
+            healthy = healthy and name != asked
+    print(f"asked for          {asked}{by}")
     print(f"=> --quantization mixquant {'will start here' if healthy else 'will NOT start here'}")
     return 0 if healthy else 1

@@ -21,7 +21,8 @@ from mixquant_sglang.kernels import Device
 from mixquant_sglang.rows import Queries, RequestRows
 
 NAME = "mixquant"
-TESTED = ("0.5.17", "0.5.23")
+# SGLang version -> the kinds of device on which the tests ran with it.
+TESTED: dict[str, tuple[str, ...]] = {"0.5.17": ("CPU", "GPU"), "0.5.23": ("CPU",)}
 
 # Set by the process that parsed the server arguments, inherited by the schedulers that it spawns.
 ACTIVE_ENV = "MIXQUANT_ACTIVE"
@@ -29,6 +30,17 @@ ACTIVE_ENV = "MIXQUANT_ACTIVE"
 
 def sglang_version() -> str:
     return version("sglang")
+
+
+def untested(device: Device) -> str:
+    """What is to be known before one relies on this SGLang on ``device``; empty where the tests ran."""
+    found, kind = sglang_version(), "CPU" if device.capability is None else "GPU"
+    on_kind = [f"SGLang {version}" for version, kinds in TESTED.items() if kind in kinds]
+    if found not in TESTED:
+        return f"SGLang {found}: not tested; on a {kind}, tested with {' and '.join(on_kind)}"
+    if kind not in TESTED[found]:
+        return f"SGLang {found}: tested on {' and '.join(TESTED[found])} only; on a {kind}, {' and '.join(on_kind)}"
+    return ""
 
 
 def is_scheduler_process() -> bool:

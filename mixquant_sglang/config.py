@@ -28,6 +28,7 @@ from mixquant_sglang.ranks import check_same
 from mixquant_sglang.recipe import LayerRule
 from mixquant_sglang.refusals import refusing
 from mixquant_sglang.runtime import Runtime, some
+from mixquant_sglang.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -48,21 +49,10 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             table.check_hooks_took_effect()
             self._recipe = recipe.load(recipe.requested())
             selection = select(self._recipe, compat.device())
-            low_decode = {selection.decode, *selection.by_rule.get("decode", ())} - {"bf16"}
-            if self._recipe.min_tokens > 1 and low_decode:
-                raise MixQuantError(
-                    f"{self._recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs decode in bf16 "
-                    f"for all layers; the recipe decodes {'some' if selection.decode == 'bf16' else 'them'} in "
-                    f"{' and '.join(sorted(low_decode))}"
-                )
+            refusals.check_recipe(self._recipe, selection)
             if selection.kernels.get("nvfp4") == "native":
                 compat.provide_fp4_linear_method(own_quantizer=self._recipe.fuse)
             if self._recipe.prefill_weights:
-                if not recipe.takes_ready_made(selection.prefill, self._recipe.layers):
-                    raise MixQuantError(
-                        f"{self._recipe.prefill_weights_at}: holds NVFP4 weights, but prefill is {selection.prefill} "
-                        f"({selection.reason}); ask for 'prefill: {{precision: nvfp4}}'"
-                    )
                 self._ready = PrefillWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
         known = runtime.current()
         if known is None or known.recipe != self._recipe:
@@ -203,6 +193,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             with refusing():
                 rows = [2**e for e in range(8, max(most.bit_length(), 9))]
                 gemm.use(gemm.load_or_tune(sorted(fp8), rows, device, compat.kernel_versions()))
+        if packed and device.type == "cuda":
+            logger.info("mixquant: %s", warm_up(model, packed, device))
 
     def _check_ready_names(self, model: torch.nn.Module) -> None:
         """Refuses modules that SGLang built under one prefix: ready-made weights are looked up by it."""

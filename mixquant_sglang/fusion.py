@@ -64,14 +64,14 @@ class FusedRMSNorm:
 
     def __init__(self, norm: Any, linear: MixQuantLinearMethod) -> None:
         self._norm = norm
-        self._linear = linear
+        self.linear = linear
         self.plain = compat.forward_method(norm)
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, post_residual_addition: torch.Tensor | None = None
     ) -> Any:
         plain = not _rows(x) or post_residual_addition is not None or (residual is not None and not _rows(residual))
-        fusable = None if plain else self._linear.fusable(x.shape[0])
+        fusable = None if plain else self.linear.fusable(x.shape[0])
         if fusable is None:
             # SGLang's method takes the last argument by position in one version and by name in the other.
             extra = () if post_residual_addition is None else (post_residual_addition,)
@@ -91,11 +91,11 @@ class FusedSiluAndMul:
     """Takes the place of a SiluAndMul's forward method."""
 
     def __init__(self, act: Any, linear: MixQuantLinearMethod) -> None:
-        self._linear = linear
+        self.linear = linear
         self.plain = compat.forward_method(act)
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor | QuantizedActivations:
-        fusable = self._linear.fusable(gate_up.shape[0]) if _rows(gate_up) else None
+        fusable = self.linear.fusable(gate_up.shape[0]) if _rows(gate_up) else None
         if fusable is None:
             return self.plain(gate_up)  # type: ignore[no-any-return]
         fmt, rows = fusable

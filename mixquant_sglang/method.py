@@ -62,6 +62,18 @@ class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         n, k = self._layer.weight.size()  # type: ignore[operator]
         return n, k
 
+    @property
+    def master(self) -> torch.Tensor:
+        """The BF16 weight [N, K]."""
+        assert self._layer is not None
+        weight: torch.Tensor = self._layer.weight.data  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        bias: torch.Tensor | None = getattr(self._layer, "bias", None)
+        return bias
+
     def runs(self, precision: str, kernel: str) -> bool:
         """Whether some phase runs this linear in ``precision`` with ``kernel``."""
         return precision in self._packed and self._runtime.selection.kernels[precision] == kernel

@@ -43,6 +43,12 @@ class LayerRule:
     where: str  # "file:line"
     optional: bool = False
 
+    def to_yaml(self) -> dict[str, object]:
+        """As an entry of ``layers``."""
+        phases = {"prefill": self.prefill, "decode": self.decode}
+        asked = {phase: value for phase, value in phases.items() if value is not None}
+        return {"match": self.match, **asked, **({"optional": True} if self.optional else {})}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -63,6 +69,23 @@ class Recipe:
     verify: bool = True  # compare the native NVFP4 kernel with the emulated one at load
     prefill_weights: str = ""  # the folder or hub name of an NVFP4 checkpoint; "" packs from the BF16 one
     prefill_weights_at: str = ""  # "file:line prefill.weights"
+
+    def to_yaml(self) -> str:
+        """A file that ``load`` reads as this recipe again, but for where it stands: name, source and lines."""
+        prefill = {"precision": self.prefill, "min_tokens": self.min_tokens, "fuse": self.fuse}
+        tail = {"last_prompt_tokens": self.protected_tail} if self.protect_last_prompt_token else {}
+        made = {
+            "version": 1,
+            **({"description": self.description} if self.description else {}),
+            "prefill": prefill | ({"weights": self.prefill_weights} if self.prefill_weights else {}),
+            "decode": {"precision": self.decode},
+            "protect": {"last_prompt_token": self.protect_last_prompt_token} | tail,
+            "kernel": self.kernel,
+            "verify": self.verify,
+            "weights": {"scales": self.scales},
+            **({"layers": [rule.to_yaml() for rule in self.layers]} if self.layers else {}),
+        }
+        return yaml.safe_dump(made, sort_keys=False, default_flow_style=None, width=1 << 20, allow_unicode=True)
 
 
 def requested() -> str:

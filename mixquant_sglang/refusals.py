@@ -14,6 +14,8 @@ from typing import Any
 
 from mixquant_sglang import compat
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.kernels import Selection
+from mixquant_sglang.recipe import Recipe, takes_ready_made
 
 
 @contextmanager
@@ -346,6 +348,21 @@ def check_server_args(server_args: Any) -> None:
                 raise MixQuantError(
                     f"--quantization {compat.NAME} does not go with {refusal.flag}: {refusal.why}; {refusal.instead}"
                 )
+
+
+def check_recipe(recipe: Recipe, selection: Selection) -> None:
+    """Raises ``MixQuantError`` for what a recipe asks that does not go with what it comes to here."""
+    low_decode = {selection.decode, *selection.by_rule.get("decode", ())} - {"bf16"}
+    if recipe.min_tokens > 1 and low_decode:
+        raise MixQuantError(
+            f"{recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs decode in bf16 for all layers; "
+            f"the recipe decodes {'some' if selection.decode == 'bf16' else 'them'} in {' and '.join(sorted(low_decode))}"
+        )
+    if recipe.prefill_weights and not takes_ready_made(selection.prefill, recipe.layers):
+        raise MixQuantError(
+            f"{recipe.prefill_weights_at}: holds NVFP4 weights, but prefill is {selection.prefill} "
+            f"({selection.reason}); ask for 'prefill: {{precision: nvfp4}}'"
+        )
 
 
 def _value(args: Any, field: str) -> Any:

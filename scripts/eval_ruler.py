@@ -61,7 +61,7 @@ def prompts(name: str, length: int, args: argparse.Namespace, source: Material, 
 
     def tokens(size: int, nth: int = 0) -> int:
         question, prefix, _ = make(name, size, length, nth, args.data_seed, source)
-        return len(tokenizer.encode(f"{question} {prefix}"))
+        return tokenizer.count(f"{question} {prefix}")
 
     size = fit(most, task.least, tokens)
     if size is None:

@@ -13,13 +13,27 @@ from collections.abc import Callable
 from fractions import Fraction
 
 ENDS_OF_THINKING = ("</think>", "<channel|>")  # DeepSeek and Qwen; Gemma 4
-PHRASE = re.compile(r"(?:final\s+answer|answer\s+is|\banswer)\s*[:=]?\s*([^\n;]+?)\s*(?:\.?\s*$|\.\s|;)", re.I | re.M)
+PHRASE = re.compile(
+    r"(?:final\s+answer(?:\s+is)?|answer\s+is|\banswer)\s*[:=]?\s*([^\n;]+?)\s*(?:\.?\s*$|\.\s|;)", re.I | re.M
+)
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?")
 STRICT = re.compile(r"The correct answer is \(?([A-D])\b")
+# The letter: a capital, or a small one that stands alone; "a dog" and "A dog" begin with an article.
+LETTER = (
+    r"\s*\(?\s*((?!A\s+(?!because|since|as|for|and|is|which|due|given|based|in|with|by|from|so|not|or|but|that)[a-z])[A-D]\b"
+    r"|(?<=\()[a-d](?=\s*\))|[a-d](?=\s*(?:[).:]|$)))"
+)
 LENIENT = [
-    re.compile(rf"{words}\s*\(?\s*([A-D])\b", re.I)
-    for words in (r"the\s+correct\s+answer\s+is", r"final\s+answer\s*:?", r"\banswer\s*:", r"\boption\s*:?")
+    re.compile(rf"(?i:{words}){LETTER}", re.M)
+    for words in (
+        r"the\s+correct\s+(?:answer|option|choice)\s+is:?(?:\s+option)?",
+        r"final\s+answer(?:\s+is)?\s*:?(?:\s+option)?",
+        r"\banswer(?:\s*:|\s+is:?)(?:\s+option)?",
+    )
 ]
+OPTION = re.compile(rf"(?i:\boption\s*:?){LETTER}", re.M)  # only where no answer is named: "option A is wrong"
+# Where an answer ends and its reason begins: "12, because", "5 since", "7, which is"
+REASON = re.compile(r",?\s+(?:because|since|as|so|which|where|when|after|given|but)\b|,\s+(?=[a-z]{2,}\b)")
 
 
 def after_thinking(text: str) -> str:
@@ -48,9 +62,18 @@ def math_answer(text: str) -> str | None:
     if boxed:
         return boxed
     if phrases := PHRASE.findall(tail):
-        return str(phrases[-1]).strip(" *$")
+        return answer_alone(str(phrases[-1])).strip(" *$")
     numbers = NUMBER.findall(tail)
     return numbers[-1] if numbers else None
+
+
+def answer_alone(text: str) -> str:
+    """Without the reason that may follow; a list in brackets is no reason."""
+    for match in REASON.finditer(text):
+        before = text[: match.start()]
+        if before.strip() and before.count("(") == before.count(")") and before.count("{") == before.count("}"):
+            return before
+    return text
 
 
 def choice(text: str, lenient: bool) -> str | None:
@@ -60,9 +83,10 @@ def choice(text: str, lenient: bool) -> str | None:
         match = STRICT.search(after_thinking(text))
         return match.group(1) if match else None
     for part in (after_thinking(text), text):
-        found = [(match.start(), match.group(1).upper()) for pattern in LENIENT for match in pattern.finditer(part)]
-        if found:
-            return max(found)[1]
+        for patterns in (LENIENT, [OPTION]):
+            found = [(match.start(1), match.group(1).upper()) for one in patterns for match in one.finditer(part)]
+            if found:
+                return max(found)[1]
     return None
 
 

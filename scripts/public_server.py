@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ class Tokenizer:
     """The tokenizer of an SGLang server, or ``name``, a folder or a hub name, through transformers."""
 
     def __init__(self, server: Server, name: str | None) -> None:
-        self.server, self.local = server, None
+        self.server, self.local, self.counts = server, None, True
         headers = {"Authorization": f"Bearer {server.key}"}
         self.client = httpx.Client(base_url=server.root, headers=headers, timeout=server.timeout)
         if name:
@@ -196,6 +197,19 @@ class Tokenizer:
             return list(self.local.encode(text, add_special_tokens=False))
         body = {"model": self.server.model, "prompt": text, "add_special_tokens": False}
         return list(self._ask("/tokenize", body)["tokens"])
+
+    def count(self, text: str) -> int:
+        """Tokens of ``text``; where the server's /tokenize fails, as with some tokenizers, those that it prefills."""
+        if self.local is None and self.counts:
+            try:
+                return len(self.encode(text))
+            except Stop as error:
+                self.counts = False
+                print(f"{error}, or wait: prompts are measured through /generate", file=sys.stderr)
+        if self.local is not None:
+            return len(self.encode(text))
+        body = {"text": text, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+        return int(self._ask("/generate", body)["meta_info"]["prompt_tokens"])
 
     def decode(self, ids: list[int]) -> str:
         if self.local is not None:

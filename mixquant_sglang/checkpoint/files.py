@@ -5,8 +5,11 @@ before its values are, so a shard is written tensor by tensor at its place: no m
 A file gets its name when it is complete and on disk (``NAME.partial``, fsync, rename); ``config.json``, without which
 nothing loads a folder, comes last, and the note of what is finished goes after it.
 
-Refused (MixQuantError): a folder without ``config.json`` or safetensors, truncated or contradicting files, and going on
-with an unfinished folder that was begun from another source or with other settings.
+A tensor that lies in a shard counts, also where a stale index leaves it out: engines load whole shards.
+
+Refused (MixQuantError): a folder without ``config.json`` or safetensors, truncated or contradicting files, shards that
+the index does not know, and going on with an unfinished folder that was begun from another source or with other
+settings.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.recipe import show
 
 INDEX = "model.safetensors.index.json"
 PROGRESS = ".mixquant-progress.json"
@@ -35,6 +40,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 Bytes = bytes | bytearray | memoryview
 
 _CHUNK = 2**26
+_NESTED = 64  # levels of a JSON file: fewer than what Python's own writer can do
 _SMALL = 2**26  # a larger file beside the shards is no tokenizer, but weights in another format
 _WEIGHTS = (".safetensors", "safetensors.index.json", ".bin", "bin.index.json", ".pt", ".pth", ".gguf", ".onnx", ".h5")
 
@@ -59,6 +65,7 @@ class Source:
     """A checkpoint by its headers: ``tensors`` by name, in the order of the shards and of their bytes.
 
     ``fingerprint``: size, time of change and header of each shard, and config.json; JSON, equal for the same source.
+    ``others``: safetensors of the folder that are no part of it: no engine that follows the index reads them.
     """
 
     folder: Path
@@ -67,6 +74,7 @@ class Source:
     config: dict[str, Any]
     tensors: dict[str, Stored]
     fingerprint: dict[str, list[Any]]
+    others: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, folder: Path) -> Source:
@@ -75,9 +83,13 @@ class Source:
         config, index = _json(folder / "config.json"), folder / INDEX
         sharded = index.is_file()
         listed = _json(index).get("weight_map") if sharded else {}
-        if not isinstance(listed, dict) or not all(isinstance(s, str) and Path(s).name == s for s in listed.values()):
-            raise MixQuantError(f"{index}: 'weight_map' has to map tensor names to files of this folder")
+        if not isinstance(listed, dict) or not all(_is_shard(name) for name in listed.values()):
+            raise MixQuantError(f"{index}: 'weight_map' has to map tensor names to safetensors files of this folder")
         shards = tuple(sorted(set(listed.values()))) if sharded else ("model.safetensors",)
+        others = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in shards)
+        if hidden := next((name for name in others if name.startswith("model")), None):
+            what = f"is not in {INDEX}" if sharded else f"lies beside model.safetensors, without {INDEX}"
+            raise MixQuantError(f"{folder / hidden}: {what}: the download is a mixture of two, or not complete")
         tensors: dict[str, Stored] = {}
         fingerprint: dict[str, list[Any]] = {"config.json": [hashlib.sha256(_dump(config)).hexdigest()]}
         for shard in shards:
@@ -88,7 +100,7 @@ class Source:
         for name, shard in listed.items():
             if name not in tensors or tensors[name].shard != shard:
                 raise MixQuantError(f"{index}: {name} is listed in {shard}, but is not there: the download is broken")
-        return cls(folder, shards, sharded, config, tensors, fingerprint)
+        return cls(folder, shards, sharded, config, tensors, fingerprint, tuple(others))
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor of a dtype in ``DTYPES``, on the CPU, in memory of its own."""
@@ -239,41 +251,68 @@ def item_bytes(dtype: str) -> int:
     return int(bits) // 8
 
 
+def _is_shard(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and "\0" not in name
+
+
 def _header(path: Path) -> tuple[dict[str, Stored], list[Any]]:
+    broken = f"{path}: is not a complete safetensors file; download it again"
     try:
+        # It checks types, that the tensors fill the file without gap or overlap, and that each has the bytes of its
+        # shape; it does not say where they lie.
+        with safe_open(path, "pt") as known:
+            names = {*known.keys()}
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            stat = path.stat()
-            text = file.read(length) if 8 + length <= stat.st_size else b""
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        found = {
-            name: Stored(
-                path.name, entry["dtype"], tuple(entry["shape"]), *(8 + length + o for o in entry["data_offsets"])
-            )
-            for name, entry in entries
-        }
+            stat, text = path.stat(), file.read(length)
     except FileNotFoundError:
         raise MixQuantError(f"{path}: no such file; MODEL needs model.safetensors, or {INDEX} and its shards") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise MixQuantError(f"{path}: is not a complete safetensors file: download it again") from None
+    except SafetensorError as error:
+        raise MixQuantError(f"{broken} ({_one_line(error)})") from None
+    except OSError as error:
+        raise MixQuantError(f"{path}: cannot be read: {error.strerror or error}") from None
+    header = json.loads(text)
+    header.pop("__metadata__", None)
+    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    found = {
+        name: Stored(path.name, entry["dtype"], tuple(entry["shape"]), *(8 + length + o for o in entry["data_offsets"]))
+        for name, entry in entries
+    }
     for name, stored in found.items():
-        if stored.nbytes != item_bytes(stored.dtype) * math.prod(stored.shape) or stored.end > stat.st_size:
-            raise MixQuantError(f"{path}: {name} is cut off or misshapen: download the file again")
+        if stored.nbytes != item_bytes(stored.dtype) * math.prod(stored.shape):
+            raise MixQuantError(f"{broken} ({show(name)} is misshapen)")
+    if found.keys() != names:
+        raise MixQuantError(f"{broken} (a tensor is named twice)")
     return found, [stat.st_size, stat.st_mtime_ns, hashlib.sha256(text).hexdigest()]
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(loaded, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
     except FileNotFoundError:
         raise MixQuantError(f"{path}: no such file; MODEL needs one") from None
+    except OSError as error:
+        raise MixQuantError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        raise MixQuantError(f"{path}: is not JSON: {error}") from None
+        raise MixQuantError(f"{path}: is not JSON: {_one_line(error)}") from None
+    except RecursionError:
+        raise MixQuantError(f"{path}: is nested too deeply") from None
     if not isinstance(loaded, dict):
         raise MixQuantError(f"{path}: has to be a JSON object")
+    if _nested_deeper(loaded, _NESTED):
+        raise MixQuantError(f"{path}: is nested too deeply; allowed: {_NESTED} levels")
     return loaded
+
+
+def _nested_deeper(value: object, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_nested_deeper(item, levels - 1) for item in items)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _dump(value: object) -> bytes:

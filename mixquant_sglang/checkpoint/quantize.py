@@ -54,7 +54,9 @@ WEIGHTED = "weighted"
 SCALES = (*nvfp4.SCALE_MODES, WEIGHTED)
 
 _WEIGHT = ".weight"
-_QUANTISED = re.compile(r".*\.(weight_(packed|scale|scale_inv|scale_2|global_scale)|qweight|qzeros|weight\.absmax)$")
+_QUANTISED = re.compile(
+    r".*\.(weight_(packed|scale|scale_inv|scale_2|global_scale)|input_(global_)?scale|qweight|qzeros|weight\.absmax)$"
+)
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,16 @@ class Plan:
 
     quantised: dict[str, tuple[str, ...]]
     kept: dict[str, str]
+    left_out: tuple[str, ...] = ()  # safetensors of the folder that are not the checkpoint's
 
     @classmethod
     def of(cls, source: Source, ignore: Sequence[str]) -> Plan:
-        if "quantization_config" in source.config or (source.folder / "hf_quant_config.json").exists():
+        config = _language_config(source)
+        # null and {} say that nothing is quantised
+        if any(each.get("quantization_config") or each.get("compression_config") for each in (source.config, config)):
             raise MixQuantError(f"{source.folder}: is quantised already (quantization_config); give its BF16 original")
+        if (source.folder / "hf_quant_config.json").exists():
+            raise MixQuantError(f"{source.folder}: is quantised already (hf_quant_config.json); give its BF16 original")
         if scale := next((name for name in source.tensors if _QUANTISED.match(name)), None):
             raise MixQuantError(f"{source.folder}: is quantised already ({scale}); give its BF16 original")
         shapes = {
@@ -79,8 +86,10 @@ class Plan:
         # experts in one tensor: no linear for us, but an engine has to hear that they are not quantised
         packed = {name.rpartition(".")[0] for name, stored in source.tensors.items() if len(stored.shape) == 3}
         ignored = _ignored([*shapes, "lm_head"], ignore)
-        config = source.config.get("text_config", source.config)
         layers = config.get("num_hidden_layers", 1 << 30)
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+            at = f"{source.folder / 'config.json'}: num_hidden_layers"
+            raise MixQuantError(f"{at} is {show(json.dumps(layers))}; allowed: an integer of at least 1")
         quantised, kept = [], dict.fromkeys(sorted(p for p in packed if p.endswith("experts")), "experts in one tensor")
         for module, (_, k) in shapes.items():
             if not _is_linear(module, layers):
@@ -96,7 +105,18 @@ class Plan:
         for module in quantised:
             if (dtype := source.tensors[module + _WEIGHT].dtype) not in DTYPES:
                 raise MixQuantError(f"{source.folder}: {module}{_WEIGHT} is {dtype}; allowed: {', '.join(DTYPES)}")
-        return cls({module: _group(module, shapes, kept) for module in quantised}, kept)
+        groups = {module: _group(module, shapes, kept) for module in quantised}
+        return cls(groups, kept, source.others)
+
+
+def _language_config(source: Source) -> dict[str, Any]:
+    """That of the language model in a model of several modalities; a null one counts as none."""
+    config = source.config.get("text_config")
+    if config is None:
+        return source.config
+    if not isinstance(config, dict):
+        raise MixQuantError(f"{source.folder / 'config.json'}: text_config has to be a JSON object")
+    return config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +169,8 @@ def run(args: argparse.Namespace) -> int:
     for reason, modules in reasons.items():
         more = f" and {len(modules) - 4} more" if len(modules) > 4 else ""
         print(f"kept as it is ({reason}): {', '.join(modules[:4])}{more}")
+    if plan.left_out:
+        print(f"left out (not in {files.INDEX}): {', '.join(plan.left_out)}")
     print(f"{args.out}: {len(plan.quantised)} linears in NVFP4, {args.scales} scales")
     return 0
 

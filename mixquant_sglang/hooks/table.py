@@ -328,7 +328,7 @@ def target_of(hook: Hook) -> str:
             return target
     raise MixQuantError(
         f"SGLang {compat.sglang_version()} has no {' nor '.join(hook.targets)}, which mixquant {__version__} needs: it "
-        f"{hook.why}. Tested with SGLang {' and '.join(compat.TESTED)}: pip install 'sglang=={compat.TESTED[-1]}'"
+        f"{hook.why}. Tested with SGLang {' and '.join(compat.TESTED)}: pip install 'sglang=={[*compat.TESTED][-1]}'"
     )
 
 

@@ -10,6 +10,8 @@ BF16, both scales are applied to the FP32 sum.  On the CPU the GEMM runs in FP32
 alpha is one number for a GEMM, so ready-made weights whose parts (q, k, v) have different tensor scales take one GEMM
 for each, into columns of one result.
 
+Refuses weights whose K is not a multiple of 16.
+
 Rounding happens in the accumulation alone, hence equality with the native kernels up to accumulation order.
 Nothing here is faster than BF16: it is for accuracy work and for machines without a GPU.
 """
@@ -91,7 +93,8 @@ class EmulatedFP8(PackedLinear):
 
     @classmethod
     def refusal(cls, n: int, k: int) -> str | None:
-        return None
+        # few_rows.py, which computes the protected rows on a GPU, takes no other; a CPU says the same
+        return f"K = {k} is not a multiple of 16" if k % 16 or not k else None
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self._packed.data, self._packed.scales

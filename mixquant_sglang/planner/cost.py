@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.planner import data
 from mixquant_sglang.planner.data import Gpu, Model
 
-MOST_TOKENS = 50_000_000  # of one prefill: what a second of planning can walk through
+# Of one prefill: what a second of planning can walk through, whatever the prompts and chunks are.
+MOST_TOKENS, MOST_PASSES = 50_000_000, 200_000
 _WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}  # per element, block scales included
 FEW_ROWS = 64  # protected rows of a pass that have a kernel of their own, as runtime.py's GRAPH_ROWS
 EAGER_PRODUCTS = 1 << 38  # as runtime.py's: so large a pass without protected rows leaves that kernel out
@@ -52,6 +54,11 @@ class Workload:
             raise MixQuantError(
                 f"--input-len, --batch: {self.new} x {self.batch} tokens to prefill; allowed: at most {MOST_TOKENS}"
             )
+        if self.chunk is not None and self.new * self.batch > MOST_PASSES * self.chunk:
+            raise MixQuantError(
+                f"--chunk: {self.new} x {self.batch} tokens in passes of {self.chunk} are more than {MOST_PASSES} "
+                f"passes; allowed: at least {-(-self.new * self.batch // MOST_PASSES)}"
+            )
 
     @property
     def new(self) -> int:
@@ -60,19 +67,35 @@ class Workload:
     def passes(self, gpu: Gpu) -> Iterator[tuple[int, float, int]]:
         """(token rows, visible keys summed over them, prompts that end) of each prefill pass; requests fill the chunks
         in turn."""
-        chunk = self.chunk or gpu.chunk
+        return self._passes(self.chunk or gpu.chunk)
+
+    def kinds_of_passes(self, gpu: Gpu) -> tuple[tuple[int, int, int, float], ...]:
+        """(token rows, prompts that end, how many passes have both, visible keys summed over them all)."""
+        return _kinds_of_passes(self, self.chunk or gpu.chunk)
+
+    def _passes(self, chunk: int) -> Iterator[tuple[int, float, int]]:
         left, at = self.new * self.batch, 0
         while left:
             rows, pairs = min(chunk, left), 0.0
             todo = rows
-            while todo:
+            while todo:  # at most three times: the rest of a prompt, whole prompts, the beginning of one
                 begin = at % self.new
                 take = min(todo, self.new - begin)
+                whole = todo // self.new if not begin and take == self.new else 1
                 keys = self.input_len - self.new + begin
-                pairs += take * (keys + (take + min(take, data.ATTENTION_TILE)) / 2)
-                at, todo = at + take, todo - take
+                pairs += whole * take * (keys + (take + min(take, data.ATTENTION_TILE)) / 2)
+                at, todo = at + whole * take, todo - whole * take
             left -= rows
             yield rows, pairs, at // self.new - (at - rows) // self.new
+
+
+@functools.lru_cache(maxsize=64)  # one for each point of a plot, which all recipes share
+def _kinds_of_passes(work: Workload, chunk: int) -> tuple[tuple[int, int, int, float], ...]:
+    kinds: dict[tuple[int, int], tuple[int, float]] = {}
+    for rows, pairs, ends in work._passes(chunk):
+        count, summed = kinds.get((rows, ends), (0, 0.0))
+        kinds[rows, ends] = count + 1, summed + pairs
+    return tuple((rows, ends, count, pairs) for (rows, ends), (count, pairs) in kinds.items())
 
 
 @dataclass(frozen=True)
@@ -136,42 +159,50 @@ class Cost:
     def prefill(self, plan: Plan, work: Workload) -> tuple[dict[str, float], float, float]:
         parts = dict.fromkeys(_PARTS, 0.0)
         flops = moved = 0.0
-        products = plan.mean_products
-        for rows, pairs, ends in work.passes(self.gpu):
-            protected = min(rows, ends * plan.tail) if plan.protect else 0
-            low = rows >= plan.min_tokens and protected < rows
-            eager = not protected and rows * products >= EAGER_PRODUCTS
-            for linear in plan.linears:
-                precision, emulated = (linear.prefill, linear.prefill_emulated) if low else ("bf16", False)
-                fused = plan.fused and precision != "bf16" and not (precision == "fp8" and emulated)
-                share = 1.0  # of the layers; in the last one, o_proj and the MLP leave out what nobody reads
-                if fused and linear.prefill != linear.decode and linear.name != "self_attn.qkv_proj":
-                    share -= 1 / self.model.layers
-                ms, bytes_ = self._linear(plan, linear, precision, emulated, rows, self.rates.copy)
-                parts["linears"] += share * ms
-                quantise, dequantise = self._conversions(plan, linear, precision, emulated, rows, fused)
-                parts["quantise"] += share * quantise
-                parts["dequantise"] += share * dequantise
-                ms, elementwise = self._before(linear, _format(precision, emulated) if fused else "bf16", rows)
-                parts["elementwise"] += ms
-                flops += share * 2.0 * rows * linear.n * linear.k * linear.count
-                moved += share * bytes_ + elementwise
-                if low and plan.protect and linear.prefill != linear.decode and not eager:
-                    ms, bytes_ = self._protected(plan, linear, protected)
-                    parts["protected"] += ms
-                    moved += bytes_
+        for rows, ends, count, pairs in work.kinds_of_passes(self.gpu):  # only attention tells more of them apart
+            once, once_flops, once_moved = self._pass(plan, rows, ends)
+            for name, ms in once.items():
+                parts[name] += count * ms
             attention = 4.0 * pairs * self.model.heads / self.tp * self.model.head_dim * self.model.layers
             parts["attention"] += attention / (self._peak("bf16") * self.rates.attention) * 1e3
-            elementwise = rows * self._elementwise_bytes()
-            parts["elementwise"] += self._memory(elementwise, self.rates.copy)
-            flops, moved = flops + attention, moved + elementwise
-            parts["fixed"] += self.model.layers * self.rates.layer_us / 1e3
-            parts["all_reduce"] += self._all_reduce(rows)
-            head = (
-                2.0 * self.model.vocab * self.model.hidden / self.tp
-            )  # for few rows, so the weights are what it costs
-            parts["linears"] += self._memory(head, self.rates.weights)
-            moved += head
+            flops, moved = flops + count * once_flops + attention, moved + count * once_moved
+        return parts, flops, moved
+
+    def _pass(self, plan: Plan, rows: int, ends: int) -> tuple[dict[str, float], float, float]:
+        """One pass of ``rows`` in which ``ends`` prompts end, without its attention."""
+        parts = dict.fromkeys(_PARTS, 0.0)
+        flops = moved = 0.0
+        products = plan.mean_products
+        protected = min(rows, ends * plan.tail) if plan.protect else 0
+        low = rows >= plan.min_tokens and protected < rows
+        eager = not protected and rows * products >= EAGER_PRODUCTS
+        for linear in plan.linears:
+            precision, emulated = (linear.prefill, linear.prefill_emulated) if low else ("bf16", False)
+            fused = plan.fused and precision != "bf16" and not (precision == "fp8" and emulated)
+            share = 1.0  # of the layers; in the last one, o_proj and the MLP leave out what nobody reads
+            if fused and linear.prefill != linear.decode and linear.name != "self_attn.qkv_proj":
+                share -= 1 / self.model.layers
+            ms, bytes_ = self._linear(plan, linear, precision, emulated, rows, self.rates.copy)
+            parts["linears"] += share * ms
+            quantise, dequantise = self._conversions(plan, linear, precision, emulated, rows, fused)
+            parts["quantise"] += share * quantise
+            parts["dequantise"] += share * dequantise
+            ms, elementwise = self._before(linear, _format(precision, emulated) if fused else "bf16", rows)
+            parts["elementwise"] += ms
+            flops += share * 2.0 * rows * linear.n * linear.k * linear.count
+            moved += share * bytes_ + elementwise
+            if low and plan.protect and linear.prefill != linear.decode and not eager:
+                ms, bytes_ = self._protected(plan, linear, protected)
+                parts["protected"] += ms
+                moved += bytes_
+        elementwise = rows * self._elementwise_bytes()
+        parts["elementwise"] += self._memory(elementwise, self.rates.copy)
+        moved += elementwise
+        parts["fixed"] += self.model.layers * self.rates.layer_us / 1e3
+        parts["all_reduce"] += self._all_reduce(rows)
+        head = 2.0 * self.model.vocab * self.model.hidden / self.tp  # for few rows, so the weights are what it costs
+        parts["linears"] += self._memory(head, self.rates.weights)
+        moved += head
         return parts, flops, moved
 
     def decode(self, plan: Plan, batch: int, context: float) -> tuple[float, float, float]:

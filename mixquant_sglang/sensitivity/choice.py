@@ -90,7 +90,16 @@ class Prices:
             count = self._model.layers - sum(group.kind == kind for group in groups)
             linears.append(Linear(kind, n, k, count, "bf16", "bf16", False, False))
         recipe = self._recipe
-        return Plan(recipe.name, "", tuple(linears), recipe.protect_last_prompt_token, recipe.min_tokens, True)
+        return Plan(
+            recipe.name,
+            "",
+            tuple(linears),
+            recipe.protect_last_prompt_token,
+            recipe.min_tokens,
+            keeps_bf16=True,
+            fused=recipe.fuse,
+            tail=recipe.protected_tail,
+        )
 
 
 def groups_of(recipe: Recipe, selection: Selection, model: Model) -> list[Group]:

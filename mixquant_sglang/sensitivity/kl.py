@@ -68,10 +68,12 @@ class Measurement:
         max_tokens: int,
         answer_tokens: int,
         protect: bool,
+        tail: int = 1,
         tick: Callable[[], object],
     ) -> None:
         """``answer_tokens``: rows at the end of each sample that play the last prompt token and what is generated after
-        it; at most half of a sample. ``protect``: the first of them is in BF16 too, as the recipe says."""
+        it; at most half of a sample. ``protect``: the first of them is in BF16 too, as the recipe says, and with
+        ``tail`` so are as many prompt tokens, that one included."""
         try:
             self._model, tokenizer = load_model(folder, device)
         except (OSError, ValueError, KeyError, ImportError) as error:
@@ -83,7 +85,8 @@ class Measurement:
                 f"{folder}: transformers has no linear {missing} in {type(self._model).__name__}; `sensitivity` knows "
                 "dense models that name their layers like Llama and Qwen3"
             )
-        self._scales, self._answer_tokens, self._protect, self._tick = scales, answer_tokens, protect, tick
+        self._scales, self._answer_tokens, self._tick = scales, answer_tokens, tick
+        self._protected = tail if protect else 0
         self._low = 0  # rows of the running sample that a group in low precision takes
         self._head = self._model.get_output_embeddings()
         with torch.inference_mode():
@@ -126,7 +129,7 @@ class Measurement:
 
     def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] after the last norm."""
-        self._low = ids.shape[1] - self._answer(ids.shape[1]) + (not self._protect)
+        self._low = max(0, ids.shape[1] - self._answer(ids.shape[1]) + 1 - self._protected)
         hidden: torch.Tensor = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         self._tick()
         return hidden

@@ -132,6 +132,7 @@ def measure(args: argparse.Namespace) -> Result:
             max_tokens=args.max_tokens,
             answer_tokens=args.answer_tokens,
             protect=recipe.protect_last_prompt_token,
+            tail=recipe.protected_tail,
             tick=bar.update,
         )
         kls = {"bf16": measurement.kl({})}

@@ -9,39 +9,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
 
-import yaml
-
-from mixquant_sglang.recipe import REGEX
+from mixquant_sglang.recipe import REGEX, LayerRule, Recipe
 from mixquant_sglang.sensitivity.choice import Measured, Result
 
 
 def as_yaml(result: Result) -> str:
     """The recipe alone."""
     recipe, every = result.recipe, len(result.kept) == len(result.groups)
-    prefill: dict[str, Any] = {"precision": "bf16" if every else result.prefill, "min_tokens": recipe.min_tokens}
-    if not recipe.fuse:
-        prefill["fuse"] = False
-    rules: list[dict[str, Any]] = [{"match": match, "prefill": "bf16"} for match in patterns(result)]
-    for rule in recipe.layers:
-        phases = {"prefill": rule.prefill, "decode": rule.decode}
-        kept = {phase: value for phase, value in phases.items() if value}
-        rules.append({"match": rule.match} | kept | ({"optional": True} if rule.optional else {}))
-    made = {
-        "version": 1,
-        "description": f"{recipe.name}, {len(result.kept)} of {len(result.groups)} linears kept in BF16 by sensitivity",
-        "prefill": prefill,
-        "decode": {"precision": "bf16"},
-        "protect": {"last_prompt_token": recipe.protect_last_prompt_token},
-        "kernel": recipe.kernel,
-        "verify": recipe.verify,
-        "weights": {"scales": recipe.scales},
-    }
-    if rules and not every:
-        made["layers"] = rules
-    return yaml.safe_dump(made, sort_keys=False, default_flow_style=None, width=1 << 20, allow_unicode=True)
+    rules = (*(LayerRule(match, "bf16", None, "") for match in patterns(result)), *recipe.layers)
+    return replace(
+        recipe,
+        description=f"{recipe.name}, {len(result.kept)} of {len(result.groups)} linears kept in BF16 by sensitivity",
+        prefill="bf16" if every else result.prefill,
+        layers=() if every else rules,
+    ).to_yaml()
 
 
 def patterns(result: Result) -> list[str]:
@@ -64,8 +47,7 @@ def comments(result: Result) -> str:
     before, after = result.runs["recipe"], result.runs["result"]
     lines = [
         f"mixquant sensitivity: {result.model}, recipe {result.recipe.name} (prefill {result.prefill}), "
-        f"{tokens} tokens, {answers} of them as answers in BF16"
-        + ("" if result.recipe.protect_last_prompt_token else ", but for the first of each sample: protect is off"),
+        f"{tokens} tokens, {answers} of them as answers in BF16" + _protected(result.recipe),
         "",
         "KL(BF16 || emulated) in nats per token, each linear alone in low precision. answer: over the BF16 rows at the",
         "end of the samples, which decides; prompt: over the low-precision rows before. ms: prefill time that low",
@@ -101,6 +83,13 @@ def comments(result: Result) -> str:
         f"Answer KL {before.kl.answer:.2e} -> {after.kl.answer:.2e}, measured in emulation; times are predictions.",
     ]
     return "".join(f"# {line}".rstrip() + "\n" for line in lines)
+
+
+def _protected(recipe: Recipe) -> str:
+    if not recipe.protect_last_prompt_token:
+        return ", but for the first of each sample: protect is off"
+    before = recipe.protected_tail - 1
+    return f", and the {before} before them: last_prompt_tokens" if before else ""
 
 
 def as_json(result: Result) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.kernels import packed_linear
 from mixquant_sglang.kernels.emulated import EmulatedNVFP4
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and torch sees none")
@@ -39,3 +40,11 @@ def test_against_float64(m: int, n: int, k: int, kind: str, scales: str, device:
     bound = want.abs() * 2**-8 + (xq.abs() @ wq.abs().t()) * 2**-18
     assert bool(((got.double() - want).abs() <= bound).all())
     assert torch.equal(with_bias, got + bias)
+
+
+@pytest.mark.parametrize(("precision", "kernel"), [("fp8", "emulated"), ("fp8", "native"), ("nvfp4", "emulated")])
+@pytest.mark.parametrize("k", [8, 24, 40, 4100])
+def test_a_width_that_the_kernel_of_few_rows_refuses_is_refused_at_load(precision: str, kernel: str, k: int) -> None:
+    """In the first prefill it would be a ValueError in a scheduler (few_rows.py)."""
+    assert f"{k}" in (packed_linear(precision, kernel).refusal(64, k) or "")
+    assert packed_linear(precision, kernel).refusal(64, k // 16 * 16 + 16) is None

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from mixquant_sglang import recipe
+from mixquant_sglang import compat, recipe
 from mixquant_sglang.cli import main
 from mixquant_sglang.hooks import table
+from mixquant_sglang.kernels import Device
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,7 +34,7 @@ def test_doctor_says_why_a_recipe_is_refused(
     out = capsys.readouterr().out
     assert "refused: " in out and "SM100 or newer" in out and out.endswith("will NOT start here\n")
     assert main(["doctor", "--recipe", "nvfp"]) == 1
-    assert "did you mean 'nvfp4'" in capsys.readouterr().err
+    assert "refused: unknown recipe 'nvfp'" in (out := capsys.readouterr().out) and "did you mean 'nvfp4'" in out
     monkeypatch.setenv("SGLANG_PLUGINS", "other")
     assert main(["doctor", "--recipe", "bf16"]) == 1
     assert "SGLANG_PLUGINS leaves it out" in capsys.readouterr().out
@@ -42,3 +45,52 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(recipe.shipped())
     assert all(len(line.split()) > 3 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("asked", "text", "says"),
+    [
+        ("nowhere.yaml", None, "nowhere.yaml: no such file"),
+        ("fp9", None, "unknown recipe 'fp9'"),
+        ("bad.yaml", "version: 1\nprefil: {}\n", "bad.yaml:2 prefil: unknown key"),
+        (
+            "short.yaml",
+            "version: 1\nprefill: {min_tokens: 9}\ndecode: {precision: nvfp4}\n",
+            "shorter passes stay bf16",
+        ),
+    ],
+)
+def test_doctor_asks_for_the_recipe_of_the_environment(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    text: str | None,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path(asked).write_text(text)
+    monkeypatch.setenv(recipe.RECIPE_ENV, asked)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert f"refused: {says}" in out or f"refused: {tmp_path}/{says}" in out or f"refused: {asked} prefill" in out
+    assert says in out and f"asked for          {asked} (MIXQUANT_RECIPE)" in out
+    assert out.endswith("will NOT start here\n")
+    monkeypatch.setenv(recipe.RECIPE_ENV, "bf16")
+    assert main(["doctor"]) == 0
+
+
+def test_what_was_tested_is_a_version_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = Device("this CPU", None), Device("NVIDIA H200", (9, 0))
+    monkeypatch.setattr(compat, "TESTED", {"0.5.17": ("CPU", "GPU"), "0.5.23": ("CPU",)})
+    said = {}
+    for version in ("0.5.17", "0.5.23", "0.5.24"):
+        monkeypatch.setattr(compat, "sglang_version", lambda version=version: version)
+        said[version] = [compat.untested(device) for device in (cpu, gpu)]
+    assert said["0.5.17"] == ["", ""]
+    assert said["0.5.23"] == ["", "SGLang 0.5.23: tested on CPU only; on a GPU, SGLang 0.5.17"]
+    assert said["0.5.24"] == [
+        "SGLang 0.5.24: not tested; on a CPU, tested with SGLang 0.5.17 and SGLang 0.5.23",
+        "SGLang 0.5.24: not tested; on a GPU, tested with SGLang 0.5.17",
+    ]

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import random
 import shutil
 import tracemalloc
 import warnings
@@ -20,6 +21,7 @@ import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
+from mixquant_sglang import cli
 from mixquant_sglang.checkpoint import files as checkpoint_files
 from mixquant_sglang.checkpoint import quantize as checkpoint
 from mixquant_sglang.checkpoint.quantize import quantize_checkpoint
@@ -414,7 +416,7 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     cut = write(tmp_path / "e", tensors())
     file = cut / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
-    refused(cut, "cut off or misshapen")
+    refused(cut, "is not a complete safetensors file")
     file.write_bytes(b"\x10")
     refused(cut, "not a complete safetensors file")
     file.unlink()
@@ -424,6 +426,232 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     index["weight_map"]["extra.weight"] = "model-00001-of-00002.safetensors"
     (missing / checkpoint_files.INDEX).write_text(json.dumps(index))
     refused(missing, "extra.weight is listed in model-00001-of-00002.safetensors, but is not there")
+
+
+def put_header(file: Path, header: Any, data: bytes | None = None) -> None:
+    old = file.read_bytes()
+    length = int.from_bytes(old[:8], "little")
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + (old[8 + length :] if data is None else data))
+
+
+def header_of(file: Path) -> dict[str, Any]:
+    data = file.read_bytes()
+    header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header
+
+
+ONE = f"{LINEARS[0]}.weight"
+HEADERS: dict[str, dict[str, Any]] = {
+    "negative shape": {"shape": [-32, -32]},
+    "decimal shape": {"shape": [32.0, 32.0]},
+    "text shape": {"shape": "32"},
+    "null shape": {"shape": None},
+    "null dtype": {"dtype": None},
+    "unknown dtype": {"dtype": "BF17"},
+    "huge shape": {"shape": [2**63, 2**63]},
+    "overlapping offsets": {"data_offsets": [0, 2048]},
+    "backward offsets": {"data_offsets": [2048, 0]},
+    "offsets beyond the end": {"data_offsets": [2**40, 2**40 + 2048]},
+    "one offset": {"data_offsets": [0]},
+    "misshapen": {"shape": [1, 1]},
+}
+
+
+def one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit status and what was said; whatever is not a MixQuantError comes out of here."""
+    status = cli.main(command)
+    said = capsys.readouterr().err.strip()
+    assert status == 0 or (said.startswith("mixquant: ") and "\n" not in said), said
+    return status, said
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_broken_headers_get_one_line(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write(tmp_path / "model", tensors())
+    file = model / "model.safetensors"
+    header = header_of(file)
+    assert ONE in header
+    header[ONE] |= HEADERS[name]
+    put_header(file, header)
+    status, said = one_line(["quantize", str(model), str(tmp_path / "out")], capsys)
+    assert status == 1 and f"{file}: is not a complete safetensors file; download it again" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"[]", b"{", b"\xff\xfe{}", b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}", b'{"a\\ud800": {}}', b"", b"null"],
+)
+def test_headers_that_are_none_get_one_line(tmp_path: Path, text: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write(tmp_path / "model", tensors())
+    put_header(model / "model.safetensors", text)
+    status, said = one_line(["quantize", str(model), str(tmp_path / "out")], capsys)
+    assert status == 1 and "is not a complete safetensors file" in said
+
+
+CONFIGS: dict[str, tuple[bytes | dict[str, Any], str]] = {
+    "no layers": ({"num_hidden_layers": None}, "num_hidden_layers is 'null'; allowed: an integer of at least 1"),
+    "half a layer": ({"num_hidden_layers": 1.5}, "num_hidden_layers is '1.5'"),
+    "a boolean": ({"num_hidden_layers": True}, "num_hidden_layers is 'true'"),
+    "text_config a list": ({"text_config": []}, "text_config has to be a JSON object"),
+    "quantised inside": ({"text_config": {"quantization_config": {"a": 1}}}, "is quantised already"),
+    "compressed": ({"compression_config": {"a": 1}}, "is quantised already"),
+    "not UTF-8": (b'{"a": "\xff"}', "config.json: is not JSON"),
+    "half a pair": (b'{"a": "\\ud800"}', "config.json: is not JSON"),
+    "deep": (b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}", "nested too deeply; allowed: 64"),
+    "deeper": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+    "a long number": (b'{"a": ' + b"1" * 5000 + b"}", "config.json: is not JSON"),
+    "a list": (b"[]", "config.json: has to be a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_broken_configs_get_one_line(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, (made, message) = write(tmp_path / "model", tensors()), CONFIGS[name]
+    text = made if isinstance(made, bytes) else json.dumps(config_of(model) | made).encode()
+    (model / "config.json").write_bytes(text)
+    status, said = one_line(["quantize", str(model), str(tmp_path / "out")], capsys)
+    assert status == 1 and message in said
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_a_config_that_says_not_quantised_is_not_quantised(tmp_path: Path, nothing: Any) -> None:
+    model = write(tmp_path / "model", tensors())
+    plain = quantize_checkpoint(model, tmp_path / "plain")
+    said = config_of(model) | {"quantization_config": nothing, "text_config": None, "compression_config": nothing}
+    (model / "config.json").write_text(json.dumps(said))
+    assert quantize_checkpoint(model, tmp_path / "out") == plain
+    assert config_of(tmp_path / "out")["quantization_config"] == config_of(tmp_path / "plain")["quantization_config"]
+
+
+def test_tensors_that_an_index_hides_are_taken_along(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", tensors(), shards=2)
+    index = json.loads((model / checkpoint_files.INDEX).read_text())
+    del index["weight_map"][ONE]
+    (model / checkpoint_files.INDEX).write_text(json.dumps(index))
+    quantize_checkpoint(model, tmp_path / "out")
+    assert LINEARS[0] in quantised(read(tmp_path / "out"))
+    listed = json.loads((tmp_path / "out" / checkpoint_files.INDEX).read_text())["weight_map"]
+    assert f"{LINEARS[0]}.weight_packed" in listed
+
+
+def test_shards_that_an_index_hides_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write(tmp_path / "model", tensors(), shards=2)
+    text = (model / checkpoint_files.INDEX).read_text()
+    index = json.loads(text)
+    kept = {name: shard for name, shard in index["weight_map"].items() if shard.startswith("model-00001")}
+    (model / checkpoint_files.INDEX).write_text(json.dumps({"weight_map": kept}))
+    status, said = one_line(["quantize", str(model), str(tmp_path / "out")], capsys)
+    assert status == 1 and "model-00002-of-00002.safetensors: is not in model.safetensors.index.json" in said
+    (model / checkpoint_files.INDEX).write_text(text)
+    save_file(tensors(), model / "consolidated.safetensors")  # the same weights as another library reads them
+    assert cli.main(["quantize", str(model), str(tmp_path / "out")]) == 0
+    assert "left out (not in model.safetensors.index.json): consolidated.safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shard", ["", ".", "..", "a/b.safetensors", "a\0.safetensors", 7, None, "config.json"])
+def test_an_index_names_files_of_the_folder(tmp_path: Path, shard: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write(tmp_path / "model", tensors(), shards=2)
+    (model / checkpoint_files.INDEX).write_text(json.dumps({"weight_map": {ONE: shard}}))
+    status, said = one_line(["quantize", str(model), str(tmp_path / "out")], capsys)
+    assert status == 1 and "'weight_map' has to map tensor names to safetensors files of this folder" in said
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write(tmp_path / "model", tensors(), shards=2)
+    for shard in sorted(model.glob("*.safetensors")):
+        save_file(load_file(shard) | {"twice": torch.ones(2)}, shard)
+    status, said = one_line(["quantize", str(model), str(tmp_path / "out")], capsys)
+    assert status == 1 and "twice is in model-00001-of-00002.safetensors too" in said
+
+
+def test_names_that_the_result_needs_are_refused(tmp_path: Path) -> None:
+    made = tensors() | {f"{LINEARS[0]}.input_global_scale": torch.ones(1)}
+    with pytest.raises(MixQuantError, match=r"is quantised already \(.*input_global_scale\)"):
+        quantize_checkpoint(write(tmp_path / "model", made), tmp_path / "out")
+
+
+JUNK: tuple[Any, ...] = (
+    *(
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        2**70,
+        "",
+        "BF16",
+        "F32",
+        "model.safetensors",
+        "\ud800",
+        [],
+        {},
+        [0, 0],
+        [[1]],
+        "x" * 300,
+    ),
+    *([32, 32], [16, 64], [-1, 5], {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]}),
+)
+
+
+def mutated(value: Any, draw: random.Random) -> Any:
+    """A copy of JSON with one thing in it changed, taken out, or put in."""
+    if isinstance(value, dict) and value and draw.random() < 0.85:
+        key = draw.choice([*value])
+        what = draw.randrange(8)
+        if what == 0:
+            return {name: item for name, item in value.items() if name != key}
+        if what == 1:
+            return value | {draw.choice([*value, "new", "text_config", "quantization_config"]): draw.choice(JUNK)}
+        if what == 2:
+            return {(draw.choice([*value, "other"]) if name == key else name): item for name, item in value.items()}
+        return value | {key: mutated(value[key], draw)}
+    if isinstance(value, list) and value and draw.random() < 0.7:
+        i = draw.randrange(len(value))
+        return [*value[:i], mutated(value[i], draw), *value[i + 1 :]]
+    if isinstance(value, int) and draw.random() < 0.5:
+        return value + draw.choice((-1, 1, 2, -2048, 2048))
+    return draw.choice(JUNK)
+
+
+def damage(model: Path, draw: random.Random) -> None:
+    file = draw.choice(sorted(path for path in model.iterdir() if path.suffix in (".safetensors", ".json")))
+    data = file.read_bytes()
+    how = draw.randrange(5)
+    if how == 0:
+        file.write_bytes(data[: draw.randrange(len(data))])
+    elif how == 1:
+        for _ in range(draw.randrange(1, 4)):
+            at = draw.randrange(min(len(data), 3000))
+            data = data[:at] + bytes([draw.randrange(256)]) + data[at + 1 :]
+        file.write_bytes(data)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(mutated(json.loads(data), draw)))
+    else:
+        put_header(file, mutated(header_of(file), draw))
+
+
+def test_damaged_checkpoints_get_one_line_or_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rounds = int(os.environ.get("CHECKPOINT_MUTATIONS", "100"))
+    draw, endings = random.Random(17), {0: 0, 1: 0}
+    few = {name: tensor for name, tensor in tensors().items() if ".1." not in name}
+    whole = [write(tmp_path / f"whole{shards}", few, shards) for shards in (0, 2)]
+    for _ in range(rounds):
+        model, out = tmp_path / "model", tmp_path / "out"
+        for folder in (model, out):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(draw.choice(whole), model)
+        damage(model, draw)
+        status, _ = one_line(["quantize", str(model), str(out)], capsys)
+        endings[status] += 1
+        if status == 0:
+            before = {name for file in model.glob("*.safetensors") for name in header_of(file)} - {"__metadata__"}
+            after = {name for file in out.glob("*.safetensors") for name in header_of(file)} - {"__metadata__"}
+            assert {name for name in before if name not in after and f"{name}_packed" not in after} == set()
+        else:
+            assert not (out / "config.json").exists()
+    assert min(endings.values()) > rounds // 20  # both kinds of endings were seen
 
 
 @pytest.mark.parametrize("inside", [".", "out", "a/b"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -510,3 +511,47 @@ def test_plot(tmp_path: Path) -> None:
     assert "cannot be written" in refusal(
         "Qwen3-8B", "--gpu", "H200", "--input-len", "512", "--plot", str(tmp_path / "no" / "plan.png")
     )
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        Workload(1, batch=50_000_000),
+        Workload(10, batch=5_000_000),
+        Workload(50_000_000, output_len=2),
+        Workload(1000, batch=50_000, chunk=256),
+    ],
+    ids=repr,
+)
+def test_the_largest_plans_take_about_a_second(work: Workload) -> None:
+    begin = time.process_time()
+    for name in planner.DEFAULT_RECIPES:
+        planner.predict(planner.make_plan(name, QWEN, H200), QWEN, H200, work)
+    assert time.process_time() - begin < 5  # a walk over prompts or over recipes takes a minute
+
+
+def test_passes_are_those_of_a_walk_from_prompt_to_prompt() -> None:
+    for input_len, cached, batch, chunk in ((7, 0, 40, 64), (100, 90, 33, 64), (64, 0, 5, 64), (300, 1, 3, 128)):
+        work = Workload(input_len, cached, batch=batch, chunk=chunk)
+        tokens = [position for _ in range(batch) for position in range(work.new)]
+        walked = []
+        for at in range(0, len(tokens), chunk):
+            rows = tokens[at : at + chunk]
+            pairs, begin = 0.0, 0
+            for end in range(1, len(rows) + 1):
+                if end == len(rows) or rows[end] == 0:
+                    take = end - begin
+                    keys = input_len - work.new + rows[begin]
+                    pairs += take * (keys + (take + min(take, planner_data.ATTENTION_TILE)) / 2)
+                    begin = end
+            walked.append((len(rows), pairs, sum(position == work.new - 1 for position in rows)))
+        assert list(work.passes(H200)) == walked
+        kinds = work.kinds_of_passes(H200)
+        assert sum(count for _, _, count, _ in kinds) == len(walked)
+        assert sum(pairs for _, _, _, pairs in kinds) == sum(pairs for _, pairs, _ in walked)
+
+
+def test_chunks_that_make_too_many_passes_are_refused() -> None:
+    with pytest.raises(MixQuantError, match=r"--chunk: .* allowed: at least 250$"):
+        Workload(50_000_000, chunk=64)
+    Workload(50_000_000, chunk=250)

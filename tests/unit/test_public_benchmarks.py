@@ -207,6 +207,91 @@ def test_choices(text: str, strict: str | None, lenient: str | None) -> None:
     assert choice(text, lenient=True) == lenient
 
 
+REAL_CHOICES = [
+    ("The correct answer is (B).", "B"),
+    ("The correct answer is B because the author says so.", "B"),
+    ("the correct answer is: C", "C"),
+    ("The correct option is D.", "D"),
+    ("Final answer: A", "A"),
+    ("Final Answer: (c)", "C"),
+    ("**Final answer:** B", "B"),
+    ("Answer: A because the text says so", "A"),
+    ("Answer: A\n", "A"),
+    ("answer: d.", "D"),
+    ("answer: b", "B"),
+    ("The answer is B", "B"),
+    ("The answer is (D), a rather weak one", "D"),
+    ("The answer is option C.", "C"),
+    ("I would go with option B.", "B"),
+    ("Option A is wrong. Option C is wrong too. Answer: B", "B"),
+    ("Answer: B. Option D is wrong since it ignores the letter.", "B"),
+    ("The answer is a matter of taste.", None),
+    ("The correct answer is a combination of two of them.", None),
+    ("Answer: a dog was seen by the witness", None),
+    ("Answer: A dog was seen by the witness", None),
+    ("The final answer: a summary follows. The correct answer is C", "C"),
+    ("There is an option a reader may miss.", None),
+    ("The answer is Bob", None),
+]
+
+
+@pytest.mark.parametrize(("text", "found"), REAL_CHOICES)
+def test_choices_of_real_answers(text: str, found: str | None) -> None:
+    from public_grading import choice
+
+    assert choice(text, lenient=True) == found
+
+
+REAL_NUMBERS = [
+    ("The answer is 12, because 3 * 4 = 12.", "12"),
+    ("The answer is 12 because three fours make it.", "12"),
+    ("So the answer is 5 since x > 0", "5"),
+    ("The final answer is 7, which is prime.", "7"),
+    ("Answer: 42", "42"),
+    ("Answer: 42.", "42"),
+    ("The answer is $18.", "18"),
+    ("**Answer:** 3/4", "3/4"),
+    ("The answer is x = 3.", "3"),
+    ("The answer is (1, 2).", "(1,2)"),
+    ("The answer is (1, 2), as shown above.", "(1,2)"),
+    ("The answer is 1,234 so we are done", "1234"),
+    ("The answer is 0.5, given the odds", "1/2"),
+    ("we get \\boxed{12}, because it is", "12"),
+    ("\\boxed{1}. No: \\boxed{2}", "2"),
+    ("3 + 4 = 7", "7"),
+    ("<think>The answer is 3</think>The answer is 4, but only just.", "4"),
+    ("The answer is -5 where x < 0", "-5"),
+]
+
+
+@pytest.mark.parametrize(("text", "reference"), REAL_NUMBERS)
+def test_numbers_of_real_answers(text: str, reference: str) -> None:
+    from public_grading import math_answer, same_plain
+
+    found = math_answer(text)
+    assert found is not None and same_plain(found, reference), found
+    assert not same_plain(found, "99")
+
+
+def test_tokens_are_counted_without_a_tokenize_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    from public_server import Stop, Tokenizer
+
+    asked = []
+
+    def ask(path: str, body: dict[str, Any]) -> Any:
+        asked.append(path)
+        if path == "/tokenize":
+            raise Stop("/tokenize does not work (500): name a local --tokenizer")
+        return {"meta_info": {"prompt_tokens": len(body["text"].split())}}
+
+    tokenizer = object.__new__(Tokenizer)
+    tokenizer.local, tokenizer.counts, tokenizer.server = None, True, SimpleNamespace(model="m")
+    tokenizer._ask = ask
+    assert [tokenizer.count("one two three"), tokenizer.count("four")] == [3, 1]
+    assert asked == ["/tokenize", "/generate", "/generate"]
+    assert capsys.readouterr().err.count("prompts are measured through /generate") == 1
+
+
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 

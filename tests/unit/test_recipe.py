@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -614,3 +615,84 @@ def test_imports_neither_torch_nor_sglang() -> None:
     code = "import mixquant_sglang.recipe, mixquant_sglang.matching, sys; print({'torch', 'sglang'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
+
+
+WORDS = (
+    "",
+    "yes",
+    "012",
+    "null",
+    "a: b # c",
+    "'quoted' \"twice\"",
+    "Größe 東京",
+    "- x",
+    "tab\there",
+    " around ",
+    "{a: 1}",
+    "!!x",
+)
+
+
+def drawn(field: dataclasses.Field[Any], draw: random.Random) -> Any:
+    """Any value that the field can have; a field that this does not know fails, so that nobody forgets it here."""
+    choices: dict[str, Any] = {
+        "name": ["a name"],
+        "source": ["a file"],
+        "prefill": recipe.PREFILL_PRECISIONS,
+        "min_tokens": range(1, 5000),
+        "fuse": (False, True),
+        "decode": recipe.PRECISIONS,
+        "protect_last_prompt_token": (False, True),
+        "kernel": recipe.KERNELS,
+        "scales": recipe.SCALES,
+        "description": WORDS,
+        "protected_tail": range(1, 300),
+        "verify": (False, True),
+        "prefill_weights": ["", "a/folder with spaces", "RedHatAI/Qwen3-8B-NVFP4", "no", "1"],
+        "prefill_weights_at": [""],
+        "layers": [tuple(drawn_rule(draw) for _ in range(draw.randrange(4)))],
+    }
+    return draw.choice(choices[field.name])
+
+
+def drawn_rule(draw: random.Random) -> LayerRule:
+    choices: dict[str, Any] = {
+        "match": [r"re:.*\.(qkv|o)_proj$", r"re:a\d+ 'b' \"c\" #", "model.layers.0.mlp.down_proj", "true", "~", "re:ü"],
+        "prefill": [None, *recipe.PRECISIONS],
+        "decode": [None, *recipe.PRECISIONS],
+        "where": ["nowhere:1"],
+        "optional": (False, True),
+    }
+    values = {field.name: draw.choice(choices[field.name]) for field in dataclasses.fields(LayerRule)}
+    return LayerRule(**values) if values["prefill"] or values["decode"] else drawn_rule(draw)
+
+
+def told_apart(made: Recipe) -> Recipe:
+    """Without what only says where a recipe stands."""
+    rules = tuple(dataclasses.replace(rule, where="") for rule in made.layers)
+    return dataclasses.replace(made, name="", source="", prefill_weights_at="", layers=rules)
+
+
+def test_a_recipe_survives_being_written_and_read(tmp_path: Path) -> None:
+    draw, file = random.Random(20261127), tmp_path / "written.yaml"
+    seen: dict[str, set[Any]] = {field.name: set() for field in dataclasses.fields(Recipe)}
+    done = 0
+    while done < 300:
+        made = Recipe(**{field.name: drawn(field, draw) for field in dataclasses.fields(Recipe)})
+        if made.prefill_weights and not recipe.takes_ready_made(made.prefill, made.layers):
+            continue
+        if not made.protect_last_prompt_token:  # the file cannot ask for a tail then
+            made = dataclasses.replace(made, protected_tail=1)
+        file.write_text(made.to_yaml(), encoding="utf-8")
+        assert told_apart(recipe.load(str(file))) == told_apart(made)
+        for field in seen:
+            seen[field].add(getattr(made, field))
+        done += 1
+    fixed = {"name", "source", "prefill_weights_at"}
+    assert {name for name, values in seen.items() if len(values) < 2} == fixed  # every other field was put to the test
+
+
+def test_shipped_recipes_survive_being_written_and_read(tmp_path: Path) -> None:
+    for name in recipe.shipped():
+        (tmp_path / "written.yaml").write_text(recipe.load(name).to_yaml(), encoding="utf-8")
+        assert told_apart(recipe.load(str(tmp_path / "written.yaml"))) == told_apart(recipe.load(name))

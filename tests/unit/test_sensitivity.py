@@ -26,6 +26,7 @@ from mixquant_sglang.sensitivity import measure as sensitivity
 from mixquant_sglang.sensitivity.choice import Measured, Prices, choose, groups_of
 from mixquant_sglang.sensitivity.kl import KL, Group, Measurement, kl_divergence
 from mixquant_sglang.sensitivity.report import as_yaml, patterns
+from mixquant_sglang.sensitivity.report import comments as sensitivity_comments
 
 LAYERS, HIDDEN, INNER, WORDS = 2, 64, 96, 128
 KINDS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -314,6 +315,23 @@ def test_recipes_keep_what_they_say(tmp_path: Path, model: Path, data: Path) -> 
     same = {"name": "", "source": "", "layers": (), "description": ""}
     assert replace(after, **same) == replace(before, **same)
     assert kept_by(out.read_text(), tmp_path, "fp8") == result.kept | set(NAMES[6:])
+
+
+def test_the_tail_and_the_kernels_that_do_not_fuse_are_kept_and_priced(tmp_path: Path, model: Path, data: Path) -> None:
+    def found(name: str, text: str) -> tuple[sensitivity.Result, recipe.Recipe]:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text("version: 1\n" + text)
+        result = sensitivity.measure(arguments(model, data, "--recipe", str(file), "--budget", "0%"))
+        (tmp_path / f"{name}-out.yaml").write_text(as_yaml(result))
+        return result, recipe.load(str(tmp_path / f"{name}-out.yaml"))
+
+    plain, _ = found("plain", "prefill: {precision: fp8}\n")
+    tail, written = found("tail", "prefill: {precision: fp8}\nprotect: {last_prompt_tokens: 200}\n")
+    unfused, kept = found("unfused", "prefill: {precision: fp8, fuse: false}\n")
+    assert written.protected_tail == 200 and not kept.fuse
+    assert tail.gain_ms < plain.gain_ms and unfused.gain_ms < plain.gain_ms
+    assert tail.runs["recipe"].kl == KL(0.0, 0.0) != plain.runs["recipe"].kl  # all rows of these samples are BF16
+    assert "and the 199 before them: last_prompt_tokens" in sensitivity_comments(tail)
 
 
 def test_command_line(

@@ -29,6 +29,7 @@ import triton.language as tl
 
 FEW = 16  # rows: the least that tensor cores take
 MOST = 64
+BUCKETS = (FEW, 2 * FEW, MOST)  # slots: what a kernel is compiled for
 
 
 def linear_rows_(
@@ -83,7 +84,7 @@ def linear_rows_(
         weight.stride(0),
         K=k,
         FEW=FEW,
-        MANY=max(FEW, triton.next_power_of_2(len(index))),
+        MANY=min(bucket for bucket in BUCKETS if bucket >= len(index)),
         BLOCK_N=block_n,
         FEW_K=block_k,
         MANY_K=min(block_k, 64),
@@ -108,7 +109,7 @@ def _shared_memory(device: torch.device) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["slots"])  # type: ignore[untyped-decorator]
 def _linear_rows(
     out_ptr: tl.tensor,
     rest_ptr: tl.tensor,

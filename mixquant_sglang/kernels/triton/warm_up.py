@@ -1,0 +1,56 @@
+"""Compiles at load what requests will need: Triton compiles a kernel when arguments of a new kind first reach it.
+
+Kinds are told apart by dtypes, constants, ``None``, alignment to 16 bytes and integers that are 1 or multiples of 16.
+Sizes of a pass are kept out of that (``do_not_specialize``); what remains is a set for each shape of the model, and the
+functions here launch all of it on rows that do nothing.  CUDA only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mixquant_sglang.kernels.triton import activations, few_rows, nvfp4, rows, scale_search
+
+ROWS = 16  # of what is launched; any number is of the same kind
+KERNELS: tuple[Any, ...] = (
+    few_rows._linear_rows,
+    activations._quantize_rows,
+    activations._quantize_pairs,
+    nvfp4._unpack_weights,
+    rows._gather,
+    rows._scatter,
+    rows._scale,
+    scale_search._search_scales,
+)
+
+
+def compiled() -> int:
+    """How many kernels this process has compiled or loaded so far."""
+    return sum(len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values())
+
+
+def few(weight: torch.Tensor, bias: torch.Tensor | None, cut: int) -> None:
+    """``few_rows.linear_rows_`` for every number of rows, with ``bias`` and without; ``cut``: columns of out."""
+    n, k = weight.shape
+    for slots in few_rows.BUCKETS:
+        index = torch.full((slots,), -1, dtype=torch.int64, device=weight.device)
+        kept = weight.new_empty(slots, k)
+        out = weight.new_empty(ROWS, cut or n)
+        rest = weight.new_empty(ROWS, n - cut) if cut else None
+        for each in (None, bias) if bias is not None else (None,):
+            few_rows.linear_rows_(out, index, kept, weight, each, rest=rest)
+
+
+def quantise(source: str, k: int, fmt: str, device: torch.device, *, protects: bool) -> None:
+    """``activations`` from ``source``, "rows", "norm" or "silu", with kept rows too where the linear ``protects``."""
+    x = torch.zeros(ROWS, 2 * k if source == "silu" else k, dtype=torch.bfloat16, device=device)
+    slots = torch.full((ROWS,), -1, dtype=torch.int32, device=device)
+    kept = x.new_empty(ROWS, k)
+    for keeping in ({}, {"slots": slots, "kept": kept}) if protects else ({},):
+        if source == "norm":
+            for residual in (None, torch.zeros_like(x)):
+                activations.rmsnorm(x, x.new_zeros(k), 1e-6, fmt, residual=residual, **keeping)
+        else:
+            {"rows": activations.quantize, "silu": activations.silu_mul}[source](x, fmt, **keeping)

@@ -1,0 +1,107 @@
+"""Requests reach no kernel that the warm-up has not compiled: Triton's own cache keys, counted without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler.compiler import make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from mixquant_sglang.kernels.triton import activations, few_rows, nvfp4, warm_up  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """Stands for a kernel, and keeps the key of what Triton would compile for each launch on SM90."""
+
+    def __init__(self, kernel: Any, keys: set[str]) -> None:
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        self._name, self._keys = kernel.fn.__name__, keys
+        self._binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            _, specialization, options = self._binder(*args, debug=False, **kwargs)
+            self._keys.add(f"{self._name} {specialization} {sorted(options.items())}")
+
+        return launch
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    found: set[str] = set()
+    for module, names in (
+        (few_rows, ["_linear_rows"]),
+        (activations, ["_quantize_rows", "_quantize_pairs"]),
+        (nvfp4, ["_unpack_weights"]),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
+    monkeypatch.setattr(few_rows, "_shared_memory", lambda device: 232448)
+    return found
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("n", "k", "cut"), [(96, 64, 0), (192, 48, 64), (100, 16, 0), (6144, 128, 4096)])
+def test_few_rows(keys: set[str], n: int, k: int, cut: int, with_bias: bool) -> None:
+    weight, bias = bf16(n, k), bf16(n) if with_bias else None
+    warm_up.few(weight, bias, cut)
+    warmed = {*keys}
+    for slots in range(1, few_rows.MOST + 1):
+        for tokens in (1, 16, 17):
+            for given in {None, bias} if bias is None else (None, bias):  # ranks but the first give no bias
+                for index in (
+                    torch.full((slots,), -1),
+                    torch.full((2, 64), -1)[0, :slots],
+                    torch.full((2, 64), -1)[1, :slots],
+                ):
+                    rest = bf16(tokens, n - cut) if cut else None
+                    few_rows.linear_rows_(bf16(tokens, cut or n), index, bf16(slots, k), weight, given, rest=rest)
+    assert keys == warmed
+    assert len(warmed) == 3 * (1 + with_bias)  # a set for each bucket of rows
+
+
+@pytest.mark.parametrize("protects", [False, True])
+@pytest.mark.parametrize("fmt", activations.FORMATS)
+@pytest.mark.parametrize("source", ["rows", "norm", "silu"])
+@pytest.mark.parametrize("k", [16, 208, 4096])
+def test_quantisers(keys: set[str], source: str, fmt: str, k: int, protects: bool) -> None:
+    warm_up.quantise(source, k, fmt, CPU, protects=protects)
+    warmed = {*keys}
+    largest = torch.full((200,), -1, dtype=torch.int32)
+    for tokens in (*range(1, 65), 100, 128, 200):
+        x = bf16(tokens, 2 * k if source == "silu" else k)
+        for slots in (None, largest[:tokens], largest[:tokens].clone()) if protects else (None,):
+            for count in (1, 16):
+                keeping = {} if slots is None else {"slots": slots, "kept": bf16(count, k)}
+                if source == "rows":
+                    activations.quantize(x, fmt, **keeping)
+                elif source == "silu":
+                    activations.silu_mul(x, fmt, **keeping)
+                else:
+                    for residual in (None, bf16(tokens, k)):
+                        activations.rmsnorm(x, bf16(k), 1e-5, fmt, residual=residual, **keeping)
+    assert keys == warmed
+    assert len(warmed) == (1 + protects) * (1 + (source == "norm"))
+
+
+def test_every_kernel_is_warmed_or_only_runs_at_load() -> None:
+    """gather and scatter run in captured graphs alone (rows.py), the scale search packs weights, and products make the
+    launches of the other two, whose sizes are those of the weight."""
+    assert {kernel.fn.__name__ for kernel in warm_up.KERNELS} == {
+        *("_linear_rows", "_quantize_rows", "_quantize_pairs"),
+        *("_unpack_weights", "_scale", "_gather", "_scatter", "_search_scales"),
+    }
+    assert all(hasattr(kernel, "device_caches") for kernel in warm_up.KERNELS)
