@@ -42,6 +42,20 @@ def test_ledger_and_code_name_the_same_hooks() -> None:
     assert listed == {hook.handler: (hook.kind, hook.targets) for hook in table.HOOKS}
 
 
+def test_where_sglang_reads_the_sizes_of_prefill_graphs() -> None:
+    """There ``size_prefill_graphs`` adds one."""
+    import inspect
+
+    from sglang.srt.model_executor.model_runner_components.cuda_graph_setup import capture_prefill_graph
+    from sglang.srt.server_args import ServerArgs
+
+    resolved_apart = hasattr(ServerArgs, "resolve_once")
+    where = "get_exec()" if resolved_apart else "model_runner.server_args"
+    tail = ".graph.cuda_graph_config.prefill" if resolved_apart else ".cuda_graph_config.prefill"
+    source = inspect.getsource(inspect.unwrap(capture_prefill_graph))
+    assert f"prefill_config = {where}{tail}\n" in source and "in prefill_config.bs\n" in source
+
+
 def test_every_handler_exists_and_nothing_else_is_one() -> None:
     for hook in table.HOOKS:
         assert callable(table.handler_of(hook))
