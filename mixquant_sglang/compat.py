@@ -113,16 +113,20 @@ def prefill_graph_of(runner: Any, tokens: int) -> int:
     return int(runner._pad_to_bucket(tokens, runner.capture_num_tokens))
 
 
+def prefill_graphs(model_runner: Any) -> Any:
+    """SGLang's ``PhaseConfig`` of the prefill graphs: ``backend``, and the sizes ``bs`` to capture, in rows."""
+    if not hasattr(model_runner.server_args, "resolve_once"):
+        return model_runner.server_args.cuda_graph_config.prefill
+    from sglang.srt.runtime_context import get_exec  # 0.5.23: server arguments stay as they were given
+
+    return get_exec().graph.cuda_graph_config.prefill
+
+
 def add_prefill_graph(model_runner: Any, rows: int) -> None:
     """Has SGLang capture a breakable prefill graph of ``rows`` rows too, if it is to capture larger ones.
 
     Call it before ``capture_prefill_graph`` reads the list of sizes."""
-    try:
-        from sglang.srt.runtime_context import get_exec
-
-        config = get_exec().graph.cuda_graph_config.prefill  # 0.5.23
-    except (ImportError, AttributeError):
-        config = model_runner.server_args.cuda_graph_config.prefill  # 0.5.17
+    config = prefill_graphs(model_runner)
     if config.backend == "breakable" and config.bs and 0 < rows < max(config.bs):
         config.bs = sorted({*config.bs, rows})
 

@@ -10,13 +10,6 @@ import torch
 from mixquant_sglang import compat, phase, runtime
 from mixquant_sglang.hooks.forward import plan_of
 from mixquant_sglang.hooks.table import handler
-from mixquant_sglang.runtime import PassPlan
-
-
-def _plan(forward_batch: Any) -> PassPlan:
-    plan = plan_of(forward_batch)
-    assert plan is not None, "a prefill graph was asked for a batch without the facts of its requests"
-    return plan
 
 
 @handler
@@ -53,8 +46,9 @@ def can_replay_prefill(original: Callable[..., bool], runner: Any, forward_batch
     run = runtime.current()
     if run is None:
         return True
-    graph = compat.prefill_graph_of(runner, len(forward_batch.input_ids))
-    return run.can_replay(_plan(forward_batch), graph)
+    plan = plan_of(forward_batch)
+    # SGLang also asks for modes that are no prefill to us and have no plan: none of them was captured.
+    return plan is not None and run.can_replay(plan, compat.prefill_graph_of(runner, len(forward_batch.input_ids)))
 
 
 @handler
@@ -69,4 +63,6 @@ def can_replay_decode(original: Callable[..., bool], runner: Any, forward_batch:
 def load_prefill_rows(_runner: Any, forward_batch: Any, **_kwargs: Any) -> None:
     run = runtime.current()
     if run is not None:
-        run.load_graph(_plan(forward_batch))
+        plan = plan_of(forward_batch)
+        assert plan is not None, "a prefill graph is replayed for a batch without the facts of its requests"
+        run.load_graph(plan)

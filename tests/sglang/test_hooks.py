@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from mixquant_sglang import compat, recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.hooks import forward, launcher, requests, table
+from mixquant_sglang.rows import RequestRows
 
 LEDGER = Path(__file__).resolve().parents[2] / "patches" / "README.md"
 
@@ -50,6 +53,20 @@ def test_ledger_and_code_name_the_same_hooks() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| [^|]* \| ([^|]*) \|", LEDGER.read_text(), re.MULTILINE)
     listed = {handler: (kind, tuple(re.findall(r"`([\w.]+)`", targets))) for handler, kind, targets in rows}
     assert listed == {hook.handler: (hook.kind, hook.targets) for hook in table.HOOKS}
+
+
+def test_where_sglang_reads_the_sizes_of_prefill_graphs() -> None:
+    """There ``size_prefill_graphs`` adds one."""
+    import inspect
+
+    from sglang.srt.model_executor.model_runner_components.cuda_graph_setup import capture_prefill_graph
+    from sglang.srt.server_args import ServerArgs
+
+    resolved_apart = hasattr(ServerArgs, "resolve_once")
+    where = "get_exec()" if resolved_apart else "model_runner.server_args"
+    tail = ".graph.cuda_graph_config.prefill" if resolved_apart else ".cuda_graph_config.prefill"
+    source = inspect.getsource(inspect.unwrap(capture_prefill_graph))
+    assert f"prefill_config = {where}{tail}\n" in source and "in prefill_config.bs\n" in source
 
 
 def test_every_handler_exists_and_nothing_else_is_one() -> None:
@@ -126,3 +143,23 @@ def test_arguments_that_are_already_resolved_are_left_alone(monkeypatch: pytest.
     monkeypatch.setenv(compat.ACTIVE_ENV, "1")
     launcher.resolve_server_args(calls.append, Args())
     assert len(calls) == 1 and os.environ[compat.ACTIVE_ENV] == "1"
+
+
+def test_a_batch_without_a_plan_replays_no_prefill_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from mixquant_sglang import runtime
+    from mixquant_sglang.hooks import graphs
+    from mixquant_sglang.kernels import Device, select
+
+    asked = recipe.load("nvfp4")
+    run = runtime.Runtime(asked, select(asked, Device("this CPU", None)))
+    monkeypatch.setattr(runtime, "_runtime", run)
+    runner = SimpleNamespace(capture_num_tokens=[4, 8], _pad_to_bucket=lambda n, sizes: min(s for s in sizes if s >= n))
+    batch = SimpleNamespace(input_ids=[1] * 5)
+    assert not graphs.can_replay_prefill(lambda *_: True, runner, batch)
+    batch._mixquant_plan = run.plan_prefill([RequestRows(5, 0, 90)], torch.device("cpu"))
+    assert graphs.can_replay_prefill(lambda *_: True, runner, batch)
+    assert not graphs.can_replay_prefill(lambda *_: False, runner, batch)
+    run.recipe = replace(asked, min_tokens=9)  # the graph of 8 rows is BF16 then
+    assert not graphs.can_replay_prefill(lambda *_: True, runner, batch)

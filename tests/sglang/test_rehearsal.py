@@ -149,3 +149,23 @@ def test_replayed_graphs(played: dict[str, Any], name: str) -> None:
         assert (done["replayed"] is not None) == (has_graph and rows in BUCKETS), which
         if done["replayed"] is not None:
             assert torch.equal(done["replayed"], done["logits"]), which
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_graph_for_the_largest_pass_below_min_tokens(played: dict[str, Any], name: str) -> None:
+    passes_of(played, name)
+    assert played[name]["sizes"] == [4, 8, *([12] if name.endswith("min_tokens") else []), 16, 32]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_report_says_what_ran(played: dict[str, Any], name: str) -> None:
+    """Over all passes, warm-up included: tokens by phase and precision, and the kernels."""
+    passes, state = passes_of(played, name), played[name]["state"]
+    kernel = "emulated" if name.endswith("emulated") else "native"
+    assert {*state["kernel"].values()} == {kernel}
+    low_decode = "everywhere" in name
+    assert {*state["tokens"]["decode"]} == {"nvfp4" if low_decode else "bf16"}
+    assert bool(low(passes["decode"]["ran"])) == low_decode
+    assert state["tokens"]["prefill"].get("nvfp4", 0) > 0
+    agreed = played[name]["at_load"]  # the check at load ran both kernels
+    assert (kernel == "native") == any(call.startswith("nvfp4") for call in agreed)

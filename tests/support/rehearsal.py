@@ -387,15 +387,22 @@ def play(folder: Path, scenario: Scenario) -> dict[str, Any]:
         schedule.prepare_for_decode()
         batch = ForwardBatch.init_new(schedule, runner, return_hidden_states_before_norm=False)
         done[name] = forward(runner, batch)
+    sizes: list[int] = []
     state = None
     if scenario.recipe:
-        from mixquant_sglang import runtime
+        from mixquant_sglang import compat, runtime
+        from mixquant_sglang.hooks import graphs as hooks
 
+        config = compat.prefill_graphs(runner)
+        config.backend, config.bs = "breakable", [4, 8, 16, 32]
+        hooks.size_prefill_graphs(model_runner=runner, eager_runner=None)
+        sizes = config.bs
         run = runtime.current()
         assert run is not None
         state = run.state()
     print(f"{scenario.name}: done in {time.perf_counter() - began:.1f} s")
-    return {"at_load": at_load, "captured": captured, "passes": {k: vars(v) for k, v in done.items()}, "state": state}
+    passes = {name: vars(what) for name, what in done.items()}
+    return {"at_load": at_load, "captured": captured, "passes": passes, "sizes": sizes, "state": state}
 
 
 def main(out: Path, only: Sequence[str]) -> None:
