@@ -354,9 +354,10 @@ def check_recipe(recipe: Recipe, selection: Selection) -> None:
     """Raises ``MixQuantError`` for what a recipe asks that does not go with what it comes to here."""
     low_decode = {selection.decode, *selection.by_rule.get("decode", ())} - {"bf16"}
     if recipe.min_tokens > 1 and low_decode:
+        which = "some" if selection.decode == "bf16" else "them"
         raise MixQuantError(
             f"{recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs decode in bf16 for all layers; "
-            f"the recipe decodes {'some' if selection.decode == 'bf16' else 'them'} in {' and '.join(sorted(low_decode))}"
+            f"the recipe decodes {which} in {' and '.join(sorted(low_decode))}"
         )
     if recipe.prefill_weights and not takes_ready_made(selection.prefill, recipe.layers):
         raise MixQuantError(
