@@ -182,10 +182,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         guarded = bypasses.guard(model)
         if guarded:
             logger.info("mixquant: SGLang's fused input projections of %d layers run in BF16 passes alone", guarded)
-        watching = refusals.watching(model_runner.server_args)
-        if self._recipe.fuse and watching:
-            logger.info("mixquant: nothing fused and no row left out, so that %s sees all", " and ".join(watching))
-        elif self._recipe.fuse:
+        if self._recipe.fuse:
             self._fuse(model_runner)
         fp8 = {shape for m in packed if m.runs("fp8", "native") for shape in m.gemm_shapes}
         if fp8:
@@ -227,6 +224,9 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             logger.info("mixquant: %s", tuned)
 
     def _fuse(self, model_runner: Any) -> None:
+        if watching := refusals.watching(model_runner.server_args):
+            logger.info("mixquant: nothing fused and no row left out, so that %s sees all", " and ".join(watching))
+            return
         done = fusion.fuse(model_runner.model)
         if self._runtime.split and model_runner.is_generation:
             self._runtime.prunes = fusion.prune_last_layer(model_runner.model)

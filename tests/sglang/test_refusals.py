@@ -146,25 +146,23 @@ def test_sglangs_dumper_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_fused_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    import torch
+    from collections import Counter
 
     from mixquant_sglang import config
 
-    made = object.__new__(config.MixQuantConfig)
-    called: list[str] = []
-    made._recipe = SimpleNamespace(fuse=True, verify=False, name="a recipe")
-    selection = SimpleNamespace(kernels={}, describe=lambda: "")
-    made._runtime = SimpleNamespace(layers=[], precisions={}, split=False, selection=selection, fingerprint="bf16")
-    made._matcher = made._ready = None
-    monkeypatch.setattr(made, "_fuse", lambda runner: called.append("fused"), raising=False)
-    runner = SimpleNamespace(model=torch.nn.Module(), device="cpu", server_args=plain())
-    made.finish_load(runner)
-    assert called == ["fused"]
+    made, called = object.__new__(config.MixQuantConfig), []
+    made._runtime = SimpleNamespace(split=True, prunes=False, finish_attention=None)
+    monkeypatch.setattr(config.fusion, "fuse", lambda model: called.append(model) or Counter())
+    monkeypatch.setattr(config.fusion, "prune_last_layer", lambda model: True)
+    runner = SimpleNamespace(model="a model", is_generation=True, server_args=plain())
     runner.server_args.forward_hooks = [{"name": "a"}]
     with caplog.at_level(logging.INFO):
-        made.finish_load(runner)
-    assert called == ["fused"]
+        made._fuse(runner)
+    assert not called and not made._runtime.prunes
     assert "nothing fused and no row left out, so that --forward-hooks sees all" in caplog.text
+    runner.server_args.forward_hooks = None
+    made._fuse(runner)
+    assert called == ["a model"] and made._runtime.prunes
 
 
 def test_the_document_lists_the_refusals() -> None:

@@ -89,7 +89,8 @@ def test_captured_graphs(played: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_counted_is_what_ran(played: dict[str, Any], name: str) -> None:
     passes = passes_of(played, name)
-    assert {*PASSES, "decode", "decode behind bf16"} == {*passes}
+    expected = {*PASSES, "decode", "decode behind bf16"}
+    assert {*passes} == {which for which in expected if "everywhere" not in name or "bf16" not in which}
     for which, done in passes.items():
         ran = done["ran"]
         assert ran.get("dual 512x128", 0) == dual_gemms(name, which), (which, ran)

@@ -58,7 +58,7 @@ def model(monkeypatch: pytest.MonkeyPatch, asked: str, **prefixes: str) -> tuple
 
 
 def finish(config: Any, root: torch.nn.Module) -> Runtime:
-    config.finish_load(SimpleNamespace(model=root, device="cpu", is_generation=True))
+    config.finish_load(SimpleNamespace(model=root, device="cpu", is_generation=True, server_args=SimpleNamespace()))
     return config._runtime  # type: ignore[no-any-return]
 
 
@@ -127,7 +127,7 @@ def test_subclasses_of_fused_moe_are_in_the_report(monkeypatch: pytest.MonkeyPat
 def labels(asked: str, *layers: tuple[str, str], **changes: object) -> tuple[str, str]:
     made = replace(recipe.load(asked), **changes)
     run = Runtime(made, select(made, CPU))
-    run.layers = [SimpleNamespace(precision=dict(zip(Phase, each, strict=True))) for each in layers]
+    run.weights.layers = [SimpleNamespace(precision=dict(zip(Phase, (*each, "bf16"), strict=True))) for each in layers]
     run.label()
     return run.labels[Phase.PREFILL], run.labels[Phase.DECODE]
 
@@ -146,7 +146,7 @@ def test_passes_and_tokens_are_counted_under_the_label() -> None:
 
     made = recipe.load("bf16")
     run = Runtime(made, select(made, CPU))
-    run.layers = [SimpleNamespace(precision={Phase.PREFILL: "fp8", Phase.DECODE: "bf16"})]
+    run.weights.layers = [SimpleNamespace(precision={Phase.PREFILL: "fp8", Phase.DECODE: "bf16"})]
     run.split = True
     run.label()
     plan = run.plan_prefill([RequestRows(9, 0, 9)], torch.device("cpu"))
