@@ -50,6 +50,22 @@ def note(forward_batch, _cls, batch, *args, **kwargs):
         file.write(json.dumps({"mode": mode, "requests": rows}) + "\\n")
 """
 
+# Writes down the name of every Triton kernel that a process compiles or loads for the first time, one a line.
+COMPILER_SPY = """
+import os
+
+
+def register():
+    from triton import knobs
+
+    knobs.runtime.jit_post_compile_hook = note
+
+
+def note(*args, fn=None, **kwargs):
+    with open(os.environ["COMPILED_FILE"], "a") as file:
+        file.write(f"{fn.module}.{fn.name}\\n")
+"""
+
 # Takes a symbol out of SGLang before mixquant looks for it, as a release that renamed it would.
 SABOTEUR = """
 import os
