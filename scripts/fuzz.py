@@ -230,6 +230,7 @@ class Target:
         self.url, self.model, self.stock = url, model, stock
         vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
         self.top = min(vocabulary, 2000)
+        self.name = requests.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
         self.canary = self.answer()
 
     def ids(self, rng: random.Random, n: int) -> list[int]:
@@ -264,14 +265,14 @@ class Target:
     def body(self, rng: random.Random, custom: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         text = " ".join(rng.choice(["count", "the", "cows", "and", "wolves"]) for _ in range(60))
         said = [{"role": "user", "content": text}]
-        ollama = {"model": "m", "stream": False, "options": {"num_predict": 2}, **custom}
+        ollama = {"model": self.name, "stream": False, "options": {"num_predict": 2}, **custom}
         return rng.choice(
             [
                 ("/generate", {"input_ids": self.ids(rng, 50), "sampling_params": {"max_new_tokens": 2, **custom}}),
-                ("/v1/completions", {"model": "m", "prompt": self.ids(rng, 50), "max_tokens": 2, **custom}),
-                ("/v1/chat/completions", {"model": "m", "messages": said, "max_tokens": 2, **custom}),
-                ("/v1/responses", {"model": "m", "input": text, "max_output_tokens": 2, **custom}),
-                ("/v1/messages", {"model": "m", "messages": said, "max_tokens": 2, **custom}),
+                ("/v1/completions", {"model": self.name, "prompt": self.ids(rng, 50), "max_tokens": 2, **custom}),
+                ("/v1/chat/completions", {"model": self.name, "messages": said, "max_tokens": 2, **custom}),
+                ("/v1/responses", {"model": self.name, "input": text, "max_output_tokens": 2, **custom}),
+                ("/v1/messages", {"model": self.name, "messages": said, "max_tokens": 2, **custom}),
                 ("/api/generate", {"prompt": text, **ollama}),
                 ("/api/chat", {"messages": said, **ollama}),
             ]
