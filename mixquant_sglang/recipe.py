@@ -282,8 +282,9 @@ class _Map:
         """Where ``key`` stands: "file:line path.of.key"."""
         if line is None:
             line = self.nodes[key].start_mark.line + 1 if key in self.nodes else self.line
-        # An unknown key is the user's own text: keep the message in one line whatever it holds.
-        path = ".".join(part for part in (self.path, key if key.isprintable() else show(key)) if part)
+        # An unknown key is the user's own text: keep the message short and in one line whatever it holds.
+        shown = key if key.isprintable() and len(key) <= 80 else show(key)
+        path = ".".join(part for part in (self.path, shown) if part)
         return f"{self.file}:{line}{' ' if path else ''}{path}"
 
     def error(self, key: str, what: str, line: int | None = None) -> MixQuantError:

@@ -696,3 +696,11 @@ def test_shipped_recipes_survive_being_written_and_read(tmp_path: Path) -> None:
     for name in recipe.shipped():
         (tmp_path / "written.yaml").write_text(recipe.load(name).to_yaml(), encoding="utf-8")
         assert told_apart(recipe.load(str(tmp_path / "written.yaml"))) == told_apart(recipe.load(name))
+
+
+def test_a_long_key_does_not_make_a_long_message(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(f"version: 1\nprefill: {{{'a' * 5000}: 1}}\n")
+    with pytest.raises(MixQuantError, match=r"aaa\.\.\.'?: unknown key") as error:
+        recipe.load(str(file))
+    assert len(str(error.value)) < 600
