@@ -100,6 +100,17 @@ def test_bodies_that_ask_for_bf16() -> None:
         assert post(json.dumps(body).encode("utf-16"))  # json.loads, and so Starlette, takes it
         assert post(json.dumps(body).replace("custom_params", "\\u0063ustom_params").encode())
     assert post({"custom_params": BF16}, content_type="")
+    # JSON to FastAPI, whatever else is in its name
+    assert post({"custom_params": BF16}, "/generate", "application/vnd.platform+json")
+
+
+def test_a_body_as_deep_as_sglang_reads_it() -> None:
+    deep = b"[" * 1000 + b"]" * 1000
+    with pytest.raises(RecursionError):
+        json.loads(deep)
+    assert post(b'{"tools": %b, "custom_params": %b}' % (deep, json.dumps(BF16).encode()))
+    with pytest.raises(PolicyError):
+        post(b'{"tools": %b, "custom_params": {"mixquant": 1}}' % deep)
 
 
 def test_bodies_that_do_not() -> None:
