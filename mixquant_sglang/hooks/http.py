@@ -46,8 +46,10 @@ class PolicyLayer:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await self._app(scope, _Guard(receive, send), send)
-        elif scope["type"] != "http" or scope["method"] not in ("POST", "PUT"):
+        elif scope["type"] != "http":
             await self._app(scope, receive, send)
+        elif scope["method"] not in ("POST", "PUT"):
+            await self._answer(False, scope, receive, send)
         else:
             await self._http(scope, receive, send)
 
@@ -62,9 +64,14 @@ class PolicyLayer:
         except PolicyError as error:
             await _refuse(send, str(error))
             return
-        token = _bf16.set(asked)
+        again = _Again(messages, receive)
+        del messages, body  # SGLang has its own copy while it answers
+        await self._answer(asked, scope, again, send)
+
+    async def _answer(self, asked: bool, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        token = _bf16.set(asked)  # always: uvicorn starts a pipelined request in the context of the one before it
         try:
-            await self._app(scope, _Again(messages, receive), send)
+            await self._app(scope, receive, send)
         finally:
             _bf16.reset(token)
 
