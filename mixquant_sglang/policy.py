@@ -121,8 +121,8 @@ _TAKES_LISTS = ("/generate", "/encode", "/classify")
 
 
 def body_asks_bf16(body: bytes, content_type: str, path: str, recipe: Recipe | None) -> bool:
-    """Whether the body of a POST to ``path`` asks for BF16 prefill of all its prompts, whatever SGLang's model of that
-    body drops; raises ``PolicyError`` for a policy that is wrong or where nobody looks for it."""
+    """Whether the body of a POST to ``path``, a route of SGLang's, asks for BF16 prefill of all its prompts, whatever
+    SGLang's model of it drops; raises ``PolicyError`` for a policy that is wrong or where nobody looks for it."""
     if not any(part in body for part in _CONCERNS):
         return False
     if content_type.partition(";")[0].strip().lower() in _FORMS:
@@ -156,7 +156,7 @@ def _asks(body: dict[str, Any], path: str, recipe: Recipe | None) -> bool:
             asked |= asks_bf16(value.get("custom_params"), recipe)
         elif isinstance(value, list) and key == "sampling_params":
             each = [asks_bf16(entry.get("custom_params"), recipe) for entry in value if isinstance(entry, dict)]
-            if any(each) and not path.endswith(_TAKES_LISTS):
+            if any(each) and path not in _TAKES_LISTS:
                 raise PolicyError(f"a list of sampling_params with a custom_params.{KEY} belongs to /generate")
     parameters = body.get("parameters")  # of Vertex AI, where SGLang takes them for those of /generate
     if isinstance(parameters, dict):

@@ -59,8 +59,9 @@ class PolicyLayer:
             messages.append(await receive())
         body = b"".join(message.get("body", b"") for message in messages)
         types = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"content-type"]
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # --fastapi-root-path
         try:
-            asked = policy.body_asks_bf16(body, types[0] if types else "", scope["path"], launcher.asked_recipe())
+            asked = policy.body_asks_bf16(body, types[0] if types else "", path, launcher.asked_recipe())
         except PolicyError as error:
             await _refuse(send, str(error))
             return

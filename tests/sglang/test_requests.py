@@ -292,7 +292,9 @@ def test_what_verify_refuses() -> None:
             verified(wrong)
 
 
-async def ask(body: bytes, *, chunks: int = 1, method: str = "POST", path: str = "/v1/messages") -> tuple[int, Any]:
+async def ask(
+    body: bytes, *, chunks: int = 1, method: str = "POST", path: str = "/v1/messages", root_path: str = ""
+) -> tuple[int, Any]:
     """What PolicyLayer in front of an endpoint answers; the endpoint gives what ``verify`` hands on, from a task."""
     size = -(-len(body) // chunks) or 1
     parts = [body[i : i + size] for i in range(0, len(body), size)] or [b""]
@@ -319,7 +321,7 @@ async def ask(body: bytes, *, chunks: int = 1, method: str = "POST", path: str =
 
     headers = [(b"Content-Type", b"application/json")]
     await http.PolicyLayer(endpoint)(
-        {"type": "http", "method": method, "path": path, "headers": headers}, receive, send
+        {"type": "http", "method": method, "path": path, "root_path": root_path, "headers": headers}, receive, send
     )
     assert not http.asked_bf16()
     return sent[0]["status"], json.loads(sent[1]["body"])
@@ -333,6 +335,12 @@ def test_the_layer_hands_on_policies_and_bodies() -> None:
     for wrong in ({"custom_params": {"mixquant": {"prefill": "y" * 200_000}}}, {"custom_params": [1]}):
         status, answer = asyncio.run(ask(json.dumps(wrong).encode()))
         assert status == 400 and "allowed: " in answer["error"]["message"] and len(json.dumps(answer)) < 700
+
+
+@pytest.mark.parametrize(("path", "status"), [("/x/generate", 200), ("/x/api/generate", 400), ("/api/generate", 400)])
+def test_routes_behind_a_root_path(path: str, status: int) -> None:
+    body = json.dumps({"sampling_params": [{"custom_params": BF16}]}).encode()
+    assert asyncio.run(ask(body, path=path, root_path="/x"))[0] == status
 
 
 def test_a_request_does_not_inherit_a_policy() -> None:

@@ -157,6 +157,12 @@ def test_bodies_that_are_refused(body: dict[str, Any]) -> None:
         post(json.dumps(body).encode("utf-16"))
 
 
+@pytest.mark.parametrize("path", ["/api/generate", "/v1/classify", "/v1/completions"])
+def test_a_list_of_policies_where_sglang_reads_none(path: str) -> None:
+    with pytest.raises(PolicyError, match="belongs to /generate"):
+        post({"prompt": "hi", "sampling_params": [{"custom_params": BF16}]}, path)
+
+
 def test_a_form_has_no_policy() -> None:
     part = b'--b\r\nContent-Disposition: form-data; name="custom_params"\r\n\r\n{"mixquant": 1}\r\n--b--'
     with pytest.raises(PolicyError, match="a form has no"):
