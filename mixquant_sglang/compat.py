@@ -195,6 +195,15 @@ def tree_ignores_keys() -> bool:
     return asked is not None and bool(asked.get())
 
 
+def serves_by_rust() -> bool:
+    """Whether the environment asks for SGLang's server in Rust: HTTP and tokenizer are threads of the scheduler then,
+    and ``http_server._setup_and_run_http_server`` never runs."""
+    from sglang.srt.environ import envs
+
+    asked = getattr(envs, "SGLANG_RUST_SERVER", None)
+    return asked is not None and bool(asked.get())
+
+
 # -- attention of some rows --------------------------------------------------------------------------------------------
 
 _FLASH_ATTENTION = "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend"

@@ -83,6 +83,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "SGLang does not load plugins in its tokenizer workers",
         "use one",
     ),
+    Refusal(
+        "port",
+        "SGLANG_RUST_SERVER",
+        lambda _: compat.serves_by_rust(),
+        "that server reads requests where no plugin is, so a request's BF16 prefill would be ignored",
+        "unset it",
+    ),
     Refusal("use_ray", "--use-ray", _set, "SGLang does not load plugins in Ray actors", _LEAVE_OUT),
     Refusal(
         "device",

@@ -101,7 +101,8 @@ class Runtime:
         protects = self.recipe.protect_last_prompt_token
         rows = plan(requests, last_prompt_token=protects, tail=self.recipe.protected_tail)
         low, high = self.labels[Phase.PREFILL], self.labels[Phase.DECODE]
-        if not self.weights.current:
+        # A recipe that is BF16 throughout has no copies: its passes are SGLang's, graphs too.
+        if self.selection.kernels and not self.weights.current:
             counted = {("prefill", "bf16"): rows.prefill, ("decode", "bf16"): rows.decode}
             return PassPlan(phase.MASTER_PASS, "bf16", counted)
         if not self.split:

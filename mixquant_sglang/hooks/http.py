@@ -46,8 +46,10 @@ class PolicyLayer:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await self._app(scope, _Guard(receive, send), send)
-        elif scope["type"] != "http" or scope["method"] not in ("POST", "PUT"):
+        elif scope["type"] != "http":
             await self._app(scope, receive, send)
+        elif scope["method"] not in ("POST", "PUT"):
+            await self._answer(False, scope, receive, send)
         else:
             await self._http(scope, receive, send)
 
@@ -57,14 +59,20 @@ class PolicyLayer:
             messages.append(await receive())
         body = b"".join(message.get("body", b"") for message in messages)
         types = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"content-type"]
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # --fastapi-root-path
         try:
-            asked = policy.body_asks_bf16(body, types[0] if types else "", scope["path"], launcher.asked_recipe())
+            asked = policy.body_asks_bf16(body, types[0] if types else "", path, launcher.asked_recipe())
         except PolicyError as error:
             await _refuse(send, str(error))
             return
-        token = _bf16.set(asked)
+        again = _Again(messages, receive)
+        del messages, body  # SGLang has its own copy while it answers
+        await self._answer(asked, scope, again, send)
+
+    async def _answer(self, asked: bool, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        token = _bf16.set(asked)  # always: uvicorn starts a pipelined request in the context of the one before it
         try:
-            await self._app(scope, _Again(messages, receive), send)
+            await self._app(scope, receive, send)
         finally:
             _bf16.reset(token)
 

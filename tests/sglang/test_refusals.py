@@ -70,12 +70,23 @@ def test_each_is_refused_with_reason_and_way_out(refusal: refusals.Refusal, monk
     refusals.check_server_args(plain())
     monkeypatch.setattr(compat, "stored_pages_are_named", lambda: False)  # as in 0.5.17
     monkeypatch.setattr(compat, "tree_ignores_keys", lambda: True)
+    monkeypatch.setattr(compat, "serves_by_rust", lambda: refusal.flag == "SGLANG_RUST_SERVER")
     bad, field = plain(), refusal.field.partition(".")[0]
     setattr(bad, field, REFUSED_VALUES.get(field, 2))
     with pytest.raises(MixQuantError) as error:
         refusals.check_server_args(bad)
     assert f"does not go with {refusal.flag}: {refusal.why}; {refusal.instead}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_server_in_rust_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the place of SGLang's HTTP server and tokenizer manager, where policies are read."""
+    args = unresolved(model_path=str(tiny_model))
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    with pytest.raises(MixQuantError, match=r"SGLANG_RUST_SERVER: .*; unset it"):
+        refusals.check_server_args(args)
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "0")
+    refusals.check_server_args(args)
 
 
 def test_the_defaults_of_this_sglang_are_not_refused(tiny_model: Path) -> None:

@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import weakref
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
@@ -291,7 +292,9 @@ def test_what_verify_refuses() -> None:
             verified(wrong)
 
 
-async def ask(body: bytes, *, chunks: int = 1, method: str = "POST", path: str = "/v1/messages") -> tuple[int, Any]:
+async def ask(
+    body: bytes, *, chunks: int = 1, method: str = "POST", path: str = "/v1/messages", root_path: str = ""
+) -> tuple[int, Any]:
     """What PolicyLayer in front of an endpoint answers; the endpoint gives what ``verify`` hands on, from a task."""
     size = -(-len(body) // chunks) or 1
     parts = [body[i : i + size] for i in range(0, len(body), size)] or [b""]
@@ -318,7 +321,7 @@ async def ask(body: bytes, *, chunks: int = 1, method: str = "POST", path: str =
 
     headers = [(b"Content-Type", b"application/json")]
     await http.PolicyLayer(endpoint)(
-        {"type": "http", "method": method, "path": path, "headers": headers}, receive, send
+        {"type": "http", "method": method, "path": path, "root_path": root_path, "headers": headers}, receive, send
     )
     assert not http.asked_bf16()
     return sent[0]["status"], json.loads(sent[1]["body"])
@@ -332,6 +335,54 @@ def test_the_layer_hands_on_policies_and_bodies() -> None:
     for wrong in ({"custom_params": {"mixquant": {"prefill": "y" * 200_000}}}, {"custom_params": [1]}):
         status, answer = asyncio.run(ask(json.dumps(wrong).encode()))
         assert status == 400 and "allowed: " in answer["error"]["message"] and len(json.dumps(answer)) < 700
+
+
+@pytest.mark.parametrize(("path", "status"), [("/x/generate", 200), ("/x/api/generate", 400), ("/api/generate", 400)])
+def test_routes_behind_a_root_path(path: str, status: int) -> None:
+    body = json.dumps({"sampling_params": [{"custom_params": BF16}]}).encode()
+    assert asyncio.run(ask(body, path=path, root_path="/x"))[0] == status
+
+
+def test_a_request_does_not_inherit_a_policy() -> None:
+    """uvicorn starts a pipelined request in the context of the one before it; GET /health_generate runs a token."""
+
+    async def pipelined() -> list[Any]:
+        http._bf16.set(True)
+        seen: list[Any] = []
+
+        async def endpoint(*_: Any) -> None:
+            seen.append(verified())
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"{}"}
+
+        for method in ("GET", "POST"):
+            scope = {"type": "http", "method": method, "path": "/", "headers": []}
+            await http.PolicyLayer(endpoint)(scope, receive, receive)  # type: ignore[arg-type]
+        return seen
+
+    assert asyncio.run(pipelined()) == [None, None]
+
+
+def test_the_layer_keeps_no_body_while_the_request_is_answered() -> None:
+    class Chunk(dict[str, Any]):  # which can be referred to weakly
+        pass
+
+    messages = [Chunk(type="http.request", body=b"{} ", more_body=more) for more in (True, False)]
+    kept = [weakref.ref(message) for message in messages]
+    alive: list[int] = []
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def endpoint(_scope: Any, receive: Any, _send: Any) -> None:
+        for _ in kept:
+            await receive()
+        alive.append(sum(ref() is not None for ref in kept))
+
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    asyncio.run(http.PolicyLayer(endpoint)(scope, receive, receive))  # type: ignore[arg-type]
+    assert alive == [0]
 
 
 def test_a_web_socket_with_a_policy_is_closed() -> None:

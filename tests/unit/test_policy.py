@@ -100,6 +100,17 @@ def test_bodies_that_ask_for_bf16() -> None:
         assert post(json.dumps(body).encode("utf-16"))  # json.loads, and so Starlette, takes it
         assert post(json.dumps(body).replace("custom_params", "\\u0063ustom_params").encode())
     assert post({"custom_params": BF16}, content_type="")
+    # JSON to FastAPI, whatever else is in its name
+    assert post({"custom_params": BF16}, "/generate", "application/vnd.platform+json")
+
+
+def test_a_body_as_deep_as_sglang_reads_it() -> None:
+    deep = b"[" * 1000 + b"]" * 1000
+    with pytest.raises(RecursionError):
+        json.loads(deep)
+    assert post(b'{"tools": %b, "custom_params": %b}' % (deep, json.dumps(BF16).encode()))
+    with pytest.raises(PolicyError):
+        post(b'{"tools": %b, "custom_params": {"mixquant": 1}}' % deep)
 
 
 def test_bodies_that_do_not() -> None:
@@ -144,6 +155,12 @@ def test_bodies_that_are_refused(body: dict[str, Any]) -> None:
         post(body)
     with pytest.raises(PolicyError):
         post(json.dumps(body).encode("utf-16"))
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/v1/classify", "/v1/completions"])
+def test_a_list_of_policies_where_sglang_reads_none(path: str) -> None:
+    with pytest.raises(PolicyError, match="belongs to /generate"):
+        post({"prompt": "hi", "sampling_params": [{"custom_params": BF16}]}, path)
 
 
 def test_a_form_has_no_policy() -> None:

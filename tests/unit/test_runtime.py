@@ -126,6 +126,16 @@ def test_equal_phases_have_one_kind_of_graph() -> None:
     assert run.can_replay(run.plan_prefill([RequestRows(8, 0, 8)], CPU), 8)
 
 
+def test_a_bf16_recipe_replays_its_graphs_whatever_an_update_does() -> None:
+    """As SGLang does: no copy of ours can be out of date."""
+    run = make("bf16")
+    run.weights.hold("a weight update failed")
+    assert run.can_replay(run.plan_prefill(MIXED, CPU)) and run.can_replay_decode()
+    low = make()
+    low.weights.hold("a weight update failed")
+    assert not low.can_replay(low.plan_prefill(MIXED, CPU))
+
+
 def test_which_bf16_passes_have_no_graph_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     def said(sizes: list[int], **changes: object) -> list[str]:
         caplog.clear()
