@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from mixquant_sglang import compat, runtime
 from mixquant_sglang.hooks.table import handler
+from mixquant_sglang.incoming import SKIPPED
 from mixquant_sglang.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,8 @@ def _look_at(
             seen.add(name)
             if keep is not None and not keep(name):
                 continue
+            if name not in run.known.tensors and SKIPPED.fullmatch(name):
+                continue
             if problem := run.known.problem(name, tensor, torch.device(updater.device)):
                 return problem
         return run.known.missing(seen) if keep is None else None
@@ -206,7 +209,8 @@ def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool
     run.weights.hold("an update in memory is being loaded")
     try:
         if loads:
-            model.load_weights([(name, tensor.to(device) if keep else tensor) for name, tensor in loads])
+            # Of tensors in host memory one at a time: beside weights and KV a GPU has no room for all.
+            model.load_weights(((name, tensor.to(device)) for name, tensor in loads) if keep else loads)
         for original, named in direct:
             original(model, named)
         if keep:
@@ -236,7 +240,8 @@ def _taken_down(
     own = vars(model).get("load_weights")  # SGLang's FlashRL loader sets one
     _direct, model.load_weights = direct, take_down
     try:
-        yield loads, direct
+        with compat.ipc_without_post_hook() if keep else nullcontext():
+            yield loads, direct
     finally:
         _direct = None
         if own is None:

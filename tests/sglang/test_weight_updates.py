@@ -52,6 +52,7 @@ REFUSED = {
     **{f"{how} shape": f"{DOWN} has shape [" for how in ("tensor", "distributed", "ipc", "direct")},
     **{f"{how} unknown": "model.layers.99.mlp.down_proj.weight is no" for how in ("tensor", "distributed", "ipc")},
     "direct unknown": "model.layers.0.mlp.gate_proj.weight is no parameter of the model; the old weights serve on",
+    "tensor merged": "model.layers.0.self_attn.qkv_proj.weight is no tensor of this model's checkpoint",
     "ipc dies": "the sender is gone; the old weights serve on",
     "unknown format": "Unknown load_format=no-such-format; the old weights serve on",
     "custom loader": "mixquant: load_format a.custom.loader: custom weight loaders write past the check",
@@ -75,6 +76,17 @@ def test_a_good_update_packs_the_new_weights(results: Results, how: str) -> None
     assert good["path"] == ("DIR/small" if how == "disk" else start["path"])
     assert back["done"] is True and back["same"] and back["fresh"]
     assert good["prefill"] == back["prefill"] == start["prefill"] == {"bf16": 1, "nvfp4": 39}
+
+
+def test_what_sglang_skips_may_be_in_a_checkpoint(results: Results) -> None:
+    found = results["disk skipped"]
+    assert found["done"] and found["same"] and found["fresh"]
+
+
+def test_an_update_by_ipc_goes_to_the_device_tensor_by_tensor(results: Results) -> None:
+    """A list of all of them would not fit beside weights and KV; nor does SGLang prepare the old weights again."""
+    assert results["ipc good"]["given"] == ["generator"]
+    assert results["ipc"]["hooks"] and not any(name.startswith("sglang.") for name in results["ipc"]["hooks"])
 
 
 def test_an_interrupted_reading_goes_back_to_the_old_checkpoint(results: Results) -> None:
