@@ -82,6 +82,11 @@ def weights_from_disk(
     run = runtime.current()
     if run is None:
         return original(updater, model_path, load_format, weight_name_filter, **kwargs)
+    if kwargs.get("recapture_cuda_graph") and run.weights.decodes_by_value:
+        return False, (
+            "mixquant: recapture_cuda_graph: SGLang captures decode graphs alone anew, which hold the tensor scales of "
+            f"emulated NVFP4 by value, so they and prefill graphs would differ; leave it out; {_OLD}"
+        )
     before = updater.model_config.model_path
     refused = run.weights.agree(_look_at(run, updater, model_path, load_format, weight_name_filter))
     if refused:

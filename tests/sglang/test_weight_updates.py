@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mixquant_sglang import runtime
+from mixquant_sglang.refresh import Weights
 from tests.conftest import ROOT
 
 DOWN = "model.layers.2.mlp.down_proj.weight"
@@ -87,6 +90,29 @@ def test_an_update_by_ipc_goes_to_the_device_tensor_by_tensor(results: Results) 
     """A list of all of them would not fit beside weights and KV; nor does SGLang prepare the old weights again."""
     assert results["ipc good"]["given"] == ["generator"]
     assert results["ipc"]["hooks"] and not any(name.startswith("sglang.") for name in results["ipc"]["hooks"])
+
+
+def test_graphs_are_not_captured_anew_with_other_numbers_than_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode graphs alone would hold the new tensor scales, and be replayed when the old ones are back."""
+    from mixquant_sglang.hooks.weights import weights_from_disk
+
+    layer = SimpleNamespace(decodes_low=True, by_value=(0.5,), name="a")
+    run = SimpleNamespace(weights=Weights())
+    run.weights.layers.append(layer)
+    monkeypatch.setattr(runtime, "_runtime", run)
+
+    def original(*_args: Any, **_kwargs: Any) -> tuple[bool, str]:
+        raise AssertionError("nothing is written")
+
+    done, message = weights_from_disk(original, None, "PATH", "auto", recapture_cuda_graph=True)
+    assert not done and message.startswith("mixquant: recapture_cuda_graph: ")
+    assert not any(
+        Weights.decodes_by_value.fget(SimpleNamespace(layers=[other]))
+        for other in (  # type: ignore[attr-defined]
+            SimpleNamespace(decodes_low=False, by_value=(0.5,)),
+            SimpleNamespace(decodes_low=True, by_value=()),
+        )
+    )
 
 
 def test_an_interrupted_reading_goes_back_to_the_old_checkpoint(results: Results) -> None:
