@@ -199,14 +199,13 @@ def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool
     try:
         with _taken_down(model, keep=keep) as (loads, direct):
             done, message = call()
-        problem = None if done else message
-    except LOAD_ERRORS as error:
-        problem = _said(error)
-    else:
         parameters = dict(model.named_parameters()) if direct else {}
         found = [run.known.problem(*named, device) for named in loads]
         found += [run.known.problem_of_parameter(*named, parameters) for _, each in direct for named in each]
+        problem = None if done else message
         problem = problem or next(filter(None, found), None)
+    except LOAD_ERRORS as error:
+        problem = _said(error)
     problem = run.weights.agree(problem)
     if problem:
         return False, f"{problem}; {_OLD}"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mixquant_sglang import runtime
 from mixquant_sglang.refresh import Weights
@@ -113,6 +114,26 @@ def test_graphs_are_not_captured_anew_with_other_numbers_than_the_rest(monkeypat
             SimpleNamespace(decodes_low=True, by_value=()),
         )
     )
+
+
+def test_a_machine_that_cannot_look_at_new_weights_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixquant_sglang.hooks.weights import weights_from_distributed
+
+    def problem(*_args: Any) -> str | None:
+        raise RuntimeError("CUDA out of memory")
+
+    run = SimpleNamespace(weights=Weights(), known=SimpleNamespace(problem=problem))
+    monkeypatch.setattr(runtime, "_runtime", run)
+    model = torch.nn.Module()
+    model.load_weights = None
+    updater = SimpleNamespace(get_model=lambda: model, device="cpu")
+
+    def original(_updater: Any) -> tuple[bool, str]:
+        model.load_weights([("a", torch.zeros(2))])
+        return True, "done"
+
+    assert weights_from_distributed(original, updater) == (False, "CUDA out of memory; the old weights serve on")
+    assert run.weights.current
 
 
 def test_an_interrupted_reading_goes_back_to_the_old_checkpoint(results: Results) -> None:
