@@ -285,6 +285,23 @@ def concerns_weights(recv_req: Any) -> bool:
     return not recv_req.tags or "weights" in recv_req.tags
 
 
+@contextmanager
+def ipc_without_post_hook() -> Iterator[None]:
+    """SGLang's update by IPC (``checkpoint_engine_worker``) loads what it is given and leaves ``postprocess`` out: of
+    the old weights, which are prepared already, layers need not bear it (experts that are shuffled in place)."""
+    try:
+        from sglang.srt.checkpoint_engine.checkpoint_engine_worker import SGLangCheckpointEngineWorkerExtensionImpl
+    except ImportError:  # SGLang's answer says so
+        yield
+        return
+    own = SGLangCheckpointEngineWorkerExtensionImpl.get_post_hook
+    SGLangCheckpointEngineWorkerExtensionImpl.get_post_hook = lambda _: lambda: None
+    try:
+        yield
+    finally:
+        SGLangCheckpointEngineWorkerExtensionImpl.get_post_hook = own
+
+
 def postprocess(model: Any) -> None:
     """What SGLang does after it loaded weights by IPC (``checkpoint_engine_worker``), whose errors it only logs."""
     for module in model.modules():

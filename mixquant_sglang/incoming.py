@@ -11,6 +11,7 @@ names and shapes are known only of parameters that SGLang holds as the checkpoin
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -18,6 +19,10 @@ import torch
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHUNK = 2**24  # elements in flight to the device
+# Tensors that SGLang's loaders skip, and draft layers, which the served model has none of: trainers leave them out.
+SKIPPED = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
+_DRAFT = re.compile(r"(?:.*\.)?mtp(?:_layers)?\..*")
+_BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\..*")
 
 
 @dataclass
@@ -26,6 +31,8 @@ class Known:
 
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)  # whole shapes, of one rank alone
+    same: dict[str, set[str]] = field(default_factory=dict)  # name -> other names of its parameter
+    blocks: float = math.inf  # of the served model; a checkpoint may have draft blocks after them
 
     def record(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Passes ``weights`` on, and remembers names, shapes and dtypes."""
@@ -34,19 +41,40 @@ class Known:
             yield name, tensor
 
     def add_parameters(self, model: torch.nn.Module, *, ranks: int) -> None:
-        """Trainers may send what the checkpoint leaves out (a tied head), and names as SGLang has them."""
+        """Trainers may send what the checkpoint leaves out (a tied head), and names as SGLang has them, save those of
+        merged linears (qkv_proj) and experts, which its loaders fill by their parts alone."""
+        config = getattr(model, "config", None)
+        self.blocks = getattr(getattr(config, "text_config", config), "num_hidden_layers", None) or math.inf
+        merged = {
+            f"{name}.{leaf}"
+            for name, module in model.named_modules()
+            if hasattr(module, "output_sizes") or hasattr(module, "w13_weight")  # FusedMoE's experts
+            for leaf, _ in module.named_parameters(recurse=False)
+        }
         ids = {id(p): self.tensors[name][0] for name, p in model.named_parameters() if name in self.tensors}
+        names: dict[int, set[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), set()).add(name)
             if id(parameter) in ids:
                 self.parameters[name] = ids[id(parameter)]
-            elif ranks == 1:
+            elif ranks == 1 and name not in merged:
                 self.parameters[name] = tuple(parameter.shape)
+        self.same = {name: group - {name} for group in names.values() if len(group) > 1 for name in group}
 
     def missing(self, names: set[str]) -> str | None:
         """Why an update of the whole model by ``names`` is refused, or None."""
-        if gone := sorted(self.tensors.keys() - names):
+        gone = sorted(name for name in self.tensors.keys() - names if not self._spare(name, names))
+        if gone:
             return f"{gone[0]} is missing" + (f", and {len(gone) - 1} more" if len(gone) > 1 else "")
         return None
+
+    def _spare(self, name: str, names: set[str]) -> bool:
+        block = _BLOCK.fullmatch(name)
+        return (
+            bool(SKIPPED.fullmatch(name) or _DRAFT.fullmatch(name))
+            or (block is not None and int(block[1]) >= self.blocks)
+            or not names.isdisjoint(self.same.get(name, ()))
+        )
 
     def problem(self, name: str, tensor: torch.Tensor, device: torch.device) -> str | None:
         """Why ``tensor`` is refused, or None; its values are looked at on ``device``."""

@@ -193,6 +193,11 @@ class Weights:
         return False
 
     @property
+    def decodes_by_value(self) -> bool:
+        """Whether captured decode graphs hold numbers by value, which capturing them anew would change."""
+        return any(layer.decodes_low and layer.by_value for layer in self.layers)
+
+    @property
     def decodes_low(self) -> bool:
         return any(layer.decodes_low for layer in self.layers)
 

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from mixquant_sglang import compat, runtime
 from mixquant_sglang.hooks.table import handler
+from mixquant_sglang.incoming import SKIPPED
 from mixquant_sglang.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,11 @@ def weights_from_disk(
     run = runtime.current()
     if run is None:
         return original(updater, model_path, load_format, weight_name_filter, **kwargs)
+    if kwargs.get("recapture_cuda_graph") and run.weights.decodes_by_value:
+        return False, (
+            "mixquant: recapture_cuda_graph: SGLang captures decode graphs alone anew, which hold the tensor scales of "
+            f"emulated NVFP4 by value, so they and prefill graphs would differ; leave it out; {_OLD}"
+        )
     before = updater.model_config.model_path
     refused = run.weights.agree(_look_at(run, updater, model_path, load_format, weight_name_filter))
     if refused:
@@ -126,6 +132,8 @@ def _look_at(
         for name, tensor in weights:
             seen.add(name)
             if keep is not None and not keep(name):
+                continue
+            if name not in run.known.tensors and SKIPPED.fullmatch(name):
                 continue
             if problem := run.known.problem(name, tensor, torch.device(updater.device)):
                 return problem
@@ -191,14 +199,13 @@ def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool
     try:
         with _taken_down(model, keep=keep) as (loads, direct):
             done, message = call()
-        problem = None if done else message
-    except LOAD_ERRORS as error:
-        problem = _said(error)
-    else:
         parameters = dict(model.named_parameters()) if direct else {}
         found = [run.known.problem(*named, device) for named in loads]
         found += [run.known.problem_of_parameter(*named, parameters) for _, each in direct for named in each]
+        problem = None if done else message
         problem = problem or next(filter(None, found), None)
+    except LOAD_ERRORS as error:
+        problem = _said(error)
     problem = run.weights.agree(problem)
     if problem:
         return False, f"{problem}; {_OLD}"
@@ -206,7 +213,8 @@ def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool
     run.weights.hold("an update in memory is being loaded")
     try:
         if loads:
-            model.load_weights([(name, tensor.to(device) if keep else tensor) for name, tensor in loads])
+            # Of tensors in host memory one at a time: beside weights and KV a GPU has no room for all.
+            model.load_weights(((name, tensor.to(device)) for name, tensor in loads) if keep else loads)
         for original, named in direct:
             original(model, named)
         if keep:
@@ -236,7 +244,8 @@ def _taken_down(
     own = vars(model).get("load_weights")  # SGLang's FlashRL loader sets one
     _direct, model.load_weights = direct, take_down
     try:
-        yield loads, direct
+        with compat.ipc_without_post_hook() if keep else nullcontext():
+            yield loads, direct
     finally:
         _direct = None
         if own is None:

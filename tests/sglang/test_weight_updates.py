@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from mixquant_sglang import runtime
+from mixquant_sglang.refresh import Weights
 from tests.conftest import ROOT
 
 DOWN = "model.layers.2.mlp.down_proj.weight"
@@ -52,6 +56,7 @@ REFUSED = {
     **{f"{how} shape": f"{DOWN} has shape [" for how in ("tensor", "distributed", "ipc", "direct")},
     **{f"{how} unknown": "model.layers.99.mlp.down_proj.weight is no" for how in ("tensor", "distributed", "ipc")},
     "direct unknown": "model.layers.0.mlp.gate_proj.weight is no parameter of the model; the old weights serve on",
+    "tensor merged": "model.layers.0.self_attn.qkv_proj.weight is no tensor of this model's checkpoint",
     "ipc dies": "the sender is gone; the old weights serve on",
     "unknown format": "Unknown load_format=no-such-format; the old weights serve on",
     "custom loader": "mixquant: load_format a.custom.loader: custom weight loaders write past the check",
@@ -75,6 +80,60 @@ def test_a_good_update_packs_the_new_weights(results: Results, how: str) -> None
     assert good["path"] == ("DIR/small" if how == "disk" else start["path"])
     assert back["done"] is True and back["same"] and back["fresh"]
     assert good["prefill"] == back["prefill"] == start["prefill"] == {"bf16": 1, "nvfp4": 39}
+
+
+def test_what_sglang_skips_may_be_in_a_checkpoint(results: Results) -> None:
+    found = results["disk skipped"]
+    assert found["done"] and found["same"] and found["fresh"]
+
+
+def test_an_update_by_ipc_goes_to_the_device_tensor_by_tensor(results: Results) -> None:
+    """A list of all of them would not fit beside weights and KV; nor does SGLang prepare the old weights again."""
+    assert results["ipc good"]["given"] == ["generator"]
+    assert results["ipc"]["hooks"] and not any(name.startswith("sglang.") for name in results["ipc"]["hooks"])
+
+
+def test_graphs_are_not_captured_anew_with_other_numbers_than_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode graphs alone would hold the new tensor scales, and be replayed when the old ones are back."""
+    from mixquant_sglang.hooks.weights import weights_from_disk
+
+    layer = SimpleNamespace(decodes_low=True, by_value=(0.5,), name="a")
+    run = SimpleNamespace(weights=Weights())
+    run.weights.layers.append(layer)
+    monkeypatch.setattr(runtime, "_runtime", run)
+
+    def original(*_args: Any, **_kwargs: Any) -> tuple[bool, str]:
+        raise AssertionError("nothing is written")
+
+    done, message = weights_from_disk(original, None, "PATH", "auto", recapture_cuda_graph=True)
+    assert not done and message.startswith("mixquant: recapture_cuda_graph: ")
+    assert not any(
+        Weights.decodes_by_value.fget(SimpleNamespace(layers=[other]))
+        for other in (  # type: ignore[attr-defined]
+            SimpleNamespace(decodes_low=False, by_value=(0.5,)),
+            SimpleNamespace(decodes_low=True, by_value=()),
+        )
+    )
+
+
+def test_a_machine_that_cannot_look_at_new_weights_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixquant_sglang.hooks.weights import weights_from_distributed
+
+    def problem(*_args: Any) -> str | None:
+        raise RuntimeError("CUDA out of memory")
+
+    run = SimpleNamespace(weights=Weights(), known=SimpleNamespace(problem=problem))
+    monkeypatch.setattr(runtime, "_runtime", run)
+    model = torch.nn.Module()
+    model.load_weights = None
+    updater = SimpleNamespace(get_model=lambda: model, device="cpu")
+
+    def original(_updater: Any) -> tuple[bool, str]:
+        model.load_weights([("a", torch.zeros(2))])
+        return True, "done"
+
+    assert weights_from_distributed(original, updater) == (False, "CUDA out of memory; the old weights serve on")
+    assert run.weights.current
 
 
 def test_an_interrupted_reading_goes_back_to_the_old_checkpoint(results: Results) -> None:

@@ -125,6 +125,7 @@ class Trial:
                 run(buffers)
                 for _, buffer in buffers:
                     buffer.fill_(7)  # the sender writes the next bucket there
+            self.results.setdefault("ipc", {"hooks": []})["hooks"].append(post_hook.__module__)
             post_hook()
 
         worker = types.ModuleType("checkpoint_engine.worker")
@@ -195,6 +196,9 @@ def main() -> None:
     trial.note("disk stops half way", trial.disk(small), calls=len(calls))
     kind.load_weights = load
 
+    inv_freq = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    skipped = trial.checkpoint("skipped", lambda t: t.update({inv_freq: torch.ones(8)}) if NORM in t else None)
+    trial.note("disk skipped", trial.disk(skipped))
     trial.note("disk good", trial.disk(small))
     trial.note("disk back", trial.disk(str(trial.model)))
 
@@ -211,6 +215,9 @@ def main() -> None:
     trial.note("direct nan", trial.tensor([*norms, (DOWN, changed(old[DOWN], nan))], "direct"))
     trial.note("direct unknown", trial.tensor([*norms, ("model.layers.0.mlp.gate_proj.weight", old[DOWN])], "direct"))
     trial.note("direct shape", trial.tensor([*norms, (DOWN, old[DOWN][:1])], "direct"))
+    merged = "model.layers.0.self_attn.qkv_proj.weight"
+    held = trial.runner.model.get_parameter(merged).detach().clone()
+    trial.note("tensor merged", trial.tensor([*norms, (merged, held)]))
     trial.note("unknown format", trial.tensor(norms, "no-such-format"))
     trial.updater.custom_weight_loaders.append("a.custom.loader")
     trial.note("custom loader", trial.tensor(norms, "a.custom.loader"))
@@ -223,7 +230,13 @@ def main() -> None:
         "distributed": trial.distributed,
         "ipc": lambda named: trial.ipc([named, norms, [(NORM, old[NORM])]]),
     }.items():
-        trial.note(f"{label} good", send(new))
+        given: list[str] = []
+        kind.load_weights = lambda model, weights, given=given: (
+            given.append(type(weights).__name__),
+            load(model, weights),
+        )
+        trial.note(f"{label} good", send(new), given=given)
+        kind.load_weights = load
         trial.note(f"{label} back", send(back))
 
     layer = trial.run.weights.layers[5]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -68,6 +70,33 @@ def test_names_that_a_trainer_sends_beside_those_of_the_checkpoint() -> None:
     of_two = known()
     of_two.add_parameters(model, ranks=2)
     assert of_two.problem("fused.weight", torch.zeros(6, 2), CPU) is not None
+
+
+def test_what_the_served_model_does_not_take_may_be_missing() -> None:
+    model, made = torch.nn.Module(), Known()
+    model.embed, model.head = torch.nn.Module(), torch.nn.Module()
+    model.embed.weight = model.head.weight = torch.nn.Parameter(torch.zeros(8, 4))
+    model.config = SimpleNamespace(num_hidden_layers=2)
+    spare = ["mtp.fc.weight", "model.mtp.fc.weight", "model.layers.2.eh_proj.weight", "l.0.rotary_emb.inv_freq"]
+    taken = ["embed.weight", "head.weight", "model.layers.1.q_proj.weight", "mtpx.weight"]
+    list(made.record((name, torch.zeros(8, 4)) for name in [*spare, *taken]))
+    made.add_parameters(model, ranks=2)
+    assert made.missing({*taken}) is None
+    assert made.missing({*taken} - {"head.weight"}) is None and made.missing({*taken} - {"embed.weight"}) is None
+    assert made.missing({*taken} - {"head.weight", "embed.weight"}) == "embed.weight is missing, and 1 more"
+    for name in taken[2:]:
+        assert made.missing({*taken} - {name}) == f"{name} is missing"
+
+
+@pytest.mark.parametrize("mark", ["output_sizes", "w13_weight"])
+def test_parameters_that_loaders_fill_by_parts_are_no_names_to_send(mark: str) -> None:
+    model, made = torch.nn.Module(), known()
+    model.qkv = torch.nn.Module()
+    model.qkv.weight, model.qkv.bias = (torch.nn.Parameter(torch.zeros(6)) for _ in range(2))
+    setattr(model.qkv, mark, [2, 4])
+    made.add_parameters(model, ranks=1)
+    for name in ("qkv.weight", "qkv.bias"):
+        assert made.problem(name, torch.zeros(6), CPU) == f"{name} is no tensor of this model's checkpoint"
 
 
 def test_without_a_checkpoint_values_are_looked_at() -> None:
