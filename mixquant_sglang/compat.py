@@ -22,7 +22,7 @@ from mixquant_sglang.rows import Queries, RequestRows
 
 NAME = "mixquant"
 # SGLang version -> the kinds of device on which the tests ran with it.
-TESTED: dict[str, tuple[str, ...]] = {"0.5.17": ("CPU", "GPU"), "0.5.23": ("CPU",)}
+TESTED: dict[str, tuple[str, ...]] = {"0.5.17": ("CPU", "GPU"), "0.5.23": ("CPU", "GPU")}
 
 # Set by the process that parsed the server arguments, inherited by the schedulers that it spawns.
 ACTIVE_ENV = "MIXQUANT_ACTIVE"

@@ -32,7 +32,8 @@ def refusing() -> Iterator[None]:
 class Refusal:
     """``field`` of ``ServerArgs`` (dots go on into what it holds), how much of it is refused, why, and the way out.
 
-    ``devices``: of which ``--device`` alone this is asked; empty for all."""
+    ``devices``: of which ``--device`` alone this is asked; empty for all.  ``unless``: fields that, if one is set, give
+    ``field`` another meaning."""
 
     field: str
     flag: str
@@ -40,6 +41,7 @@ class Refusal:
     why: str
     instead: str
     devices: tuple[str, ...] = ()
+    unless: tuple[str, ...] = ()
 
 
 def _set(value: Any) -> bool:
@@ -89,6 +91,14 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda _: compat.serves_by_rust(),
         "that server reads requests where no plugin is, so a request's BF16 prefill would be ignored",
         "unset it",
+    ),
+    Refusal(
+        "grpc_port",
+        "--grpc-port",
+        _set,
+        "that server drops custom_params of embeddings, scores and reranking, so a BF16 prefill would be ignored",
+        "use HTTP",
+        unless=("smg_grpc_mode", "grpc_mode"),
     ),
     Refusal("use_ray", "--use-ray", _set, "SGLang does not load plugins in Ray actors", _LEAVE_OUT),
     Refusal(
@@ -350,6 +360,8 @@ def check_server_args(server_args: Any) -> None:
             continue
         # as given too: SGLang resolves --enable-dp-attention to --attn-dp-size and False
         for args in (server_args, resolved):
+            if any(_set(_value(args, field)) for field in refusal.unless):
+                continue
             value = _value(args, refusal.field)
             if value is not None and refusal.refused(value):
                 raise MixQuantError(

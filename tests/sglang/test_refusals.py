@@ -89,6 +89,12 @@ def test_a_server_in_rust_is_refused(tiny_model: Path, monkeypatch: pytest.Monke
     refusals.check_server_args(args)
 
 
+def test_the_port_of_the_other_grpc_server_is_not_refused() -> None:
+    args = plain()
+    args.grpc_port, args.smg_grpc_mode = 40000, True
+    refusals.check_server_args(args)
+
+
 def test_the_defaults_of_this_sglang_are_not_refused(tiny_model: Path) -> None:
     refusals.check_server_args(unresolved(model_path=str(tiny_model)))
 
