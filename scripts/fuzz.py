@@ -377,6 +377,9 @@ class Target:
             check(taken, said)
         elif kind != "bit":  # a bit of the metadata may change nothing
             check(not taken, said)
+        if taken:  # its files go; also, a server is called by the path of its weights
+            answer = self.post("/update_weights_from_disk", {"model_path": str(self.model)})
+            check(answer.status_code == 200 and answer.json()["success"], f"{said}; back again -> {answer.text[:300]}")
         self.unharmed()
         return f"{kind} {'taken' if taken else 'refused'}"
 
