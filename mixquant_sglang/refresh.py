@@ -179,6 +179,11 @@ class Weights:
         self._captured = {id(layer): layer.by_value for layer in self.layers}
         self._moved = None
 
+    @property
+    def as_captured(self) -> bool:
+        """Whether the packed copies are current, and hold the numbers that captured graphs hold."""
+        return self.current and self._moved is None
+
     def fits_graphs(self) -> bool:
         """Whether captured graphs hold the numbers of the packed copies; the first refusal is warned of."""
         if self._moved is None:
