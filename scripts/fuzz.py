@@ -325,8 +325,12 @@ class Target:
             data = (
                 data[:at] + bytes(rng.randrange(256) for _ in range(rng.randrange(5))) + data[at + rng.randrange(5) :]
             )
-        send = {"data": data, "headers": {"Content-Type": "application/json"}, "timeout": 120}
-        status = requests.post(self.url + path, **send).status_code  # type: ignore[arg-type]
+        send = {"data": data, "headers": {"Content-Type": "application/json"}, "timeout": 40}
+        try:
+            status = requests.post(self.url + path, **send).status_code  # type: ignore[arg-type]
+        except requests.Timeout:  # it may have asked for thousands of tokens
+            self.post("/abort_request", {"rid": "", "abort_all": True})
+            return "long answer"
         if status >= 500 and self.stock:
             theirs = requests.post(self.stock + path, **send).status_code  # type: ignore[arg-type]
             check(theirs >= 500, f"{path} {data[:300]!r} -> {status}, stock {theirs}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from mixquant_sglang import runtime
 from mixquant_sglang.refresh import Weights
-from tests.conftest import ROOT
+from tests.support.processes import module
 
 DOWN = "model.layers.2.mlp.down_proj.weight"
 Results = dict[str, Any]
@@ -27,12 +26,12 @@ def results(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Res
     recipe = folder / "recipe.yaml"
     recipe.write_text("version: 1\nprefill: {precision: nvfp4}\nweights: {scales: absmax}\n")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.support.updates", random_model, folder, recipe],
+        module("tests.support.updates", random_model, folder, recipe),
         capture_output=True,
         text=True,
         timeout=900,
         check=False,
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.support import tiny_models
+from tests.support.processes import module
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -52,8 +51,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str,
         "past in decode": {"model": qwen, "recipe": str(files["w4a4"]), "past": 2},
     }
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.run_model", json.dumps([*cases.values()])],
-        cwd=ROOT,
+        module("tests.support.run_model", json.dumps([*cases.values()])),
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

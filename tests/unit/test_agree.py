@@ -8,6 +8,8 @@ import types
 from pathlib import Path
 from typing import Any
 
+from tests.support.processes import importable_when_spawned
+
 
 def _rank(rank: int, store: str, found: Any) -> None:
     import torch.distributed
@@ -28,8 +30,9 @@ def test_ranks_agree(tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     found = spawn.Queue()
     ranks = [spawn.Process(target=_rank, args=(rank, str(tmp_path / "store"), found)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
+    with importable_when_spawned():
+        for process in ranks:
+            process.start()
     answers = dict(found.get(timeout=120) for _ in ranks)
     for process in ranks:
         process.join(timeout=60)

@@ -12,6 +12,7 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.fingerprint import fingerprint
 from mixquant_sglang.kernels import Device, select
 from mixquant_sglang.ranks import check_same
+from tests.support.processes import importable_when_spawned
 
 
 def rank_of(rank: int, recipes: tuple[str, ...], folder: Path) -> None:
@@ -28,7 +29,8 @@ def rank_of(rank: int, recipes: tuple[str, ...], folder: Path) -> None:
 
 
 def answers(recipes: tuple[str, ...], folder: Path) -> list[str]:
-    mp.spawn(rank_of, (recipes, folder), nprocs=len(recipes), join=True)
+    with importable_when_spawned():
+        mp.spawn(rank_of, (recipes, folder), nprocs=len(recipes), join=True)
     return [(folder / str(rank)).read_text() for rank in range(len(recipes))]
 
 
