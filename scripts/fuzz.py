@@ -44,6 +44,7 @@ from mixquant_sglang.kernels import Device, select
 from mixquant_sglang.prefill_weights.weights import PrefillWeights
 
 VALID = {"prefill": "bf16"}
+LONG, CUT = 0, 599
 NASTY = [
     "",
     "\x00",
@@ -319,23 +320,34 @@ class Target:
                 place[rng.choice([*names, "stop", "n", "session_params", "priority", *body])] = junk(rng)
             else:
                 place[rng.choice(["extra_key", "cache_salt"])] = rng.choice(NASTY)
+        for limited, limit in ((body, "max_tokens"), (body, "max_output_tokens"), (place, "max_new_tokens")):
+            if limit in limited or (limited is place is not body):  # nobody waits for thousands of tokens
+                given = limited.get(limit)
+                limited[limit] = 2 if given is None or (type(given) in (int, float) and given > 8) else given
         data = json.dumps(body).encode()
         if rng.random() < 0.2:
             at = rng.randrange(len(data))
             data = (
                 data[:at] + bytes(rng.randrange(256) for _ in range(rng.randrange(5))) + data[at + rng.randrange(5) :]
             )
-        send = {"data": data, "headers": {"Content-Type": "application/json"}, "timeout": 40}
-        try:
-            status = requests.post(self.url + path, **send).status_code  # type: ignore[arg-type]
-        except requests.Timeout:  # it may have asked for thousands of tokens
-            self.post("/abort_request", {"rid": "", "abort_all": True})
+        status = self.status(self.url + path, data)
+        if status == LONG:
             return "long answer"
         if status >= 500 and self.stock:
-            theirs = requests.post(self.stock + path, **send).status_code  # type: ignore[arg-type]
+            theirs = self.status(self.stock + path, data)
             check(theirs >= 500, f"{path} {data[:300]!r} -> {status}, stock {theirs}")
-            return "5xx as stock"
+            return "5xx or cut off, as stock"
         return f"{status // 100}xx"
+
+    def status(self, url: str, data: bytes) -> int:
+        """HTTP's, ``CUT`` for an answer that breaks off, ``LONG`` for one that nobody waits for."""
+        try:
+            return requests.post(url, data=data, headers={"Content-Type": "application/json"}, timeout=40).status_code
+        except requests.Timeout:
+            self.post("/abort_request", {"rid": "", "abort_all": True})
+            return LONG
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+            return CUT
 
     def namespaces(self, rng: random.Random, _folder: Path) -> str:
         """Low-precision KV that a client wrote under any key is never what a BF16 request reads."""
