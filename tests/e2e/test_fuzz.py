@@ -13,15 +13,21 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(2400)]
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
+# steps of each part; always the same seeds
+STEPS = {"recipes": 400, "headers": 100, "policies": 40, "bodies": 10, "namespaces": 20, "updates": 12}
+
+
 def test_everything_has_its_one_right_answer(
     servers: Servers, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import fuzz
 
-    seen = fuzz.run(servers.low.url, tiny_model, servers.stock.url, seconds=40, seed=2026)["seen"]
+    seen: dict[str, int] = {}
+    for part, steps in STEPS.items():
+        ran = fuzz.run(servers.low.url, tiny_model, servers.stock.url, seconds=600, seed=2026, steps=steps, only=[part])
+        assert ran["steps"] == steps
+        seen |= ran["seen"]
     print(seen)
-    parts = {name.partition(":")[0] for name in seen}
-    assert parts == {"recipes", "headers", "policies", "bodies", "namespaces", "updates"}
     assert any(name.startswith("policies: refused") for name in seen)
     assert any(name.startswith("policies: bf16") for name in seen) and "policies: low" in seen
