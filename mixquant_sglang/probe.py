@@ -249,12 +249,14 @@ def _prefill(model_runner: Any, rows: int) -> tuple[Any, Any]:
 
 
 def _forward(model_runner: Any, forward_batch: Any) -> None:
+    ran = False
     try:
         model_runner.forward(forward_batch)
-    except BaseException:
-        logger.error(
-            "mixquant: %s cannot run a pass of %d tokens, so it cannot serve; what follows is why",
-            type(model_runner.model).__name__,
-            len(forward_batch.input_ids),
-        )
-        raise
+        ran = True
+    finally:
+        if not ran:
+            logger.error(
+                "mixquant: %s cannot run a pass of %d tokens, so it cannot serve; what follows is why",
+                type(model_runner.model).__name__,
+                len(forward_batch.input_ids),
+            )
