@@ -295,3 +295,21 @@ def test_the_name_is_set_aside_while_the_class_is_chosen_and_comes_back() -> Non
     other = SimpleNamespace(quantization="fp8")
     architecture.choose_architecture(original, other)
     assert seen[-1] == "fp8"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a kernel"), SystemExit("a refusal")])
+def test_a_model_that_cannot_run_is_named_before_its_own_error(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forward(_batch: Any) -> None:
+        raise error
+
+    runner = SimpleNamespace(model=torch.nn.Module(), forward=forward)
+    batch = SimpleNamespace(input_ids=[1] * 12)
+    with caplog.at_level(logging.ERROR), pytest.raises(type(error), match="a kernel|a refusal"):
+        probe._forward(runner, batch)
+    assert "Module cannot run a pass of 12 tokens, so it cannot serve" in caplog.text
+    caplog.clear()
+    runner.forward = lambda _batch: None
+    probe._forward(runner, batch)
+    assert caplog.text == ""
