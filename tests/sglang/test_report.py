@@ -306,7 +306,7 @@ def test_a_model_that_cannot_run_is_named_before_its_own_error(
 
     runner = SimpleNamespace(model=torch.nn.Module(), forward=forward)
     batch = SimpleNamespace(input_ids=[1] * 12)
-    with caplog.at_level(logging.ERROR), pytest.raises(type(error), match="a kernel|a refusal"):
+    with caplog.at_level(logging.ERROR), pytest.raises(type(error), match=r"a kernel|a refusal"):
         probe._forward(runner, batch)
     assert "Module cannot run a pass of 12 tokens, so it cannot serve" in caplog.text
     caplog.clear()
