@@ -1,3 +1,3 @@
-from mixquant_sglang.cli import main
+from mixquant_sglang.tools.cli import main
 
 raise SystemExit(main())

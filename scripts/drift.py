@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from mixquant_sglang.hooks.table import HOOKS, Hook
+from mixquant_sglang.host.hooks.table import HOOKS, Hook
 
 PINS = sorted(p.stem.removeprefix("sglang-") for p in (Path(__file__).parent / "pins").glob("sglang-*.txt"))
 NEWEST = "newest"

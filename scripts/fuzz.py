@@ -38,10 +38,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mixquant_sglang import recipe
-from mixquant_sglang.checkpoint.quantize import quantize_checkpoint
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels import Device, select
-from mixquant_sglang.prefill_weights.weights import PrefillWeights
+from mixquant_sglang.recipe.select import Device, select
+from mixquant_sglang.tools.quantize.command import quantize_checkpoint
+from mixquant_sglang.weights.ready_made import PrefillWeights
 
 VALID = {"prefill": "bf16"}
 LONG, CUT = 0, 599

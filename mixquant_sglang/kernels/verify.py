@@ -20,7 +20,7 @@ import torch
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
-from mixquant_sglang.kernels.base import PackedLinear
+from mixquant_sglang.kernels.linear.base import PackedLinear
 
 TOLERANCE = 2.0**-8
 ROWS = (16, 257, 1024)

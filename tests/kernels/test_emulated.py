@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mixquant_sglang.formats import nvfp4
-from mixquant_sglang.kernels import packed_linear
-from mixquant_sglang.kernels.emulated import EmulatedNVFP4
+from mixquant_sglang.kernels.linear.emulated import EmulatedNVFP4
+from mixquant_sglang.kernels.registry import packed_linear
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and torch sees none")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]

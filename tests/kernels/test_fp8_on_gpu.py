@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mixquant_sglang.formats import fp8
-from mixquant_sglang.kernels.emulated import EmulatedFP8
-from mixquant_sglang.kernels.hopper import NativeFP8
+from mixquant_sglang.kernels.linear.emulated import EmulatedFP8
+from mixquant_sglang.kernels.linear.native_fp8 import NativeFP8
 
 pytestmark = pytest.mark.gpu
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixquant_sglang.kernels import gemm
-from mixquant_sglang.kernels.gemm import CANDIDATES, Cell, GemmTable
+from mixquant_sglang.kernels.tuning import fp8_gemm
+from mixquant_sglang.kernels.tuning.fp8_gemm import CANDIDATES, Cell, GemmTable
 
 pytestmark = pytest.mark.gpu
 
@@ -23,7 +23,7 @@ TOLERANCE = 4e-3  # BF16 rounding of the output is 1.7e-3; the rest is FP8 accum
 @pytest.fixture(autouse=True)
 def no_table() -> Iterator[None]:
     yield
-    gemm.use(GemmTable({}))
+    fp8_gemm.use(GemmTable({}))
 
 
 def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,17 +96,17 @@ def test_a_row_does_not_depend_on_the_others(name: str, m: int) -> None:
 def test_in_a_cuda_graph(name: str, with_bias: bool) -> None:
     m, n, k = 130, 4096, 4096
     others = {other: 9.0 for other in CANDIDATES if other != name}
-    gemm.use(GemmTable({(n, k, 256): Cell({name: 1.0, **others}, {})}))
+    fp8_gemm.use(GemmTable({(n, k, 256): Cell({name: 1.0, **others}, {})}))
     xq, wq, sx, sw = operands(m, n, k)
     bias = torch.randn(n, dtype=torch.bfloat16, device="cuda") if with_bias else None
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        gemm.scaled_mm(xq, wq, sx, sw, bias)
+        fp8_gemm.scaled_mm(xq, wq, sx, sw, bias)
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = gemm.scaled_mm(xq, wq, sx, sw, bias)
+        captured = fp8_gemm.scaled_mm(xq, wq, sx, sw, bias)
     xq.view(torch.uint8).copy_(xq.view(torch.uint8).flip(0))  # flip copies
     sx.mul_(3)
     captured.fill_(torch.nan)
@@ -118,13 +118,13 @@ def test_tuning_real_shapes_takes_a_second_and_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MIXQUANT_CACHE_DIR", str(tmp_path))
-    caplog.set_level(logging.INFO, logger=gemm.logger.name)
+    caplog.set_level(logging.INFO, logger=fp8_gemm.logger.name)
     import sgl_kernel  # noqa: F401  SGLang has imported it long before it loads a model
 
     numbers, held = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     begin = time.monotonic()
-    table = gemm.load_or_tune(QWEN3_8B, ROWS, torch.device("cuda"), {"sgl_kernel": "test"})
+    table = fp8_gemm.load_or_tune(QWEN3_8B, ROWS, torch.device("cuda"), {"sgl_kernel": "test"})
     took = time.monotonic() - begin
     peak = torch.cuda.max_memory_allocated() - held
     print(f"{table}\ntook {took:.2f} s, at most {peak / 2**20:.0f} MiB")
@@ -138,6 +138,6 @@ def test_tuning_real_shapes_takes_a_second_and_no_memory(
         least = 2 * n * k * 16384 / 1e16 * 1e3  # no GPU of today does 10 PFLOP/s in dense FP8
         assert all(ms > least for ms in table.cells[n, k, 16384].ms.values())
     begin = time.monotonic()
-    again = gemm.load_or_tune(QWEN3_8B, ROWS, torch.device("cuda"), {"sgl_kernel": "test"})
+    again = fp8_gemm.load_or_tune(QWEN3_8B, ROWS, torch.device("cuda"), {"sgl_kernel": "test"})
     assert again.cells == table.cells and time.monotonic() - begin < 0.5
     assert sum("(cached)" in record.getMessage() for record in caplog.records) == len(QWEN3_8B)

@@ -9,4 +9,4 @@ with warnings.catch_warnings():
     import sglang.srt.layers.quantization.modelopt_quant
     import sglang.srt.managers.scheduler  # noqa: F401
 
-    import mixquant_sglang.method  # noqa: F401
+    import mixquant_sglang.layers.linear  # noqa: F401

@@ -15,17 +15,21 @@ import pytest
 import torch
 from sglang.srt.layers.quantization import modelopt_quant
 
-from mixquant_sglang import compat, phase, recipe
+from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
-from mixquant_sglang.kernels import Selection, blackwell, fp4_tactics
-from mixquant_sglang.kernels import activations as quantized
-from mixquant_sglang.kernels.blackwell import NativeNVFP4
-from mixquant_sglang.kernels.emulated import EmulatedNVFP4
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.kernels import operands as quantized
+from mixquant_sglang.kernels.linear import native_nvfp4
+from mixquant_sglang.kernels.linear.emulated import EmulatedNVFP4
+from mixquant_sglang.kernels.linear.native_nvfp4 import NativeNVFP4
+from mixquant_sglang.kernels.rows import EagerRows
+from mixquant_sglang.kernels.tuning import fp4_gemm
 from mixquant_sglang.kernels.verify import ROWS, TOLERANCE, Pair, activations, verify
-from mixquant_sglang.phase import Pass, Phase
-from mixquant_sglang.rows import EagerRows
-from mixquant_sglang.runtime import Runtime
+from mixquant_sglang.passes.running import Pass, scope
+from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.recipe.select import Selection
+from mixquant_sglang.versions import compat
 from tests.support.blackwell import CALLS, gemm, install
 
 SHAPES = [(128, 64), (96, 48), (40, 80), (256, 256)]  # with and without padding of N to 32 and K to 32
@@ -33,8 +37,8 @@ SHAPES = [(128, 64), (96, 48), (40, 80), (256, 256)]  # with and without padding
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blackwell, "fp4_linear_method", None)
-    monkeypatch.setattr(blackwell, "own_quantizer", None)
+    monkeypatch.setattr(native_nvfp4, "fp4_linear_method", None)
+    monkeypatch.setattr(native_nvfp4, "own_quantizer", None)
     monkeypatch.setenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", "1")
     install(monkeypatch.setattr)
     compat.provide_fp4_linear_method()
@@ -130,7 +134,7 @@ def test_some_rows_of_an_operand() -> None:
 
 def test_the_linear_method_runs_it() -> None:
     """Fused or not, protected rows and the rows that are read, as with the emulated kernel."""
-    from mixquant_sglang.method import MixQuantLinearMethod
+    from mixquant_sglang.layers.linear import MixQuantLinearMethod
 
     asked = recipe.load("nvfp4-emulated")
     rows = EagerRows(9, ((3, 4), (8, 9)), torch.device("cpu"))
@@ -142,12 +146,12 @@ def test_the_linear_method_runs_it() -> None:
         torch.manual_seed(0)
         layer.weight.data = torch.randn(96, 80, dtype=torch.bfloat16)
         method.process_weights_after_loading(layer)
-        with phase.scope(Pass(Phase.PREFILL, rows)):
+        with scope(Pass(Role.PROMPT, rows)):
             fmt, kept = method.fusable(9)
             fused = quantized.quantize(x, fmt, kept)
             both = [method.apply(layer, x), method.apply(layer, fused)]
         method.unread = torch.zeros
-        with phase.scope(Pass(Phase.PREFILL, rows, EagerRows(9, ((3, 4), (6, 9)), x.device))):
+        with scope(Pass(Role.PROMPT, rows, EagerRows(9, ((3, 4), (6, 9)), x.device))):
             both += [method.apply(layer, x), method.apply(layer, fused)]
         assert torch.equal(both[0], both[1]) and torch.equal(both[2], both[3])
         results.append(both)
@@ -297,7 +301,7 @@ class Measuring:
     [(1, [256]), (256, [256]), (257, [256, 512]), (8192, [256, 512, 1024, 2048, 4096, 8192])],
 )
 def test_row_counts_that_are_measured(most: int, rows: list[int]) -> None:
-    assert fp4_tactics.buckets(most) == rows
+    assert fp4_gemm.buckets(most) == rows
 
 
 @pytest.mark.parametrize("most", [256, 300, 5000, 8192, 10000])
@@ -305,7 +309,7 @@ def test_flashinfer_then_knows_every_row_count(most: int) -> None:
     """One run in a measuring context measures every bucket up to its rows; later calls look for ``map``'s."""
     from flashinfer.fused_moe.utils import get_hybrid_num_tokens_buckets, map_to_hybrid_bucket_uncapped
 
-    measured = {m for rows in fp4_tactics.buckets(most) for m in get_hybrid_num_tokens_buckets(rows)}
+    measured = {m for rows in fp4_gemm.buckets(most) for m in get_hybrid_num_tokens_buckets(rows)}
     assert {map_to_hybrid_bucket_uncapped(m) for m in range(1, most + 1)} <= measured
 
 
@@ -316,7 +320,7 @@ def test_each_shape_is_measured_once_for_each_row_count(monkeypatch: pytest.Monk
     linears += [NativeNVFP4(weights[0], ready=ready), EmulatedNVFP4(weights[0])]
     measuring = Measuring(monkeypatch)
     state = torch.get_rng_state()
-    tuned = fp4_tactics.tune(linears, 700, measuring)
+    tuned = fp4_gemm.tune(linears, 700, measuring)
     shapes = [(64, 32), (64, 96), (32, 32), (32, 32)]
     assert sorted(measuring.ran) == sorted((m, *shape) for shape in shapes for m in (256, 512, 1024))
     assert torch.equal(torch.get_rng_state(), state)
@@ -327,9 +331,9 @@ def test_too_little_memory_to_measure(monkeypatch: pytest.MonkeyPatch, caplog: p
     linears = [NativeNVFP4(torch.randn(n, 32, dtype=torch.bfloat16)) for n in (64, 96)]
     measuring = Measuring(monkeypatch)
     measuring.too_large = 256
-    fp4_tactics.tune(linears, 512, measuring)
+    fp4_gemm.tune(linears, 512, measuring)
     assert measuring.ran == [(256, 64, 32), (256, 96, 32)]
-    assert [r.getMessage() for r in caplog.records if r.name == fp4_tactics.__name__] == [
+    assert [r.getMessage() for r in caplog.records if r.name == fp4_gemm.__name__] == [
         f"mixquant: FP4 GEMM (({n}, 32),): too little memory to tune it with 512 rows" for n in (64, 96)
     ]
 

@@ -11,19 +11,22 @@ import torch
 import torch.nn.functional as F
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-from mixquant_sglang import bypasses, config, phase, recipe
-from mixquant_sglang.hooks import bypasses as hooks
-from mixquant_sglang.hooks import table
-from mixquant_sglang.kernels import Device, select
-from mixquant_sglang.method import MixQuantLinearMethod
-from mixquant_sglang.outputs import ReadRows
-from mixquant_sglang.phase import DECODE_PASS, Pass, Phase
-from mixquant_sglang.rows import EagerRows
-from mixquant_sglang.runtime import Runtime
+from mixquant_sglang import recipe
+from mixquant_sglang.host import config
+from mixquant_sglang.host.hooks import bypasses as hooks
+from mixquant_sglang.host.hooks import table
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.kernels.rows import EagerRows
+from mixquant_sglang.layers import bypasses
+from mixquant_sglang.layers.linear import MixQuantLinearMethod
+from mixquant_sglang.layers.outputs import ReadRows
+from mixquant_sglang.passes.running import DECODE_PASS, Pass, scope
+from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.recipe.select import Device, select
 
 CPU = torch.device("cpu")
-LOW = Pass(Phase.PREFILL)
-PROTECTING = Pass(Phase.PREFILL, EagerRows(5, ((4, 5),), CPU))
+LOW = Pass(Role.PROMPT)
+PROTECTING = Pass(Role.PROMPT, EagerRows(5, ((4, 5),), CPU))
 
 
 class Linear(torch.nn.Module):
@@ -68,7 +71,7 @@ def test_what_is_left_to_sglang(name: str | None, running: Pass, left: bool) -> 
         asked.append(args)
         return True
 
-    with phase.scope(running):
+    with scope(running):
         assert bypasses.left_to_sglang(linear, X) == left
         assert hooks.can_run_dual_gemm(stock, "dual gemm", X, linear) == left
         assert not bypasses.left_to_sglang(linear, ReadRows(X, 9))
@@ -95,7 +98,7 @@ def test_mla_projections_of_few_rows(monkeypatch: pytest.MonkeyPatch, running: P
     monkeypatch.setattr(fused_a_gemm, "dsv3_fused_a_gemm", kernel)
     linear = Linear("nvfp4-emulated")
     stock = inspect.unwrap(fused_a_gemm.linear_with_fused_a_gemm)
-    with phase.scope(running):
+    with scope(running):
         y = hooks.run_fused_a_gemm(stock, linear, X, backend="auto")
         assert torch.equal(y, linear(X)[0])
     assert ran == ([torch.Size((64, 32))] if running is DECODE_PASS else [])
@@ -128,13 +131,13 @@ def test_input_projections_in_one(monkeypatch: pytest.MonkeyPatch, names: tuple[
     monkeypatch.setattr(qwen3_5, "bf16_gemm_dispatch", dispatch)
     block.finalize_fused_in_proj()
     assert block._fused_in_proj_weight is not None
-    with phase.scope(LOW):
+    with scope(LOW):
         block._forward_input_proj(X)
     assert multiplied == [torch.Size((48, 64))]  # what is to be mended: a low pass in BF16
     multiplied.clear()
     assert bypasses.guard(block) == 1
     for running in (LOW, PROTECTING):
-        with phase.scope(running):
+        with scope(running):
             low = block._forward_input_proj(X)
             assert multiplied == [] and torch.equal(low[0], block.in_proj_qkvz(X)[0])
             assert torch.equal(low[1], block.in_proj_ba(X)[0]) and not torch.equal(low[0], separate[0])
@@ -158,7 +161,7 @@ def test_an_addend() -> None:
     linear, addend = Linear("nvfp4-emulated"), torch.ones(5, 32, dtype=torch.bfloat16)
     method = linear.quant_method
     for running in (LOW, PROTECTING):
-        with phase.scope(running):
+        with scope(running):
             assert torch.equal(method.apply_with_addend(linear, X, addend.clone()), method.apply(linear, X) + addend)
     if hasattr(UnquantizedLinearMethod, "apply_with_addend"):
         stock = Linear(None).quant_method.apply_with_addend(linear, X, addend.clone())

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixquant_sglang import compat, recipe
-from mixquant_sglang.cli import main
-from mixquant_sglang.hooks import table
-from mixquant_sglang.kernels import Device
+from mixquant_sglang import recipe
+from mixquant_sglang.host.hooks import table
+from mixquant_sglang.recipe.select import Device
+from mixquant_sglang.tools.cli import main
+from mixquant_sglang.versions import compat
 
 
 @pytest.fixture(autouse=True)

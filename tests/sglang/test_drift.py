@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixquant_sglang.hooks import table
+from mixquant_sglang.host.hooks import table
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

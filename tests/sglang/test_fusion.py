@@ -11,30 +11,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mixquant_sglang import phase, recipe
-from mixquant_sglang.kernels import Device, emulated, gemm, select
-from mixquant_sglang.kernels.activations import QuantizedActivations
-from mixquant_sglang.phase import DECODE_PASS, Pass, Phase
-from mixquant_sglang.rows import CapturedRows, EagerRows, RequestRows, RowPlan, plan, row_numbers
-from mixquant_sglang.runtime import Runtime
+from mixquant_sglang import recipe
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.kernels.linear import emulated
+from mixquant_sglang.kernels.operands import QuantizedActivations
+from mixquant_sglang.kernels.rows import CapturedRows, EagerRows, row_numbers
+from mixquant_sglang.kernels.tuning import fp8_gemm
+from mixquant_sglang.passes.rows import RequestRows, RowSplit, split_rows
+from mixquant_sglang.passes.running import DECODE_PASS, Pass, scope
+from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.recipe.select import Device, select
 
-compat = pytest.importorskip("mixquant_sglang.compat")
+compat = pytest.importorskip("mixquant_sglang.versions.compat")
 
 # SGLang's norms take one kind of tensor for a process: CUDA's where there is a GPU.
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="SGLang's norms run on the GPU that is here")
 DEVICES = [pytest.param("cpu", marks=ON_CPU), pytest.param("cuda", marks=pytest.mark.gpu)]
 TOKENS, HIDDEN, WIDE = 9, 64, 160
-ROWS = plan([RequestRows(4, 0, 4), RequestRows(4, 0, 90), RequestRows(1, 5, 4, True)], last_prompt_token=True)
+ROWS = split_rows([RequestRows(4, 0, 4), RequestRows(4, 0, 90), RequestRows(1, 5, 4, True)], last_prompt_token=True)
 PROTECTED, OTHERS = [3, 8], [0, 1, 2, 4, 5, 6, 7]
 
 
-def eager(rows: RowPlan, device: torch.device) -> EagerRows:
+def eager(rows: RowSplit, device: torch.device) -> EagerRows:
     return EagerRows(rows.total, rows.protected, device)
 
 
 class Linear(torch.nn.Module):
     def __init__(self, run: Runtime, name: str, n: int, k: int, device: str) -> None:
-        from mixquant_sglang.method import MixQuantLinearMethod
+        from mixquant_sglang.layers.linear import MixQuantLinearMethod
 
         super().__init__()
         self.quant_method = MixQuantLinearMethod(run, name, run.selection.prefill, run.selection.decode)
@@ -85,7 +89,7 @@ def outputs(layer: torch.nn.Module, running: Pass, device: str) -> list[torch.Te
     """qkv of the first norm; then gate_up, down and the residual of the second."""
     torch.manual_seed(1)
     x, residual = (torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16, device=device) for _ in range(2))
-    with phase.scope(running):
+    with scope(running):
         qkv = layer.self_attn.qkv_proj(layer.input_layernorm(x.clone()))
         qkv = torch.cat(qkv.split([HIDDEN, HIDDEN // 2, HIDDEN // 2], dim=-1), dim=-1)
         y, residual = layer.post_attention_layernorm(x.clone(), residual)
@@ -97,10 +101,10 @@ def outputs(layer: torch.nn.Module, running: Pass, device: str) -> list[torch.Te
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
 def test_fused_equals_unfused(name: str, device: str) -> None:
-    from mixquant_sglang.fusion import fuse
+    from mixquant_sglang.layers.fused import fuse
 
     layer = block(name, device)
-    passes = [Pass(Phase.PREFILL), Pass(Phase.PREFILL, eager(ROWS, torch.device(device))), DECODE_PASS]
+    passes = [Pass(Role.PROMPT), Pass(Role.PROMPT, eager(ROWS, torch.device(device))), DECODE_PASS]
     plain = [outputs(layer, running, device) for running in passes]
     stock = [layer.input_layernorm._forward_method, layer.mlp.act_fn._forward_method]
     emulated_fp8 = name == "fp8" and device == "cpu"  # quantises by itself
@@ -126,12 +130,12 @@ def test_fused_equals_unfused(name: str, device: str) -> None:
 @ON_CPU
 @pytest.mark.parametrize("name", ["nvfp4-emulated"])
 def test_protected_rows_get_the_norm_that_bf16_gets(name: str) -> None:
-    from mixquant_sglang.fusion import fuse
+    from mixquant_sglang.layers.fused import fuse
 
     layer = block(name, "cpu")
     fuse(layer)
     rows = eager(ROWS, torch.device("cpu"))
-    fused = outputs(layer, Pass(Phase.PREFILL, rows), "cpu")
+    fused = outputs(layer, Pass(Role.PROMPT, rows), "cpu")
     high = outputs(layer, DECODE_PASS, "cpu")
     assert torch.equal(fused[0][PROTECTED], high[0][PROTECTED])
     assert torch.equal(fused[1][PROTECTED], high[1][PROTECTED])
@@ -140,12 +144,12 @@ def test_protected_rows_get_the_norm_that_bf16_gets(name: str) -> None:
 
 @ON_CPU
 def test_whoever_reads_the_missing_matrix_gets_an_error() -> None:
-    from mixquant_sglang.fusion import fuse
+    from mixquant_sglang.layers.fused import fuse
 
     layer = block("nvfp4-emulated", "cpu")
     fuse(layer)
     x = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16)
-    with phase.scope(Pass(Phase.PREFILL)):
+    with scope(Pass(Role.PROMPT)):
         y = layer.input_layernorm(x)
         assert isinstance(y, QuantizedActivations) and y.shape == x.shape and not hasattr(y, "_sglang_some_flag")
         with pytest.raises(TypeError, match=r"linear got activations .* set 'prefill: {fuse: false}'"):
@@ -157,7 +161,7 @@ def test_whoever_reads_the_missing_matrix_gets_an_error() -> None:
 
 
 def test_what_is_not_fused() -> None:
-    from mixquant_sglang.fusion import fuse
+    from mixquant_sglang.layers.fused import fuse
 
     layer = block("nvfp4-emulated", "cpu")
     layer.input_layernorm.cast_x_before_out_mul = True
@@ -165,19 +169,19 @@ def test_what_is_not_fused() -> None:
     layer.mlp.act_fn._forward_method = lambda x: x
     assert not fuse(layer)
     layer = block("nvfp4-emulated", "cpu")
-    layer.mlp.down_proj.quant_method.precision = dict.fromkeys(Phase, "bf16")
+    layer.mlp.down_proj.quant_method.precision = dict.fromkeys(Role, "bf16")
     assert fuse(layer) == Counter(RMSNorm=2)
     assert not fuse(torch.nn.Sequential(block("nvfp4-emulated", "cpu").mlp.gate_up_proj))
 
 
 @ON_CPU
 def test_no_rows_and_additions_take_the_plain_norm() -> None:
-    from mixquant_sglang.fusion import fuse
+    from mixquant_sglang.layers.fused import fuse
 
     layer = block("nvfp4-emulated", "cpu")
     fuse(layer)
     x = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16)
-    with phase.scope(Pass(Phase.PREFILL)):
+    with scope(Pass(Role.PROMPT)):
         assert isinstance(layer.input_layernorm(x[:0]), torch.Tensor)
         y, _ = layer.input_layernorm(x, x.clone(), x.clone())
         assert isinstance(y, torch.Tensor)
@@ -185,8 +189,8 @@ def test_no_rows_and_additions_take_the_plain_norm() -> None:
         assert isinstance(layer.input_layernorm(gaps), torch.Tensor)
         y, _ = layer.input_layernorm(x.clone(), gaps)
         assert isinstance(y, torch.Tensor)
-        wrong = eager(plan([RequestRows(5, 0, 5)], last_prompt_token=True), x.device)
-        with phase.scope(Pass(Phase.PREFILL, wrong)), pytest.raises(RuntimeError, match="qkv_proj got 9 rows"):
+        wrong = eager(split_rows([RequestRows(5, 0, 5)], last_prompt_token=True), x.device)
+        with scope(Pass(Role.PROMPT, wrong)), pytest.raises(RuntimeError, match="qkv_proj got 9 rows"):
             layer.input_layernorm(x)
 
 
@@ -235,7 +239,7 @@ class Results:
 def forward(model: torch.nn.Module, x: torch.Tensor, residual: torch.Tensor, running: Pass) -> Results:
     """The last layer and the final norm as SGLang runs them; each row attends to itself and the rows before it."""
     layer = model.model.layers[-1]
-    with phase.scope(running):
+    with scope(running):
         y, residual = layer.input_layernorm(x.clone(), residual.clone())
         q, k, v = layer.self_attn.qkv_proj(y).split([HIDDEN, HIDDEN // 2, HIDDEN // 2], dim=-1)
         assert (q.is_cuda and torch.cuda.is_current_stream_capturing()) or q.isfinite().all()
@@ -285,7 +289,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     monkeypatch.setattr(CapturedRows, "gather", gather)
     monkeypatch.setattr(CapturedRows, "scatter", scatter)
-    monkeypatch.setattr(gemm, "CANDIDATES", {"exact": exact_fp8})
+    monkeypatch.setattr(fp8_gemm, "CANDIDATES", {"exact": exact_fp8})
     monkeypatch.setattr(emulated.EmulatedNVFP4, "multiply", exact_nvfp4)
     monkeypatch.setattr(
         UnquantizedLinearMethod, "apply", lambda self, layer, x, bias=None: exact_linear(x, layer.weight, bias)
@@ -302,7 +306,7 @@ class Pair:
 
 
 def pair(name: str, *, protect: bool, fused: bool, change: Callable[[torch.nn.Module], None] | None = None) -> Pair:
-    from mixquant_sglang.fusion import fuse, prune_last_layer
+    from mixquant_sglang.layers.fused import fuse, prune_last_layer
 
     models = []
     for _ in range(2):
@@ -315,7 +319,7 @@ def pair(name: str, *, protect: bool, fused: bool, change: Callable[[torch.nn.Mo
         models.append(causal_lm(layer))
     assert prune_last_layer(models[1])
     run = models[1].model.layers[-1].mlp.down_proj.quant_method._runtime
-    run.prunes = True
+    run.schedule.prunes = True
     return Pair(*models, run)
 
 
@@ -332,7 +336,7 @@ def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
 def test_the_last_layer_computes_the_rows_that_are_read(name: str, protect: bool, fused: bool, batch: str) -> None:
     both, requests = pair(name, protect=protect, fused=fused), BATCHES[batch]
-    planned = both.run.plan_prefill(requests, torch.device("cpu"))
+    planned = both.run.schedule.prefill(requests, torch.device("cpu"))
     assert planned.running.read is not None
     x = inputs(sum(r.new for r in requests))
     whole = forward(both.whole, *x, replace(planned.running, read=None))
@@ -340,7 +344,7 @@ def test_the_last_layer_computes_the_rows_that_are_read(name: str, protect: bool
     assert torch.equal(pruned.keys_and_values, whole.keys_and_values)
     kept = sampled(requests) if protect else last_rows(requests)
     assert torch.equal(pruned.normed[kept], whole.normed[kept])
-    low = forward(both.whole, *x, Pass(Phase.PREFILL))
+    low = forward(both.whole, *x, Pass(Role.PROMPT))
     high = {*row_numbers(planned.protected).tolist()} & {*kept}
     assert all(not torch.equal(pruned.normed[i], low.normed[i]) for i in high)
     assert bool(high) == ((protect and bool(kept)) or "bf16" in batch or "others" in batch)
@@ -355,7 +359,7 @@ def test_the_last_layer_computes_the_rows_that_are_read(name: str, protect: bool
 def test_where_all_rows_are_read_nothing_is_left_out(name: str, protect: bool) -> None:
     """Input logprobs, hidden states; and decode."""
     both = pair(name, protect=protect, fused=True)
-    planned = both.run.plan_prefill(BATCHES["several"], torch.device("cpu"), reads_all=True)
+    planned = both.run.schedule.prefill(BATCHES["several"], torch.device("cpu"), reads_all=True)
     for running in (planned.running, DECODE_PASS):
         x = inputs(sum(r.new for r in BATCHES["several"]))
         whole, pruned = (forward(model, *x, running) for model in (both.whole, both.pruned))
@@ -369,13 +373,13 @@ def test_where_all_rows_are_read_nothing_is_left_out(name: str, protect: bool) -
 def test_rows_that_a_captured_graph_reads(name: str, protect: bool) -> None:
     """One graph of 24 rows replays passes of fewer: the rows beyond are padding, and most slots are not in use."""
     both = pair(name, protect=protect, fused=True)
-    captured = both.run.captured_pass(24, 64, torch.device("cpu"))
+    captured = both.run.graphs.captured_pass(24, 64, torch.device("cpu"))
     assert captured.read is not None and (captured.read is captured.rows) == protect
     assert len(captured.read.slots) == (24 if protect else 0)  # rows that are only picked out have no inverse to fill
     for requests in (BATCHES["several"], BATCHES["one prompt"], BATCHES["middle chunk"], BATCHES["several"][::-1]):
-        planned = both.run.plan_prefill(requests, torch.device("cpu"))
-        assert both.run.can_replay(planned)
-        both.run.load_graph(planned)
+        planned = both.run.schedule.prefill(requests, torch.device("cpu"))
+        assert both.run.graphs.can_replay(planned)
+        both.run.graphs.load(planned)
         tokens = sum(r.new for r in requests)
         x, residual = inputs(tokens)
         padded = [torch.cat([part, torch.full((24 - tokens, HIDDEN), 7.0).bfloat16()]) for part in (x, residual)]
@@ -393,7 +397,7 @@ def test_rows_that_a_captured_graph_reads(name: str, protect: bool) -> None:
 @pytest.mark.parametrize("protect", [False, True])
 def test_the_last_layer_with_a_linear_in_bf16(kept_high: str, protect: bool) -> None:
     def change(layer: torch.nn.Module) -> None:
-        layer.get_submodule(kept_high).quant_method.precision = dict.fromkeys(Phase, "bf16")
+        layer.get_submodule(kept_high).quant_method.precision = dict.fromkeys(Role, "bf16")
 
     class Plain:
         def __init__(self, method: object) -> None:
@@ -409,7 +413,7 @@ def test_the_last_layer_with_a_linear_in_bf16(kept_high: str, protect: bool) -> 
     for changed in (change, stock):
         both = pair("fp8", protect=protect, fused=True, change=changed)
         for requests in (BATCHES["several"], BATCHES["middle chunk"]):
-            planned = both.run.plan_prefill(requests, torch.device("cpu"))
+            planned = both.run.schedule.prefill(requests, torch.device("cpu"))
             x = inputs(sum(r.new for r in requests))
             whole = forward(both.whole, *x, replace(planned.running, read=None))
             pruned = forward(both.pruned, *x, planned.running)
@@ -429,7 +433,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return exact_fp8(x, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(gemm, "CANDIDATES", {"exact": counted})
+        patch.setattr(fp8_gemm, "CANDIDATES", {"exact": counted})
         yield rows
 
 
@@ -440,7 +444,7 @@ def test_how_many_rows_the_last_layer_multiplies(monkeypatch: pytest.MonkeyPatch
     several = BATCHES["several"]
     for protect, expected in ((False, [3, 12, 3, 3, 3]), (True, [12])):
         both = pair("fp8", protect=protect, fused=True)
-        running = both.run.plan_prefill(several, torch.device("cpu")).running
+        running = both.run.schedule.prefill(several, torch.device("cpu")).running
         with counting(monkeypatch) as rows:
             forward(both.pruned, *inputs(12), running)
         assert rows == expected
@@ -449,13 +453,13 @@ def test_how_many_rows_the_last_layer_multiplies(monkeypatch: pytest.MonkeyPatch
 @ON_CPU
 @pytest.mark.usefixtures("exact")
 def test_whoever_reads_the_rows_left_out_gets_an_error() -> None:
-    from mixquant_sglang.outputs import ReadRows
+    from mixquant_sglang.layers.outputs import ReadRows
 
     both = pair("nvfp4-emulated", protect=False, fused=True)
-    running = both.run.plan_prefill(BATCHES["several"], torch.device("cpu")).running
+    running = both.run.schedule.prefill(BATCHES["several"], torch.device("cpu")).running
     layer = both.pruned.model.layers[-1]
     x, residual = inputs(12)
-    with phase.scope(running):
+    with scope(running):
         y, residual = layer.post_attention_layernorm(x, residual)
         assert isinstance(y, ReadRows) and y.shape == x.shape
         with pytest.raises(TypeError, match=r"linear got the last layer's rows .* set 'prefill: {fuse: false}'"):
@@ -469,7 +473,7 @@ def test_whoever_reads_the_rows_left_out_gets_an_error() -> None:
 @pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
 def test_a_captured_graph_of_the_last_layer(name: str, protect: bool) -> None:
     """Replays against the whole layer run eagerly: a GEMM of fewer rows may round another way."""
-    from mixquant_sglang.fusion import fuse, prune_last_layer
+    from mixquant_sglang.layers.fused import fuse, prune_last_layer
 
     layer = block(name, "cuda", protect_last_prompt_token=protect)
     fuse(layer)
@@ -480,13 +484,13 @@ def test_a_captured_graph_of_the_last_layer(name: str, protect: bool) -> None:
     expected = []
     for requests in BATCHES.values():
         tokens = sum(r.new for r in requests)
-        planned = run.plan_prefill(requests, device)
+        planned = run.schedule.prefill(requests, device)
         for static, part in zip((x, residual), inputs(tokens), strict=True):
             static[:tokens] = part.to(device)
         expected.append(forward(model, x[:tokens], residual[:tokens], planned.running))
     assert prune_last_layer(model)
-    run.prunes = True
-    captured = run.captured_pass(24, 64, device)
+    run.schedule.prunes = True
+    captured = run.graphs.captured_pass(24, 64, device)
     forward(model, x, residual, captured)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -494,14 +498,14 @@ def test_a_captured_graph_of_the_last_layer(name: str, protect: bool) -> None:
         out = forward(model, x, residual, captured)
     for requests, whole in zip(BATCHES.values(), expected, strict=True):
         tokens = sum(r.new for r in requests)
-        planned = run.plan_prefill(requests, device)
+        planned = run.schedule.prefill(requests, device)
         for static, part in zip((x, residual), inputs(tokens), strict=True):
             static.fill_(7)
             static[:tokens] = part.to(device)
         kept = sampled(requests) if protect else last_rows(requests)
         results = [forward(model, x[:tokens], residual[:tokens], planned.running)]
-        if run.can_replay(planned):
-            run.load_graph(planned)
+        if run.graphs.can_replay(planned):
+            run.graphs.load(planned)
             out.normed.fill_(torch.nan)
             graph.replay()
             assert bool(out.normed.isfinite().all())
@@ -516,7 +520,7 @@ def test_a_captured_graph_of_the_last_layer(name: str, protect: bool) -> None:
 
 
 def test_what_is_not_pruned() -> None:
-    from mixquant_sglang.fusion import prune_last_layer
+    from mixquant_sglang.layers.fused import prune_last_layer
 
     layer = block("nvfp4-emulated", "cpu")
     model = causal_lm(layer)
@@ -524,5 +528,5 @@ def test_what_is_not_pruned() -> None:
     assert not prune_last_layer(model)
     assert not prune_last_layer(torch.nn.Sequential(layer))
     for linear in (layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
-        linear.quant_method.precision = dict.fromkeys(Phase, "bf16")
+        linear.quant_method.precision = dict.fromkeys(Role, "bf16")
     assert not prune_last_layer(causal_lm(layer))

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from mixquant_sglang import compat, recipe
+from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.hooks import forward, launcher, requests, table
-from mixquant_sglang.rows import RequestRows
+from mixquant_sglang.host.hooks import forward, launcher, requests, table
+from mixquant_sglang.passes.rows import RequestRows
+from mixquant_sglang.versions import compat
 
 LEDGER = Path(__file__).resolve().parents[2] / "patches" / "README.md"
 
@@ -40,7 +41,7 @@ def test_a_hook_is_left_out_only_where_there_is_nothing_to_hook(monkeypatch: pyt
         else:
             assert hook in table.hooks_of()
     there, nowhere = (
-        table.Hook("plan_batch", "after", "scheduler", ("sglang.gone",), "is a test", only_with=module)
+        table.Hook("schedule_batch", "after", "scheduler", ("sglang.gone",), "is a test", only_with=module)
         for module in ("sglang.srt.server_args", "sglang.not_a_package.module")
     )
     monkeypatch.setattr(table, "HOOKS", (there, nowhere))
@@ -104,11 +105,11 @@ def test_a_hook_that_did_not_take_effect_is_found(monkeypatch: pytest.MonkeyPatc
 
     def other(result: Any, *args: Any) -> None: ...
 
-    hook = table.Hook("plan_batch", "after", "scheduler", ("here.made",), "is a test")
+    hook = table.Hook("schedule_batch", "after", "scheduler", ("here.made",), "is a test")
     monkeypatch.setattr(table, "target_of", lambda hook: "here.made")
     monkeypatch.setattr(table.pkgutil, "resolve_name", lambda name: Target.made)
     assert not table.took_effect(hook)
-    wrapped = _wrap_fn(Target.__dict__["made"].__func__, forward.plan_batch, HookType.AFTER)
+    wrapped = _wrap_fn(Target.__dict__["made"].__func__, forward.schedule_batch, HookType.AFTER)
     Target.made = classmethod(_wrap_fn(wrapped, other, HookType.AFTER))  # somebody else's hook on top of ours
     assert table.took_effect(hook)
     Target.made = classmethod(_wrap_fn(Target.__dict__["made"].__func__.__wrapped__, other, HookType.AFTER))
@@ -116,7 +117,7 @@ def test_a_hook_that_did_not_take_effect_is_found(monkeypatch: pytest.MonkeyPatc
 
 
 def test_config_refuses_where_the_hooks_are_missing() -> None:
-    from mixquant_sglang.config import MixQuantConfig
+    from mixquant_sglang.host.config import MixQuantConfig
 
     with pytest.raises(SystemExit, match=r"the hook on .* is not in place.*--quantization mixquant"):
         MixQuantConfig()
@@ -148,9 +149,9 @@ def test_arguments_that_are_already_resolved_are_left_alone(monkeypatch: pytest.
 def test_a_batch_without_a_plan_replays_no_prefill_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from mixquant_sglang import runtime
-    from mixquant_sglang.hooks import graphs
-    from mixquant_sglang.kernels import Device, select
+    from mixquant_sglang.host import runtime
+    from mixquant_sglang.host.hooks import graphs
+    from mixquant_sglang.recipe.select import Device, select
 
     asked = recipe.load("nvfp4")
     run = runtime.Runtime(asked, select(asked, Device("this CPU", None)))
@@ -158,7 +159,7 @@ def test_a_batch_without_a_plan_replays_no_prefill_graph(monkeypatch: pytest.Mon
     runner = SimpleNamespace(capture_num_tokens=[4, 8], _pad_to_bucket=lambda n, sizes: min(s for s in sizes if s >= n))
     batch = SimpleNamespace(input_ids=[1] * 5)
     assert not graphs.can_replay_prefill(lambda *_: True, runner, batch)
-    batch._mixquant_plan = run.plan_prefill([RequestRows(5, 0, 90)], torch.device("cpu"))
+    batch._mixquant_plan = run.schedule.prefill([RequestRows(5, 0, 90)], torch.device("cpu"))
     assert graphs.can_replay_prefill(lambda *_: True, runner, batch)
     assert not graphs.can_replay_prefill(lambda *_: False, runner, batch)
     run.recipe = replace(asked, min_tokens=9)  # the graph of 8 rows is BF16 then

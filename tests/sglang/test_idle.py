@@ -15,7 +15,7 @@ import torch
 ours = {t for t, hooks in HookRegistry._hooks.items() if any("mixquant" in h[1].__module__ for h in hooks)}
 assert {t.rpartition(".")[2] for t in ours} <= {"add_cli_args", "resolve_once", "__post_init__"}, ours
 assert "mixquant" in QUANTIZATION_CHOICES
-heavy = {"mixquant_sglang.config", "mixquant_sglang.method", "sglang.srt.managers.scheduler",
+heavy = {"mixquant_sglang.host.config", "mixquant_sglang.layers.linear", "sglang.srt.managers.scheduler",
          "sglang.srt.model_executor.model_runner", "sglang.srt.layers.quantization"} & sys.modules.keys()
 assert not heavy, heavy
 assert not torch.cuda.is_initialized()

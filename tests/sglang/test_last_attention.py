@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant_sglang import phase, recipe
-from mixquant_sglang.kernels import Device, select
-from mixquant_sglang.phase import DECODE_PASS, Pass
-from mixquant_sglang.rows import RequestRows
-from mixquant_sglang.runtime import Runtime
+from mixquant_sglang import recipe
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.passes.rows import RequestRows
+from mixquant_sglang.passes.running import DECODE_PASS, Pass
+from mixquant_sglang.recipe.select import Device, select
 
-compat = pytest.importorskip("mixquant_sglang.compat")
+compat = pytest.importorskip("mixquant_sglang.versions.compat")
 
 MODULE = "sglang.srt.layers.attention.flashattention_backend"
 DEVICES = [
@@ -78,7 +78,11 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     if torch.cuda.is_available():
         yield importlib.import_module(MODULE)
         return
-    for name in ("sglang.srt.models.qwen3", "sglang.srt.layers.attention.base_attn_backend", "mixquant_sglang.config"):
+    for name in (
+        "sglang.srt.models.qwen3",
+        "sglang.srt.layers.attention.base_attn_backend",
+        "mixquant_sglang.host.config",
+    ):
         importlib.import_module(name)
     known = set(sys.modules)
     kernels = ModuleType("sgl_kernel")
@@ -125,7 +129,7 @@ class Batch:
     def run(self, layer: torch.nn.Module, running: Pass, output: torch.Tensor | None = None) -> torch.Tensor:
         q, k, v = self.rows
         self.facts._attn_output = output
-        with phase.scope(running):
+        with running.scope(running):
             return self.backend.forward(q, k, v, layer, self.facts)
 
     @property
@@ -183,13 +187,13 @@ def batch(flash: ModuleType, requests: list[RequestRows], device: str, page: int
 def plan(requests: list[RequestRows], device: str, *, protect: bool, **more: bool) -> Pass:
     asked = replace(recipe.load("nvfp4-emulated"), protect_last_prompt_token=protect)
     run = Runtime(asked, select(asked, Device("this CPU", None)))
-    run.prunes = run.prunes_attention = True
-    return run.plan_prefill(requests, torch.device(device), **more).running
+    run.schedule.prunes = run.schedule.prunes_attention = True
+    return run.schedule.prefill(requests, torch.device(device), **more).running
 
 
 @pytest.fixture(autouse=True)
 def however_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixquant_sglang.runtime.ATTENTION_PAIRS", 0)
+    monkeypatch.setattr("mixquant_sglang.passes.limits.ATTENTION_PAIRS", 0)
 
 
 @pytest.fixture
@@ -207,7 +211,7 @@ def queries(monkeypatch: pytest.MonkeyPatch, flash: ModuleType) -> list[int]:
 
 
 def install(backend: Any, layer: torch.nn.Module) -> None:
-    from mixquant_sglang.fusion import ExtendOfReadRows
+    from mixquant_sglang.layers.fused import ExtendOfReadRows
 
     assert not compat.attends_whole(backend, layer)
     backend.forward_extend = ExtendOfReadRows(backend, layer)
@@ -260,14 +264,14 @@ def test_the_rest_is_as_it_was(flash: ModuleType, queries: list[int]) -> None:
     plain = [
         lambda: given.run(attention(), running),
         lambda: given.run(layer, DECODE_PASS),
-        lambda: given.run(layer, Pass(running.column, running.rows, running.read)),
+        lambda: given.run(layer, Pass(running.role, running.rows, running.read)),
         lambda: given.run(layer, plan(requests, "cpu", protect=True, reads_all=True)),
         lambda: given.run(layer, plan([*requests, DECODING], "cpu", protect=True)),
         lambda: given.run(layer, plan([RequestRows(tokens, 0, tokens)], "cpu", protect=True)),
     ]
     for run in plain:
         assert torch.equal(run(), expected)
-    with phase.scope(running):
+    with running.scope(running):
         given.backend.forward(*given.rows, layer, given.facts, sinks=torch.zeros(HEADS))
     metadata.swa_spec_metadata = metadata
     assert torch.equal(given.run(layer, running), expected)
@@ -324,8 +328,8 @@ def test_which_back_ends_and_layers_are_left_alone(flash: ModuleType) -> None:
 
 
 def test_what_the_config_installs_and_says(flash: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
-    from mixquant_sglang.config import MixQuantConfig
-    from mixquant_sglang.fusion import ExtendOfReadRows, fuse, prune_last_layer
+    from mixquant_sglang.host.config import MixQuantConfig
+    from mixquant_sglang.layers.fused import ExtendOfReadRows, fuse, prune_last_layer
 
     from .test_fusion import block, causal_lm
 
@@ -347,7 +351,7 @@ def test_what_the_config_installs_and_says(flash: ModuleType, caplog: pytest.Log
     assert "computes all rows: what follows it reads all rows" in built(flash_backend)
     assert prune_last_layer(model)
     assert "computes all rows: the attention back end is SimpleNamespace, not" in built(SimpleNamespace())
-    assert not run.prunes_attention
+    assert not run.schedule.prunes_attention
     assert built(flash_backend, torch.nn.Identity()) == "" and "forward_extend" not in vars(flash_backend)
     assert "leaves out unread rows in long prefill passes" in built(flash_backend)
-    assert run.prunes_attention and isinstance(flash_backend.forward_extend, ExtendOfReadRows)
+    assert run.schedule.prunes_attention and isinstance(flash_backend.forward_extend, ExtendOfReadRows)

@@ -13,12 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mixquant_sglang import compat, phase, recipe, runtime
+from mixquant_sglang import recipe
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
-from mixquant_sglang.hooks import table
-from mixquant_sglang.kernels import Device
-from mixquant_sglang.phase import DECODE_PASS, Pass, Phase
+from mixquant_sglang.host import runtime
+from mixquant_sglang.host.hooks import table
+from mixquant_sglang.passes.running import DECODE_PASS, Pass
+from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.recipe.select import Device
+from mixquant_sglang.versions import compat
 from tests.support import nvfp4_checkpoints as tiny
 from tests.support.nvfp4_checkpoints import CONFIG, HIDDEN, INNER, LINEARS, MODELOPT, Tensors, bf16_tensors, save
 
@@ -46,7 +49,7 @@ class Model:
         text: str = "precision: nvfp4",
         rules: str = "",
     ) -> None:
-        from mixquant_sglang.config import MixQuantConfig
+        from mixquant_sglang.host.config import MixQuantConfig
 
         file = folder.parent / "mine.yaml"
         file.write_text(f"version: 1\nprefill: {{{text}, weights: {folder}}}\n{rules}")
@@ -115,7 +118,7 @@ class Model:
 
     def apply(self, name: str, x: torch.Tensor, running: Pass) -> torch.Tensor:
         layer = self.linears[name]
-        with phase.scope(running):
+        with running.scope(running):
             out: torch.Tensor = layer.quant_method.apply(layer, x)
         return out
 
@@ -143,7 +146,7 @@ def test_every_linear_prefills_with_its_slice_and_decodes_in_bf16(
     for name, layer in model.linears.items():
         x = torch.randn(5, layer.weight.shape[1], dtype=torch.bfloat16)
         assert torch.equal(model.apply(name, x, DECODE_PASS), F.linear(x, layer.weight))
-        low = model.apply(name, x, Pass(Phase.PREFILL))
+        low = model.apply(name, x, Pass(Role.PROMPT))
         if x.shape[1] % 16:  # down_proj on one of four ranks
             assert ranks == 4 and torch.equal(low, F.linear(x, layer.weight))
             continue
@@ -177,7 +180,7 @@ def test_the_load_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
     assert "mixquant: not taken from there (never quantised): lm_head" in lines
     x = torch.randn(3, INNER, dtype=torch.bfloat16)
     layer = model.linears["model.layers.0.mlp.down_proj"]
-    assert torch.equal(model.apply("model.layers.0.mlp.down_proj", x, Pass(Phase.PREFILL)), F.linear(x, layer.weight))
+    assert torch.equal(model.apply("model.layers.0.mlp.down_proj", x, Pass(Role.PROMPT)), F.linear(x, layer.weight))
 
 
 def test_an_optional_rule_that_matches_nothing_is_said(
@@ -210,7 +213,7 @@ def test_an_update_replaces_them(
     run, x = runtime.current(), torch.randn(3, HIDDEN, dtype=torch.bfloat16)
     y = torch.randn(3, INNER, dtype=torch.bfloat16)
     assert run is not None
-    before = model.apply(name, x, Pass(Phase.PREFILL)), model.apply(same, y, Pass(Phase.PREFILL))
+    before = model.apply(name, x, Pass(Role.PROMPT)), model.apply(same, y, Pass(Role.PROMPT))
     masters = {linear: layer.weight.data.clone() for linear, layer in model.linears.items()}
 
     def lose_copies() -> None:  # as after release_memory_occupation
@@ -229,7 +232,7 @@ def test_an_update_replaces_them(
             expected = torch.cat([nvfp4.quantize(part, scales="search").dequantize(torch.float32) for part in parts])
             held = torch.cat([part.dequantize(torch.float32) for part in packed._parts])
             assert torch.equal(held, expected)
-            assert torch.equal(model.apply(same, y, Pass(Phase.PREFILL)), before[1])
+            assert torch.equal(model.apply(same, y, Pass(Role.PROMPT)), before[1])
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [
         "mixquant: the BF16 weights were updated, so linears that changed no longer prefill with the ready-made "
         f"weights of {folder}, but are quantised from the new BF16 weights"
@@ -239,7 +242,7 @@ def test_an_update_replaces_them(
     lose_copies()
     run.weights.changed()
     assert run.weights.refresh() is None
-    assert torch.equal(model.apply(name, x, Pass(Phase.PREFILL)), before[0])
+    assert torch.equal(model.apply(name, x, Pass(Role.PROMPT)), before[0])
 
 
 def test_what_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +273,7 @@ def test_they_need_nvfp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_another_model_is_refused_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixquant_sglang.errors import MixQuantError
-    from mixquant_sglang.hooks import launcher
+    from mixquant_sglang.host.hooks import launcher
 
     folder = save(tmp_path / "ready", *tiny.compressed_tensors(bf16_tensors()))
     file = tmp_path / "mine.yaml"
@@ -293,8 +296,8 @@ def test_native_is_verified_at_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from mixquant_sglang import kernels
-    from mixquant_sglang.kernels import fp4_tactics
-    from mixquant_sglang.kernels.emulated import EmulatedNVFP4
+    from mixquant_sglang.kernels.linear.emulated import EmulatedNVFP4
+    from mixquant_sglang.kernels.tuning import fp4_gemm
 
     class Native(EmulatedNVFP4):
         kernel = "native"
@@ -309,15 +312,15 @@ def test_native_is_verified_at_load(
     monkeypatch.setattr(compat, "provide_fp4_linear_method", lambda own_quantizer: provided.append(own_quantizer))
     tuned: list[tuple[set[type], int]] = []
 
-    def tune(linears: list[object], most_rows: int, _: object) -> fp4_tactics.Tuned:
+    def tune(linears: list[object], most_rows: int, _: object) -> fp4_gemm.Tuned:
         tuned.append(({type(linear) for linear in linears}, most_rows))
-        return fp4_tactics.Tuned(4, 8192, 1.25)
+        return fp4_gemm.Tuned(4, 8192, 1.25)
 
     monkeypatch.setattr(compat, "fp4_gemm_measuring", lambda _: nullcontext())
     monkeypatch.setattr(compat, "most_prefill_rows", lambda _: 8192)
-    monkeypatch.setattr(fp4_tactics, "tune", tune)
+    monkeypatch.setattr(fp4_gemm, "tune", tune)
     monkeypatch.setattr(
-        "mixquant_sglang.method.packed_linear", lambda p, k: Native if k == "native" else packed_linear(p, k)
+        "mixquant_sglang.layers.linear.packed_linear", lambda p, k: Native if k == "native" else packed_linear(p, k)
     )
     made = bf16_tensors()
     folder = save(tmp_path / "ready", *tiny.compressed_tensors(made))

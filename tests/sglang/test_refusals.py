@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from sglang.srt import server_args as sglang_args
 
-from mixquant_sglang import compat, refusals
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.host import refusals
+from mixquant_sglang.versions import compat
 
 SUPPORT = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 
@@ -165,7 +166,7 @@ def test_sglangs_dumper_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_fused_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     from collections import Counter
 
-    from mixquant_sglang import config
+    from mixquant_sglang.host import config
 
     made, called = object.__new__(config.MixQuantConfig), []
     made._runtime = SimpleNamespace(split=True, prunes=False, finish_attention=None)

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant_sglang import compat, probe, recipe, report, runtime, stock
+from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.hooks import architecture, launcher, observe, table
-from mixquant_sglang.kernels import Device, select
-from mixquant_sglang.matching import RuleMatcher
-from mixquant_sglang.modules import A_GATE, OUTSIDE
-from mixquant_sglang.phase import Phase
+from mixquant_sglang.host import probe, report, runtime, stock
+from mixquant_sglang.host.hooks import architecture, launcher, observe, table
+from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.recipe import LayerRule
-from mixquant_sglang.runtime import Runtime
+from mixquant_sglang.recipe.matching import RuleMatcher
+from mixquant_sglang.recipe.modules import A_GATE, OUTSIDE
+from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.recipe.select import Device, select
+from mixquant_sglang.versions import compat
 
 CPU = Device("this CPU", None)
 B200 = Device("B200", (10, 0))
@@ -37,7 +39,7 @@ def model(monkeypatch: pytest.MonkeyPatch, asked: str, **prefixes: str) -> tuple
     """A config of recipe ``asked`` and a model of linears: path (dots as __) -> the prefix that SGLang gave each."""
     from sglang.srt.layers.linear import ReplicatedLinear
 
-    from mixquant_sglang.config import MixQuantConfig
+    from mixquant_sglang.host.config import MixQuantConfig
 
     monkeypatch.setenv(recipe.RECIPE_ENV, asked)
     config, root = MixQuantConfig(), torch.nn.Module()
@@ -80,7 +82,7 @@ def test_what_is_built_as_if_it_were_the_model_stays_bf16(monkeypatch: pytest.Mo
         A_GATE: ["language_model.model.layers.0.in_proj_ba"],
         "SGLang gives it no quantization config": ["language_model.model.layers.0.alone"],
     }
-    assert run.precisions == {"nvfp4": 1, "bf16": 3} and run.labels[Phase.PREFILL] == "nvfp4"
+    assert run.precisions == {"nvfp4": 1, "bf16": 3} and run.labels[Role.PROMPT] == "nvfp4"
     assert run.state()["stays_bf16"][OUTSIDE] == "eyes.layers.0.fc"
 
 
@@ -127,9 +129,9 @@ def test_subclasses_of_fused_moe_are_in_the_report(monkeypatch: pytest.MonkeyPat
 def labels(asked: str, *layers: tuple[str, str], **changes: object) -> tuple[str, str]:
     made = replace(recipe.load(asked), **changes)
     run = Runtime(made, select(made, CPU))
-    run.weights.layers = [SimpleNamespace(precision=dict(zip(Phase, (*each, "bf16"), strict=True))) for each in layers]
+    run.weights.layers = [SimpleNamespace(precision=dict(zip(Role, (*each, "bf16"), strict=True))) for each in layers]
     run.label()
-    return run.labels[Phase.PREFILL], run.labels[Phase.DECODE]
+    return run.labels[Role.PROMPT], run.labels[Role.DECODE]
 
 
 def test_a_column_goes_by_what_its_layers_run() -> None:
@@ -142,14 +144,14 @@ def test_a_column_goes_by_what_its_layers_run() -> None:
 
 
 def test_passes_and_tokens_are_counted_under_the_label() -> None:
-    from mixquant_sglang.rows import RequestRows
+    from mixquant_sglang.passes.rows import RequestRows
 
     made = recipe.load("bf16")
     run = Runtime(made, select(made, CPU))
-    run.weights.layers = [SimpleNamespace(precision={Phase.PREFILL: "fp8", Phase.DECODE: "bf16"})]
-    run.split = True
+    run.weights.layers = [SimpleNamespace(precision={Role.PROMPT: "fp8", Role.DECODE: "bf16"})]
+    run.schedule.split = True
     run.label()
-    plan = run.plan_prefill([RequestRows(9, 0, 9)], torch.device("cpu"))
+    plan = run.schedule.prefill([RequestRows(9, 0, 9)], torch.device("cpu"))
     assert plan.precision == "fp8"
     assert {key: n for key, n in plan.tokens.items() if n} == {("prefill", "fp8"): 8, ("prefill", "bf16"): 1}
 

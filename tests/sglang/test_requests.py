@@ -28,12 +28,14 @@ from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.session.session_controller import Session
 
-from mixquant_sglang import compat, recipe, refusals, runtime
+from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.hooks import http, launcher, requests
-from mixquant_sglang.kernels import Device, select
-from mixquant_sglang.policy import PolicyError
-from mixquant_sglang.runtime import Runtime
+from mixquant_sglang.host import refusals, runtime
+from mixquant_sglang.host.hooks import http, launcher, requests
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.recipe.policy import PolicyError
+from mixquant_sglang.recipe.select import Device, select
+from mixquant_sglang.versions import compat
 
 BF16 = {"mixquant": {"prefill": "bf16"}}
 CPU = Device("this CPU", None)
@@ -405,7 +407,7 @@ def test_a_web_socket_with_a_policy_is_closed() -> None:
 # Imported into pytest, 0.5.23's HTTP server ends it with a segmentation fault when Python exits.
 _SERVER = """
 import json
-from mixquant_sglang.hooks import http, table
+from mixquant_sglang.host.hooks import http, table
 from sglang.srt.entrypoints.http_server import app
 
 def walk(routes):

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant_sglang import runtime
-from mixquant_sglang.refresh import Weights
+from mixquant_sglang.host import runtime
+from mixquant_sglang.weights.refresh import Weights
 from tests.support.processes import module
 
 DOWN = "model.layers.2.mlp.down_proj.weight"
@@ -94,7 +94,7 @@ def test_an_update_by_ipc_goes_to_the_device_tensor_by_tensor(results: Results) 
 
 def test_graphs_are_not_captured_anew_with_other_numbers_than_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decode graphs alone would hold the new tensor scales, and be replayed when the old ones are back."""
-    from mixquant_sglang.hooks.weights import weights_from_disk
+    from mixquant_sglang.host.hooks.weights import weights_from_disk
 
     layer = SimpleNamespace(decodes_low=True, by_value=(0.5,), name="a")
     run = SimpleNamespace(weights=Weights())
@@ -116,7 +116,7 @@ def test_graphs_are_not_captured_anew_with_other_numbers_than_the_rest(monkeypat
 
 
 def test_a_machine_that_cannot_look_at_new_weights_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixquant_sglang.hooks.weights import weights_from_distributed
+    from mixquant_sglang.host.hooks.weights import weights_from_distributed
 
     def problem(*_args: Any) -> str | None:
         raise RuntimeError("CUDA out of memory")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixquant_sglang.checkpoint import files as checkpoint_files
-from mixquant_sglang.checkpoint import quantize as checkpoint
 from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.tools.quantize import command as checkpoint
+from mixquant_sglang.weights import checkpoint as checkpoint_files
 
 HIDDEN, INNER, LAYERS = 64, 96, 2
 SHAPES = {

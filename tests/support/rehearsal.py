@@ -139,10 +139,12 @@ def dual_gemm_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def stand_in(capability: tuple[int, int]) -> None:
     """Patches this process; for good."""
-    from mixquant_sglang import compat
     from mixquant_sglang.formats import fp8
-    from mixquant_sglang.kernels import Device, emulated, gemm
-    from mixquant_sglang.rows import CapturedRows
+    from mixquant_sglang.kernels.linear import emulated
+    from mixquant_sglang.kernels.rows import CapturedRows
+    from mixquant_sglang.kernels.tuning import fp8_gemm
+    from mixquant_sglang.recipe.select import Device
+    from mixquant_sglang.versions import compat
 
     blackwell = beside("blackwell")
     blackwell.SUM = torch.float64
@@ -168,9 +170,9 @@ def stand_in(capability: tuple[int, int]) -> None:
 
     emulated.EmulatedNVFP4.multiply = emulated_nvfp4  # type: ignore[method-assign]
     emulated.EmulatedFP8.matmul = emulated_fp8  # type: ignore[method-assign]
-    gemm.CANDIDATES.clear()
-    gemm.CANDIDATES["stand-in"] = fp8_gemm
-    gemm._medians = lambda calls, seconds: [1.0 for call in calls if call() is not None]
+    fp8_gemm.CANDIDATES.clear()
+    fp8_gemm.CANDIDATES["stand-in"] = fp8_gemm
+    fp8_gemm._medians = lambda calls, seconds: [1.0 for call in calls if call() is not None]
     compat.device = lambda: Device(f"GPU that is not here, SM{capability[0]}{capability[1]}", capability)
     compat.kernel_versions = lambda: {"stand-in": "1"}
     compat.fp4_gemm_measuring = lambda _runner: nullcontext()
@@ -205,7 +207,8 @@ def load(folder: Path, scenario: Scenario) -> Any:
     if scenario.recipe:
         from sglang.srt.plugins.hook_registry import HookRegistry
 
-        from mixquant_sglang import plugin, recipe
+        from mixquant_sglang import recipe
+        from mixquant_sglang.host import plugin
 
         asked = dataclasses.replace(recipe.load(scenario.recipe), **scenario.changes)
         recipe.load = lambda _name: asked
@@ -213,7 +216,7 @@ def load(folder: Path, scenario: Scenario) -> Any:
         plugin.register()
         HookRegistry.apply_hooks()
     else:
-        from mixquant_sglang import compat
+        from mixquant_sglang.versions import compat
 
         compat.allow_cpu()
     args = ServerArgs(
@@ -294,8 +297,8 @@ class Done:
 
 
 def forward(runner: Any, batch: Any) -> Done:
-    from mixquant_sglang import runtime
-    from mixquant_sglang.hooks.forward import plan_of
+    from mixquant_sglang.host import runtime
+    from mixquant_sglang.host.hooks.forward import plan_of
 
     run = runtime.current()
     before = Counter(run.counters.tokens) if run else Counter()
@@ -347,7 +350,7 @@ def run_graph(graphs: Any, batch: Any) -> Any:
 
 def replay(runner: Any, graphs: Any, batch: Any) -> torch.Tensor | None:
     """Logits by way of the graph of as many rows as the pass has; None where it may not be replayed."""
-    from mixquant_sglang.hooks import graphs as hooks
+    from mixquant_sglang.host.hooks import graphs as hooks
 
     if not graphs.can_run_graph(batch):
         return None
@@ -398,8 +401,9 @@ def play(folder: Path, scenario: Scenario) -> dict[str, Any]:
     sizes: list[int] = []
     state = None
     if scenario.recipe:
-        from mixquant_sglang import compat, runtime
-        from mixquant_sglang.hooks import graphs as hooks
+        from mixquant_sglang.host import runtime
+        from mixquant_sglang.host.hooks import graphs as hooks
+        from mixquant_sglang.versions import compat
 
         config = compat.prefill_graphs(runner)
         config.backend, config.bs = "breakable", [4, 8, 16, 32]
@@ -422,7 +426,7 @@ def main(out: Path, only: Sequence[str]) -> None:
     os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(sorted(others))  # saves importing them all
     torch.set_grad_enabled(False)
 
-    import mixquant_sglang.config  # noqa: F401
+    import mixquant_sglang.host.config  # noqa: F401
 
     folder = checkpoint(out / "model")
     for scenario in SCENARIOS:

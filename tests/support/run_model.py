@@ -103,7 +103,7 @@ def _run(case: dict[str, Any]) -> dict[str, Any]:
     from sglang.benchmark import one_batch
     from sglang.srt.server_args import PortArgs
 
-    from mixquant_sglang import runtime
+    from mixquant_sglang.host import runtime
 
     log = _Lines()
     logging.getLogger("mixquant_sglang").addHandler(log)
@@ -144,8 +144,9 @@ def main() -> None:
     import torch
     from sglang.benchmark import one_batch
 
-    from mixquant_sglang import compat, plugin
-    from mixquant_sglang.hooks import table
+    from mixquant_sglang.host import plugin
+    from mixquant_sglang.host.hooks import table
+    from mixquant_sglang.versions import compat
 
     torch.set_num_threads(1)
     logging.getLogger("mixquant_sglang").setLevel(logging.INFO)

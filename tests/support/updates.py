@@ -38,7 +38,7 @@ class Trial:
     def __init__(self, model: Path, folder: Path, recipe: str) -> None:
         self.model, self.folder = model, folder
         self.runner = support.build(model, recipe)
-        from mixquant_sglang import runtime
+        from mixquant_sglang.host import runtime
 
         run = runtime.current()
         assert run is not None

@@ -19,7 +19,7 @@ def _rank(rank: int, store: str, found: Any) -> None:
     for name in ("sglang", "sglang.srt", "sglang.srt.distributed"):
         sys.modules[name] = types.ModuleType(name)
     sys.modules["sglang.srt.distributed"].get_tp_group = lambda: group  # type: ignore[attr-defined]
-    from mixquant_sglang import compat
+    from mixquant_sglang.versions import compat
 
     problems = ["a is NaN" if rank else None, None, f"from rank {rank}"]
     found.put((rank, [compat.agree(problem) for problem in problems]))

@@ -21,12 +21,12 @@ import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
-from mixquant_sglang import cli
-from mixquant_sglang.checkpoint import files as checkpoint_files
-from mixquant_sglang.checkpoint import quantize as checkpoint
-from mixquant_sglang.checkpoint.quantize import quantize_checkpoint
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.tools import cli
+from mixquant_sglang.tools.quantize import command as checkpoint
+from mixquant_sglang.tools.quantize.command import quantize_checkpoint
+from mixquant_sglang.weights import checkpoint as checkpoint_files
 
 HIDDEN, INNER, LAYERS = 64, 96, 2
 SHAPES = {

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mixquant_sglang import recipe
-from mixquant_sglang.kernels import Device, select
+from mixquant_sglang.recipe.select import Device, select
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (".", "docs", "patches", "tests/models", ".github", ".github/ISSUE_TEMPLATE")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from mixquant_sglang import fingerprint as module
 from mixquant_sglang import recipe
-from mixquant_sglang.fingerprint import fingerprint
-from mixquant_sglang.kernels import Device, Selection, select
 from mixquant_sglang.recipe import LayerRule, Recipe
+from mixquant_sglang.recipe import fingerprint as module
+from mixquant_sglang.recipe.fingerprint import fingerprint
+from mixquant_sglang.recipe.select import Device, Selection, select
 
 RULE = LayerRule("re:.*down_proj", "fp8", None, "a.yaml:7")
 RECIPE = dataclasses.replace(recipe.load("nvfp4"), layers=(RULE,), prefill_weights="somewhere")

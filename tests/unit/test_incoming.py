@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mixquant_sglang.incoming import Known
+from mixquant_sglang.weights.incoming import Known
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.matching import RuleMatcher
 from mixquant_sglang.recipe import LayerRule
+from mixquant_sglang.recipe.matching import RuleMatcher
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 QKV = "model.layers.0.self_attn.qkv_proj"

@@ -7,8 +7,9 @@ import logging
 import pytest
 from prometheus_client import REGISTRY
 
-from mixquant_sglang import metrics
-from mixquant_sglang.metrics import LABELS, PassCounters
+from mixquant_sglang.host import metrics
+from mixquant_sglang.host.metrics import LABELS
+from mixquant_sglang.passes.counters import PassCounters
 
 SGLANGS = {"model_name": "m", "engine_type": "unified", "tp_rank": 0, "pp_rank": 0}
 

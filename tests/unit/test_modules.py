@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from mixquant_sglang.checkpoint import quantize
-from mixquant_sglang.modules import A_GATE, NEVER, OUTSIDE, is_outside, why_bf16
+from mixquant_sglang.recipe.modules import A_GATE, NEVER, OUTSIDE, is_outside, why_bf16
+from mixquant_sglang.tools.quantize import command
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,6 @@ def test_what_is_below_a_tower_is_outside() -> None:
 
 
 def test_quantize_leaves_the_same_modules() -> None:
-    assert quantize._is_linear("model.layers.0.self_attn.q_proj", 2)
+    assert command._is_linear("model.layers.0.self_attn.q_proj", 2)
     for name in ("vpm.layers.0.self_attn.q_proj", "model.mtp.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"):
-        assert not quantize._is_linear(name, 2)
+        assert not command._is_linear(name, 2)

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.planner import data as planner_data
-from mixquant_sglang.planner import plan as planner
-from mixquant_sglang.planner.data import BENCH_ONE_BATCH, GPUS, MODELS, SERVER, Host, find_gpu, find_model
-from mixquant_sglang.planner.plan import Prediction, Workload
+from mixquant_sglang.tools.plan import command as planner
+from mixquant_sglang.tools.plan import data as planner_data
+from mixquant_sglang.tools.plan.command import Prediction, Workload
+from mixquant_sglang.tools.plan.data import BENCH_ONE_BATCH, GPUS, MODELS, SERVER, Host, find_gpu, find_model
 
 QWEN = find_model("Qwen3-8B")
 H200 = find_gpu("H200")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from mixquant_sglang import policy, recipe
-from mixquant_sglang.policy import PolicyError, asks_bf16, body_asks_bf16, client_key, kv_name
-from mixquant_sglang.recipe import LayerRule
+from mixquant_sglang import recipe
+from mixquant_sglang.recipe import LayerRule, policy
+from mixquant_sglang.recipe.policy import PolicyError, asks_bf16, body_asks_bf16, client_key, kv_name
 
 NVFP4 = recipe.load("nvfp4")
 BF16 = {"mixquant": {"prefill": "bf16"}}

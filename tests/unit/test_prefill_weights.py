@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant_sglang.checkpoint.quantize import quantize_checkpoint
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
-from mixquant_sglang.kernels.emulated import EmulatedFP8, EmulatedNVFP4
-from mixquant_sglang.prefill_weights import weights as prefill_weights
-from mixquant_sglang.prefill_weights.linear import Share
-from mixquant_sglang.prefill_weights.weights import PrefillWeights
+from mixquant_sglang.kernels.linear.emulated import EmulatedFP8, EmulatedNVFP4
+from mixquant_sglang.tools.quantize.command import quantize_checkpoint
+from mixquant_sglang.weights import ready_made as prefill_weights
+from mixquant_sglang.weights.ready_linear import Share
+from mixquant_sglang.weights.ready_made import PrefillWeights
 from tests.support import nvfp4_checkpoints as tiny
 from tests.support.nvfp4_checkpoints import CONFIG, HIDDEN, INNER, LINEARS, MODELOPT, Tensors, bf16_tensors, save
 

@@ -10,8 +10,8 @@ import torch
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
-from mixquant_sglang.prefill_weights.linear import Share
-from mixquant_sglang.prefill_weights.weights import PrefillWeights
+from mixquant_sglang.weights.ready_linear import Share
+from mixquant_sglang.weights.ready_made import PrefillWeights
 from tests.support import nvfp4_checkpoints as tiny
 from tests.support.nvfp4_checkpoints import LINEARS, SHAPES, Tensors, bf16_tensors, save
 

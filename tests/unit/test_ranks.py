@@ -9,9 +9,9 @@ import torch.multiprocessing as mp
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.fingerprint import fingerprint
-from mixquant_sglang.kernels import Device, select
-from mixquant_sglang.ranks import check_same
+from mixquant_sglang.host.ranks import check_same
+from mixquant_sglang.recipe.fingerprint import fingerprint
+from mixquant_sglang.recipe.select import Device, select
 from tests.support.processes import importable_when_spawned
 
 

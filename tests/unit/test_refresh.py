@@ -9,12 +9,12 @@ import torch
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels import Device, select
-from mixquant_sglang.kernels.emulated import EmulatedFP8, EmulatedNVFP4
-from mixquant_sglang.phase import MASTER_PASS
-from mixquant_sglang.refresh import Weights, fingerprint
-from mixquant_sglang.rows import RequestRows
-from mixquant_sglang.runtime import Runtime
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.kernels.linear.emulated import EmulatedFP8, EmulatedNVFP4
+from mixquant_sglang.passes.rows import RequestRows
+from mixquant_sglang.passes.running import MASTER_PASS
+from mixquant_sglang.recipe.select import Device, select
+from mixquant_sglang.weights.refresh import Weights, fingerprint
 
 CPU = torch.device("cpu")
 
@@ -130,19 +130,19 @@ def test_passes_run_from_the_masters_until_all_is_packed(name: str) -> None:
     run.weights.layers.append(Layer("a", run.selection.decode != "bf16"))
     run.weights.finish_load()
     requests = [RequestRows(100, 0, 100), RequestRows(1, 5, 4, True)]
-    usual = run.plan_prefill(requests, CPU)
-    assert usual.precision == "nvfp4" and run.can_replay_decode()
+    usual = run.schedule.prefill(requests, CPU)
+    assert usual.precision == "nvfp4" and run.graphs.can_replay_decode()
     run.weights.hold("an update is open")
-    plan = run.plan_prefill(requests, CPU)
+    plan = run.schedule.prefill(requests, CPU)
     assert plan.running is MASTER_PASS and plan.precision == "bf16"
     assert plan.tokens == {("prefill", "bf16"): 100, ("decode", "bf16"): 1}
-    assert not run.can_replay(plan)
-    assert run.can_replay_decode() is (run.selection.decode == "bf16")
+    assert not run.graphs.can_replay(plan)
+    assert run.graphs.can_replay_decode() is (run.selection.decode == "bf16")
     run.count_decode(3)
     assert run.counters.by_phase("decode") == {"bf16": 3}
     run.weights.changed()
     run.weights.refresh()
-    assert run.plan_prefill(requests, CPU).tokens == usual.tokens and run.can_replay_decode()
+    assert run.schedule.prefill(requests, CPU).tokens == usual.tokens and run.graphs.can_replay_decode()
 
 
 @pytest.mark.parametrize("kernel", [EmulatedNVFP4, EmulatedFP8])

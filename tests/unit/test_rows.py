@@ -5,15 +5,17 @@ import random
 import pytest
 import torch
 
-from mixquant_sglang.rows import EagerRows, GraphRows, Queries, RequestRows, RowPlan, plan, row_numbers
+from mixquant_sglang.kernels.rows import EagerRows, GraphRows, row_numbers
+from mixquant_sglang.passes.queries import Queries
+from mixquant_sglang.passes.rows import RequestRows, RowSplit, split_rows
 
 
-def eager(rows: RowPlan, device: torch.device) -> EagerRows:
+def eager(rows: RowSplit, device: torch.device) -> EagerRows:
     return EagerRows(rows.total, rows.protected, device)
 
 
 def protected(requests: list[RequestRows], last: bool = True) -> list[int]:
-    return row_numbers(plan(requests, last_prompt_token=last).protected).tolist()
+    return row_numbers(split_rows(requests, last_prompt_token=last).protected).tolist()
 
 
 def test_last_prompt_token_of_each_finishing_request() -> None:
@@ -30,7 +32,7 @@ def test_middle_chunks_have_no_protected_row() -> None:
 
 def test_a_longer_tail_of_the_prompt() -> None:
     def tail(k: int, *requests: RequestRows) -> list[int]:
-        return row_numbers(plan(requests, last_prompt_token=True, tail=k).protected).tolist()
+        return row_numbers(split_rows(requests, last_prompt_token=True, tail=k).protected).tolist()
 
     assert tail(3, RequestRows(5, 0, 5), RequestRows(3, 7, 10), RequestRows(2, 0, 90)) == [2, 3, 4, 5, 6, 7]
     assert tail(99, RequestRows(4, 0, 4)) == [0, 1, 2, 3]
@@ -38,13 +40,13 @@ def test_a_longer_tail_of_the_prompt() -> None:
 
 
 def test_full_cache_hit_is_one_protected_row() -> None:
-    rows = plan([RequestRows(new=1, prefix=299, prompt=300)], last_prompt_token=True)
+    rows = split_rows([RequestRows(new=1, prefix=299, prompt=300)], last_prompt_token=True)
     assert rows.protected_total == rows.total == 1
 
 
 def test_decode_rows_of_a_mixed_batch() -> None:
     requests = [RequestRows(127, 0, 500), RequestRows(1, 26, 20, decoding=True), RequestRows(1, 90, 60, decoding=True)]
-    rows = plan(requests, last_prompt_token=True)
+    rows = split_rows(requests, last_prompt_token=True)
     assert (rows.total, rows.prefill, rows.decode) == (129, 127, 2)
     assert row_numbers(rows.protected).tolist() == [127, 128]
     assert protected(requests, last=False) == [127, 128]
@@ -67,7 +69,7 @@ def test_a_request_that_asked_for_bf16() -> None:
 
 
 def test_adjacent_ranges_are_joined() -> None:
-    rows = plan([RequestRows(1, 4, 5), RequestRows(1, 9, 10), RequestRows(6, 0, 9)], last_prompt_token=True)
+    rows = split_rows([RequestRows(1, 4, 5), RequestRows(1, 9, 10), RequestRows(6, 0, 9)], last_prompt_token=True)
     assert rows.protected == ((0, 2),)
 
 
@@ -84,7 +86,7 @@ def test_against_a_position_by_position_rule() -> None:
                 if decoding or bf16 or position >= prompt - 1:
                     expected.append(row)
                 row += 1
-        rows = plan(requests, last_prompt_token=True)
+        rows = split_rows(requests, last_prompt_token=True)
         assert row_numbers(rows.protected).tolist() == expected
         assert rows.total == row == rows.prefill + rows.decode
         assert rows.protected_total == len(expected)
@@ -92,7 +94,7 @@ def test_against_a_position_by_position_rule() -> None:
 
 def test_eager_rows_gather_and_scatter_exactly_the_protected_rows() -> None:
     requests = [RequestRows(3, 0, 3), RequestRows(4, 0, 90), RequestRows(2, 0, 1, decoding=True)]
-    rows = eager(plan(requests, last_prompt_token=True), torch.device("cpu"))
+    rows = eager(split_rows(requests, last_prompt_token=True), torch.device("cpu"))
     assert rows.tokens == 9 and rows.index.tolist() == [2, 7, 8]
     assert rows.slots.tolist() == [-1, -1, 0, -1, -1, -1, -1, 1, 2] and rows.slots.dtype is torch.int32
     x = torch.randn(9, 4)
@@ -124,7 +126,7 @@ def test_queries_are_the_last_rows_of_each_request() -> None:
         RequestRows(6, 20, 22),
         RequestRows(1, 9, 4, decoding=True),
     ]
-    rows = plan(requests, last_prompt_token=True)
+    rows = split_rows(requests, last_prompt_token=True)
     assert rows.shares == ((5, 1), (4, 0), (6, 5), (1, 1))
     queries = Queries(rows.shares, torch.device("cpu"))
     assert (queries.requests, queries.tokens, queries.longest) == (4, 16, 5)

@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from mixquant_sglang import recipe
-from mixquant_sglang.kernels import Device, select
-from mixquant_sglang.phase import DECODE_PASS, Phase
-from mixquant_sglang.rows import GraphRows, RequestRows
-from mixquant_sglang.runtime import GRAPH_ROWS, PassPlan, Runtime
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.kernels.rows import GraphRows
+from mixquant_sglang.passes.limits import GRAPH_ROWS
+from mixquant_sglang.passes.rows import RequestRows
+from mixquant_sglang.passes.running import DECODE_PASS
+from mixquant_sglang.passes.schedule import ScheduledPass
+from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.recipe.select import Device, select
 
 CPU = torch.device("cpu")
 MIXED = [RequestRows(100, 0, 100), RequestRows(1, 40, 30, decoding=True)]
@@ -22,129 +26,137 @@ def make(name: str = "nvfp4", **changes: object) -> Runtime:
     return Runtime(asked, select(asked, Device("this CPU", None)))
 
 
-def tokens(plan: PassPlan) -> dict[tuple[str, str], int]:
+def tokens(plan: ScheduledPass) -> dict[tuple[str, str], int]:
     return {key: n for key, n in plan.tokens.items() if n}
 
 
 def test_a_mixed_pass() -> None:
-    plan = make().plan_prefill(MIXED, CPU)
-    assert plan.running.column is Phase.PREFILL and plan.running.rows is not None and plan.running.rows.tokens == 101
+    plan = make().schedule.prefill(MIXED, CPU)
+    assert plan.running.role is Role.PROMPT and plan.running.rows is not None and plan.running.rows.tokens == 101
     assert tokens(plan) == {("prefill", "nvfp4"): 99, ("prefill", "bf16"): 1, ("decode", "bf16"): 1}
     assert plan.protected == ((99, 101),) and plan.protected_total == 2 and plan.precision == "nvfp4"
 
 
 def test_a_middle_chunk_needs_no_rows() -> None:
-    plan = make().plan_prefill([RequestRows(128, 0, 300)], CPU)
+    plan = make().schedule.prefill([RequestRows(128, 0, 300)], CPU)
     assert plan.running.rows is None and tokens(plan) == {("prefill", "nvfp4"): 128}
 
 
 def test_a_pass_of_protected_rows_alone_is_bf16_whole() -> None:
-    plan = make().plan_prefill([RequestRows(1, 299, 300), RequestRows(1, 9, 5, decoding=True)], CPU)
+    plan = make().schedule.prefill([RequestRows(1, 299, 300), RequestRows(1, 9, 5, decoding=True)], CPU)
     assert plan.running is DECODE_PASS and plan.precision == "bf16" and plan.protected_total == 2
     assert tokens(plan) == {("prefill", "bf16"): 1, ("decode", "bf16"): 1}
 
 
 def test_short_passes_stay_bf16_and_protect_nothing() -> None:
     run = make(min_tokens=101)
-    plan = run.plan_prefill(MIXED, CPU)
+    plan = run.schedule.prefill(MIXED, CPU)
     assert plan.running is DECODE_PASS and plan.protected_total == 0
     assert tokens(plan) == {("prefill", "bf16"): 100, ("decode", "bf16"): 1}
-    assert run.plan_prefill([RequestRows(101, 0, 900)], CPU).precision == "nvfp4"
-    assert make().plan_prefill([RequestRows(2, 0, 900)], CPU).precision == "nvfp4"  # however few rows
+    assert run.schedule.prefill([RequestRows(101, 0, 900)], CPU).precision == "nvfp4"
+    assert make().schedule.prefill([RequestRows(2, 0, 900)], CPU).precision == "nvfp4"  # however few rows
 
 
 def test_without_last_token_protection() -> None:
-    plan = make(protect_last_prompt_token=False).plan_prefill(MIXED, CPU)
+    plan = make(protect_last_prompt_token=False).schedule.prefill(MIXED, CPU)
     assert plan.protected == ((100, 101),)
     assert tokens(plan) == {("prefill", "nvfp4"): 100, ("decode", "bf16"): 1}
 
 
 def test_equal_phases_have_nothing_to_protect() -> None:
     for name, precision in (("bf16", "bf16"), ("nvfp4-everywhere", "nvfp4")):
-        plan = make(name).plan_prefill(MIXED, CPU)
-        assert plan.running.column is Phase.PREFILL and plan.running.rows is None and plan.protected_total == 0
+        plan = make(name).schedule.prefill(MIXED, CPU)
+        assert plan.running.role is Role.PROMPT and plan.running.rows is None and plan.protected_total == 0
         assert tokens(plan) == {("prefill", precision): 100, ("decode", precision): 1}
 
 
 def test_decode_only_low_precision() -> None:
-    plan = make("bf16", decode="nvfp4").plan_prefill(MIXED, CPU)
+    plan = make("bf16", decode="nvfp4").schedule.prefill(MIXED, CPU)
     assert tokens(plan) == {("prefill", "bf16"): 99, ("prefill", "nvfp4"): 1, ("decode", "nvfp4"): 1}
 
 
 def test_which_passes_a_captured_graph_computes() -> None:
     run = make()
     many = [RequestRows(2, 0, 2) for _ in range(GRAPH_ROWS + 1)]
-    fits, too_many = run.plan_prefill(many[:-1], CPU), run.plan_prefill(many, CPU)
-    whole = run.plan_prefill([RequestRows(1, 299, 300)], CPU)
-    assert not run.can_replay(fits)  # no graphs were captured with an index buffer
-    assert run.can_replay(run.plan_prefill([RequestRows(128, 0, 300)], CPU))
-    run.graph_rows = GraphRows(GRAPH_ROWS, 8192, CPU)
-    assert run.can_replay(fits) and not run.can_replay(too_many) and not run.can_replay(whole)
-    run.captured_pass(8, 8192, CPU)
+    fits, too_many = run.schedule.prefill(many[:-1], CPU), run.schedule.prefill(many, CPU)
+    whole = run.schedule.prefill([RequestRows(1, 299, 300)], CPU)
+    assert not run.graphs.can_replay(fits)  # no graphs were captured with an index buffer
+    assert run.graphs.can_replay(run.schedule.prefill([RequestRows(128, 0, 300)], CPU))
+    run.graphs.protected = GraphRows(GRAPH_ROWS, 8192, CPU)
+    assert run.graphs.can_replay(fits) and not run.graphs.can_replay(too_many) and not run.graphs.can_replay(whole)
+    run.graphs.captured_pass(8, 8192, CPU)
     run.weights.hold("an update is open")
-    assert not run.can_replay(run.plan_prefill(many[:-1], CPU))
-    assert make("bf16").can_replay(make("bf16").plan_prefill(MIXED, CPU))
+    assert not run.graphs.can_replay(run.schedule.prefill(many[:-1], CPU))
+    assert make("bf16").graphs.can_replay(make("bf16").schedule.prefill(MIXED, CPU))
 
 
 def test_graphs_below_min_tokens_are_bf16() -> None:
     """A graph that no low pass fits into is captured in plain BF16, and replayed by passes that are BF16 whole."""
     run = make(min_tokens=101)
-    assert run.most_bf16_rows == 100 and make().most_bf16_rows == 0
-    low = run.captured_pass(101, 8192, CPU)
-    assert run.captured_pass(100, 8192, CPU) is run.captured_pass(4, 8192, CPU) is DECODE_PASS
-    assert low.column is Phase.PREFILL and low.rows is not None and low.read is None
-    short = run.plan_prefill([RequestRows(90, 0, 90)], CPU)
+    assert run.graphs.most_bf16_rows == 100 and make().graphs.most_bf16_rows == 0
+    low = run.graphs.captured_pass(101, 8192, CPU)
+    assert run.graphs.captured_pass(100, 8192, CPU) is run.graphs.captured_pass(4, 8192, CPU) is DECODE_PASS
+    assert low.column is Role.PROMPT and low.rows is not None and low.read is None
+    short = run.schedule.prefill([RequestRows(90, 0, 90)], CPU)
     assert short.precision == "bf16" and tokens(short) == {("prefill", "bf16"): 90}
-    assert run.can_replay(short, 90) and run.can_replay(short, 100) and not run.can_replay(short, 104)
-    asked_bf16 = run.plan_prefill([RequestRows(80, 0, 90, bf16=True)], CPU)
-    assert run.can_replay(asked_bf16, 96)  # more protected rows than graphs have slots
-    run.load_graph(asked_bf16)
-    assert run.graph_rows is not None and run.graph_rows.index.tolist() == [-1] * GRAPH_ROWS
-    mixed = run.plan_prefill([RequestRows(99, 0, 200)] + [RequestRows(1, 40, 30, decoding=True)] * 4, CPU)
-    assert mixed.precision == "bf16" and not run.can_replay(mixed, 104)  # right, without a graph
-    long = run.plan_prefill([RequestRows(101, 0, 900)], CPU)
-    assert run.can_replay(long, 104) and not run.can_replay(long, 100)
-    whole = run.plan_prefill([RequestRows(200, 0, 200, bf16=True)], CPU)
-    assert whole.running is DECODE_PASS and not run.can_replay(whole, 256)
+    assert (
+        run.graphs.can_replay(short, 90) and run.graphs.can_replay(short, 100) and not run.graphs.can_replay(short, 104)
+    )
+    asked_bf16 = run.schedule.prefill([RequestRows(80, 0, 90, bf16=True)], CPU)
+    assert run.graphs.can_replay(asked_bf16, 96)  # more protected rows than graphs have slots
+    run.graphs.load(asked_bf16)
+    assert run.graphs.protected is not None and run.graphs.protected.index.tolist() == [-1] * GRAPH_ROWS
+    mixed = run.schedule.prefill([RequestRows(99, 0, 200)] + [RequestRows(1, 40, 30, decoding=True)] * 4, CPU)
+    assert mixed.precision == "bf16" and not run.graphs.can_replay(mixed, 104)  # right, without a graph
+    long = run.schedule.prefill([RequestRows(101, 0, 900)], CPU)
+    assert run.graphs.can_replay(long, 104) and not run.graphs.can_replay(long, 100)
+    whole = run.schedule.prefill([RequestRows(200, 0, 200, bf16=True)], CPU)
+    assert whole.running is DECODE_PASS and not run.graphs.can_replay(whole, 256)
     run.weights._moved = "a.layer"
-    assert run.can_replay(short, 100) and not run.can_replay(long, 104)  # they hold no packed weight
+    assert run.graphs.can_replay(short, 100) and not run.graphs.can_replay(long, 104)  # they hold no packed weight
 
 
 def test_bf16_graphs_of_a_pruned_last_layer_compute_all_rows() -> None:
     run = make(min_tokens=101)
-    run.prunes = True
-    assert run.captured_pass(96, 8192, CPU).read is None and run.captured_pass(104, 8192, CPU).read is not None
+    run.schedule.prunes = True
+    assert (
+        run.graphs.captured_pass(96, 8192, CPU).read is None
+        and run.graphs.captured_pass(104, 8192, CPU).read is not None
+    )
     for reads_all in (False, True):  # input logprobs
-        assert run.can_replay(run.plan_prefill([RequestRows(90, 0, 90)], CPU, reads_all=reads_all), 96)
-        assert run.can_replay(run.plan_prefill([RequestRows(101, 0, 101)], CPU, reads_all=reads_all)) != reads_all
+        assert run.graphs.can_replay(run.schedule.prefill([RequestRows(90, 0, 90)], CPU, reads_all=reads_all), 96)
+        assert (
+            run.graphs.can_replay(run.schedule.prefill([RequestRows(101, 0, 101)], CPU, reads_all=reads_all))
+            != reads_all
+        )
 
 
 def test_equal_phases_have_one_kind_of_graph() -> None:
     run = make("bf16", min_tokens=50)
-    run.split = False  # as finish_load finds out
-    assert run.most_bf16_rows == 0 and run.captured_pass(8, 64, CPU).column is Phase.PREFILL
-    assert run.can_replay(run.plan_prefill([RequestRows(8, 0, 8)], CPU), 8)
+    run.schedule.split = False  # as finish_load finds out
+    assert run.graphs.most_bf16_rows == 0 and run.graphs.captured_pass(8, 64, CPU).column is Role.PROMPT
+    assert run.graphs.can_replay(run.schedule.prefill([RequestRows(8, 0, 8)], CPU), 8)
 
 
 def test_a_bf16_recipe_replays_its_graphs_whatever_an_update_does() -> None:
     """As SGLang does: no copy of ours can be out of date."""
     run = make("bf16")
     run.weights.hold("a weight update failed")
-    assert run.can_replay(run.plan_prefill(MIXED, CPU)) and run.can_replay_decode()
+    assert run.graphs.can_replay(run.schedule.prefill(MIXED, CPU)) and run.graphs.can_replay_decode()
     low = make()
     low.weights.hold("a weight update failed")
-    assert not low.can_replay(low.plan_prefill(MIXED, CPU))
+    assert not low.can_replay(low.schedule.prefill(MIXED, CPU))
 
 
 def test_which_bf16_passes_have_no_graph_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     def said(sizes: list[int], **changes: object) -> list[str]:
         caplog.clear()
         run = make(**changes)
-        run.log_graphs(sizes)
-        run.log_graphs(sizes)
+        run.graphs.log(sizes)
+        run.graphs.log(sizes)
         return [record.getMessage() for record in caplog.records]
 
-    with caplog.at_level("INFO", logger="mixquant_sglang.runtime"):
+    with caplog.at_level("INFO", logger="mixquant_sglang.host.runtime"):
         assert said([4, 8, 64]) == []
         (all_of_them,) = said([4, 8, 64, 100, 128], min_tokens=101)
         (some,) = said([4, 8, 64, 128], min_tokens=101)
@@ -162,11 +174,11 @@ class Linear:
 def test_large_passes_without_protected_rows_run_eagerly() -> None:
     run = make()
     run.weights.layers = [Linear((6144, 4096)), Linear((4096, 4096)), Linear((24576, 4096)), Linear((4096, 12288))]
-    middle, short = (run.plan_prefill([RequestRows(n, 0, 9000)], CPU) for n in (8192, 2048))
-    last = run.plan_prefill([RequestRows(8192, 808, 9000)], CPU)
-    assert run.can_replay(middle)  # captured without slots, graphs have nothing to leave out
-    run.captured_pass(8192, 8192, CPU)
-    assert run.can_replay(short) and run.can_replay(last) and not run.can_replay(middle)
+    middle, short = (run.schedule.prefill([RequestRows(n, 0, 9000)], CPU) for n in (8192, 2048))
+    last = run.schedule.prefill([RequestRows(8192, 808, 9000)], CPU)
+    assert run.graphs.can_replay(middle)  # captured without slots, graphs have nothing to leave out
+    run.graphs.captured_pass(8192, 8192, CPU)
+    assert run.graphs.can_replay(short) and run.graphs.can_replay(last) and not run.graphs.can_replay(middle)
     small = make()
     small.weights.layers = [Linear((1024, 1024))]  # launches would take longer than the work
     small.captured_pass(8192, 8192, CPU)
@@ -174,10 +186,10 @@ def test_large_passes_without_protected_rows_run_eagerly() -> None:
 
 
 def test_which_rows_the_last_layer_computes() -> None:
-    def plan_of(requests: list[RequestRows], *, protect: bool = True, **more: bool) -> tuple[Runtime, PassPlan]:
+    def plan_of(requests: list[RequestRows], *, protect: bool = True, **more: bool) -> tuple[Runtime, ScheduledPass]:
         run = make(protect_last_prompt_token=protect)
-        run.prunes = True
-        return run, run.plan_prefill(requests, CPU, **more)
+        run.schedule.prunes = True
+        return run, run.schedule.prefill(requests, CPU, **more)
 
     _, plan = plan_of(MIXED)
     assert plan.read == ((99, 101),) and plan.running.read is plan.running.rows
@@ -189,26 +201,26 @@ def test_which_rows_the_last_layer_computes() -> None:
     assert plan.running.read is not None and plan.running.read.index.tolist() == [99, 100]
     _, plan = plan_of(MIXED, reads_all=True)
     assert plan.read is None and plan.running.read is None and plan.running.rows is not None
-    assert make().plan_prefill(MIXED, CPU).read is None
+    assert make().schedule.prefill(MIXED, CPU).read is None
 
 
 def test_which_rows_the_last_layers_attention_computes() -> None:
     def queries(run: Runtime, requests: list[RequestRows], **more: bool) -> list[int] | None:
-        found = run.plan_prefill(requests, CPU, **more).running.queries
+        found = run.schedule.prefill(requests, CPU, **more).running.queries
         return None if found is None else found.index.tolist()
 
     long = [RequestRows(2048, 0, 2048), RequestRows(8, 300, 305), RequestRows(64, 0, 900)]
     run = make()
-    run.prunes = True
+    run.schedule.prunes = True
     assert queries(run, long) is None  # the attention back end is another
-    run.prunes_attention = True
+    run.schedule.prunes_attention = True
     assert queries(run, long) == [2047, 2052, 2053, 2054, 2055, 2119]
     assert queries(run, [RequestRows(32, 1 << 16, 1 << 17)]) == [31]
     assert queries(run, long, reads_all=True) is None
     assert queries(run, [RequestRows(1024, 0, 1024)]) is None  # too short to be worth it
     assert queries(run, [*long, RequestRows(0, 5, 5)]) is None
     assert queries(run, [RequestRows(2048, 0, 2048, bf16=True)]) is None
-    assert run.captured_pass(4096, 8192, CPU).queries is None
+    assert run.graphs.captured_pass(4096, 8192, CPU).queries is None
     unprotected = make(protect_last_prompt_token=False)
     unprotected.prunes = unprotected.prunes_attention = True
     assert queries(unprotected, long) == [2047, 2055, 2119]
@@ -216,28 +228,28 @@ def test_which_rows_the_last_layers_attention_computes() -> None:
 
 def test_graphs_of_a_pruned_last_layer() -> None:
     run = make()
-    run.prunes = True
-    captured = run.captured_pass(128, 8192, CPU)
+    run.schedule.prunes = True
+    captured = run.graphs.captured_pass(128, 8192, CPU)
     assert captured.read is captured.rows is not None
-    assert run.can_replay(run.plan_prefill(MIXED, CPU)) and not run.can_replay(
-        run.plan_prefill(MIXED, CPU, reads_all=True)
+    assert run.graphs.can_replay(run.schedule.prefill(MIXED, CPU)) and not run.graphs.can_replay(
+        run.schedule.prefill(MIXED, CPU, reads_all=True)
     )
     unprotected = make(protect_last_prompt_token=False)
     unprotected.prunes = True
     captured = unprotected.captured_pass(128, 8192, CPU)
     assert captured.rows is None and captured.read is not None
-    plan = unprotected.plan_prefill([RequestRows(100, 0, 100), RequestRows(20, 0, 90)], CPU)
+    plan = unprotected.schedule.prefill([RequestRows(100, 0, 100), RequestRows(20, 0, 90)], CPU)
     assert unprotected.can_replay(plan)
     unprotected.load_graph(plan)
     assert captured.read.index.tolist()[:3] == [99, 119, -1]
-    assert not unprotected.can_replay(unprotected.plan_prefill(MIXED, CPU))  # decode rows are protected
+    assert not unprotected.can_replay(unprotected.schedule.prefill(MIXED, CPU))  # decode rows are protected
     many = [RequestRows(2, 0, 2) for _ in range(GRAPH_ROWS + 1)]
-    assert not unprotected.can_replay(unprotected.plan_prefill(many, CPU))
+    assert not unprotected.can_replay(unprotected.schedule.prefill(many, CPU))
 
 
 def test_counters_and_state() -> None:
     run = make()
-    run.count_prefill(run.plan_prefill(MIXED, CPU))
+    run.count_prefill(run.schedule.prefill(MIXED, CPU))
     run.count_decode(3)
     state = run.state()
     assert state["tokens"] == {"prefill": {"bf16": 1, "nvfp4": 99}, "decode": {"bf16": 4}}

@@ -6,7 +6,8 @@ import pytest
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels import Device, packed_linear, select
+from mixquant_sglang.kernels.registry import packed_linear
+from mixquant_sglang.recipe.select import Device, select
 
 CPU = Device("this CPU", None)
 A100, L40S, H200 = Device("A100", (8, 0)), Device("L40S", (8, 9)), Device("H200", (9, 0))

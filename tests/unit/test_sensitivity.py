@@ -15,18 +15,19 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant_sglang import cli, recipe
-from mixquant_sglang.checkpoint import calibration
+from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels.emulated import EmulatedFP8, EmulatedNVFP4
-from mixquant_sglang.matching import RuleMatcher
-from mixquant_sglang.planner import plan as planner
-from mixquant_sglang.planner.data import find_gpu
-from mixquant_sglang.sensitivity import measure as sensitivity
-from mixquant_sglang.sensitivity.choice import Measured, Prices, choose, groups_of
-from mixquant_sglang.sensitivity.kl import KL, Group, Measurement, kl_divergence
-from mixquant_sglang.sensitivity.report import as_yaml, patterns
-from mixquant_sglang.sensitivity.report import comments as sensitivity_comments
+from mixquant_sglang.kernels.linear.emulated import EmulatedFP8, EmulatedNVFP4
+from mixquant_sglang.recipe.matching import RuleMatcher
+from mixquant_sglang.tools import cli
+from mixquant_sglang.tools.plan import command as planner
+from mixquant_sglang.tools.plan.data import find_gpu
+from mixquant_sglang.tools.quantize import calibration
+from mixquant_sglang.tools.sensitivity import measure as sensitivity
+from mixquant_sglang.tools.sensitivity.choice import Measured, Prices, choose, groups_of
+from mixquant_sglang.tools.sensitivity.kl import KL, Group, Measurement, kl_divergence
+from mixquant_sglang.tools.sensitivity.report import as_yaml, patterns
+from mixquant_sglang.tools.sensitivity.report import comments as sensitivity_comments
 
 LAYERS, HIDDEN, INNER, WORDS = 2, 64, 96, 128
 KINDS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")

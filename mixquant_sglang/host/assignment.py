@@ -1,0 +1,69 @@
+"""Which precisions each linear of the model gets, asked by SGLang layer by layer while it builds the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+
+from mixquant_sglang.recipe.matching import RuleMatcher
+from mixquant_sglang.recipe.modules import FUSED, NEVER, why_bf16
+from mixquant_sglang.recipe.schema import LayerRule, Recipe
+from mixquant_sglang.recipe.select import Selection
+from mixquant_sglang.weights.ready_linear import ReadyLinear
+from mixquant_sglang.weights.ready_made import PrefillWeights
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """``why``: what makes it BF16, where it is; ``ready``: where its NVFP4 weights are, if they are ready-made."""
+
+    prefill: str
+    decode: str
+    why: str
+    ready: ReadyLinear | None = None
+
+    @property
+    def bf16(self) -> bool:
+        return (self.prefill, self.decode) == ("bf16", "bf16")
+
+
+class Assignment:
+    """Of one model that SGLang builds."""
+
+    def __init__(self, recipe: Recipe, selection: Selection, ready: PrefillWeights | None) -> None:
+        self.names: dict[str, None] = {}  # that SGLang asked about, in its order
+        self.left: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()  # to SGLang, and why
+        self.ready = ready
+        self.matcher: RuleMatcher | None = None
+        self._recipe = recipe
+        self._selection = selection
+
+    def of(self, name: str, packed_modules: Mapping[str, Sequence[str]]) -> Assigned:
+        """Of the linear ``name``; ``packed_modules``: the model's ``packed_modules_mapping``."""
+        if self.matcher is None:
+            self.matcher = RuleMatcher(self._recipe.layers, {**FUSED, **packed_modules})
+        self.names[name] = None
+        selection, shards = self._selection, self.matcher.shards(name)
+        prefill, decode = self.matcher.precisions(name, selection.prefill, selection.decode)
+        never = why_bf16(name)
+        why = "by rule of the recipe" if selection.kernels else "by the recipe"
+        if never:
+            prefill = decode = "bf16"
+            why = never
+        ready = None
+        if self.ready is not None and "nvfp4" in (prefill, decode):
+            ready = self.ready.linear(name, shards)
+            if ready is None:
+                why = "not in the ready-made weights"
+                prefill, decode = ("bf16" if p == "nvfp4" else p for p in (prefill, decode))
+        elif self.ready is not None:
+            self.ready.keep(name, shards, NEVER if never else why)
+        return Assigned(prefill, decode, why, ready)
+
+    def asking(self, name: str) -> tuple[LayerRule, ...]:
+        """The rules that want the linear ``name`` low, not counting optional ones."""
+        assert self.matcher is not None
+        return self.matcher.asking(name)

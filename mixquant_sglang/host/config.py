@@ -1,0 +1,109 @@
+"""SGLang's face of a recipe: the quantization config that ``--quantization mixquant`` selects.
+
+SGLang builds it without arguments in each scheduler process and asks it for the method of every layer.  What is done
+once the model is loaded: ``lifecycle.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+from mixquant_sglang import __version__, recipe
+from mixquant_sglang.errors import refusing
+from mixquant_sglang.host import refusals, runtime
+from mixquant_sglang.host.assignment import Assignment
+from mixquant_sglang.host.hooks import table
+from mixquant_sglang.host.lifecycle import LoadSteps
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.layers.linear import MixQuantLinearMethod
+from mixquant_sglang.recipe.select import select
+from mixquant_sglang.versions import compat
+from mixquant_sglang.weights.ready_made import PrefillWeights
+
+logger = logging.getLogger(__name__)
+
+
+class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
+    """Raises ``SystemExit`` with one line for what the user can mend, so that nothing half-configured serves."""
+
+    weight_block_size = None  # some models read it off any config that they get
+
+    def __init__(self) -> None:
+        super().__init__()
+        ready: PrefillWeights | None = None
+        with refusing():
+            table.check_hooks_took_effect()
+            self._recipe = recipe.load(recipe.requested())
+            selection = select(self._recipe, compat.device())
+            refusals.check_recipe(self._recipe, selection)
+            if selection.kernels.get("nvfp4") == "native":
+                compat.provide_fp4_linear_method(own_quantizer=self._recipe.fuse)
+            if self._recipe.prefill_weights:
+                ready = PrefillWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
+        known = runtime.current()
+        if known is None or known.recipe != self._recipe:
+            # SGLang builds the config more than once per load; only the first time is news.
+            logger.info(
+                "mixquant %s: recipe %s -> %s; because %s",
+                __version__,
+                self._recipe.name,
+                selection.describe(),
+                selection.reason,
+            )
+            identity = ready.identity() if ready is not None else ""
+            runtime.start(Runtime(self._recipe, selection, ready_made=identity))
+        current = runtime.current()
+        assert current is not None
+        self._runtime = current
+        self._assignment = Assignment(self._recipe, selection, ready)
+        current.lifecycle = LoadSteps(current, self._assignment)
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "mixquant"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MixQuantConfig:
+        return cls()
+
+    def get_scaled_act_names(self) -> list[str]:
+        return []
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None  # embeddings, lm_head, attention and MoE experts take SGLang's unquantised default
+        with refusing():
+            assigned = self._assignment.of(prefix, self.packed_modules_mapping)
+        if assigned.bf16:
+            self._assignment.left[layer] = assigned.why
+            return UnquantizedLinearMethod()
+        return MixQuantLinearMethod(self._runtime, prefix, assigned.prefill, assigned.decode, assigned.ready)
+
+
+def register() -> None:
+    """Lets SGLang's model config and loader find ``MixQuantConfig`` under the name."""
+    from sglang.srt.layers import quantization
+
+    compat.hush_unknown_method_warning()
+    quantization.QUANTIZATION_METHODS[compat.NAME] = MixQuantConfig
+    cpu_methods = getattr(quantization, "CPU_QUANTIZATION_METHODS", None)
+    if cpu_methods is not None:
+        cpu_methods[compat.NAME] = MixQuantConfig

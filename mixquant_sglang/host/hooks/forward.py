@@ -1,0 +1,69 @@
+"""The rows of a batch, and the pass that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from mixquant_sglang.host import runtime
+from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.passes.running import MASTER_PASS, Pass, role_of, scope
+from mixquant_sglang.passes.schedule import ScheduledPass
+from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.versions import compat
+
+_SCHEDULED = "_mixquant_pass"  # attribute of the ForwardBatch between init_new and ModelRunner.forward
+
+
+def scheduled_of(forward_batch: Any) -> ScheduledPass | None:
+    """What ``schedule_batch`` found for the batch; None for one that it did not see."""
+    return getattr(forward_batch, _SCHEDULED, None)
+
+
+@handler
+def schedule_batch(forward_batch: Any, _cls: type, batch: Any, model_runner: Any, **_kwargs: Any) -> None:
+    run = runtime.current()
+    if run is None or _role_of(forward_batch.forward_mode) is not Role.PROMPT:
+        return
+    run.weights.refresh()
+    requests = compat.request_rows(forward_batch, batch, lambda req: getattr(req, "mixquant_bf16", False))
+    reads_all = run.schedule.prunes and compat.reads_all_rows(forward_batch)
+    scheduled = run.schedule.prefill(requests, torch.device(model_runner.device), reads_all=reads_all)
+    setattr(forward_batch, _SCHEDULED, scheduled)
+    if batch.prefill_stats is not None:
+        batch.prefill_stats.mixquant = scheduled
+
+
+@cache
+def _role_of(mode: Any) -> Role:
+    return role_of(mode.name)
+
+
+@handler
+def run_pass(original: Callable[..., Any], model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    run = runtime.current()
+    if run is None:
+        return original(model_runner, forward_batch, *args, **kwargs)
+    run.weights.refresh()
+    mode = forward_batch.forward_mode
+    role = _role_of(mode)
+    if role is not Role.PROMPT:
+        if mode.name != "IDLE":
+            run.count_decode(len(forward_batch.input_ids))
+        if not run.weights.current:
+            with scope(MASTER_PASS):
+                return original(model_runner, forward_batch, *args, **kwargs)
+        if role is Role.DECODE:  # as outside of any scope
+            return original(model_runner, forward_batch, *args, **kwargs)
+        with scope(Pass(role)):
+            return original(model_runner, forward_batch, *args, **kwargs)
+    scheduled = scheduled_of(forward_batch)
+    if scheduled is None:
+        raise RuntimeError(f"mixquant: a {mode.name} batch reached the model without the facts of its requests")
+    if not forward_batch.split_index:  # SPLIT_PREFILL runs one batch in several calls
+        run.count_prefill(scheduled)
+    with scope(scheduled.running):
+        return original(model_runner, forward_batch, *args, **kwargs)

@@ -1,0 +1,139 @@
+"""In processes that parse server arguments: the flag, the recipe, what is refused before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from mixquant_sglang import recipe
+from mixquant_sglang.errors import MixQuantError, refusing
+from mixquant_sglang.host import stock
+from mixquant_sglang.host.hooks import table
+from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.refusals import check_server_args
+from mixquant_sglang.recipe import Recipe
+from mixquant_sglang.versions import compat
+
+_command_line = False  # server arguments came from a command line, so a refusal ends the process with one line
+_flag_given = False
+_dtype_asked: str | None = None
+_moe_backend_asked: str | None = None
+_recipe: Recipe | None = None
+
+
+class _RecipeFlag(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        global _flag_given
+        _flag_given = True
+        os.environ[recipe.RECIPE_ENV] = values
+        setattr(namespace, self.dest, values)
+
+
+@handler
+def add_recipe_flag(_result: None, parser: argparse.ArgumentParser) -> None:
+    global _command_line
+    _command_line = True
+    parser.add_argument(
+        "--mixquant-recipe",
+        action=_RecipeFlag,
+        metavar="NAME|FILE",
+        help="Recipe for --quantization mixquant: a shipped name (mixquant recipes lists them) or a YAML file. "
+        f"Default: the environment variable {recipe.RECIPE_ENV}, else 'auto'.",
+    )
+
+
+def _refusing() -> AbstractContextManager[None]:
+    return refusing() if _command_line else nullcontext()
+
+
+@handler
+def resolve_server_args(original: Callable[..., None], server_args: Any, *args: Any, **kwargs: Any) -> None:
+    global _dtype_asked, _moe_backend_asked, _recipe
+    if getattr(server_args, "_resolution_finished", False):  # 0.5.23 asks again wherever the arguments arrive
+        return original(server_args, *args, **kwargs)
+    asked = server_args.quantization == compat.NAME
+    os.environ.pop(compat.ACTIVE_ENV, None)
+    with _refusing():
+        if _flag_given and not asked:
+            raise MixQuantError(f"--mixquant-recipe needs --quantization {compat.NAME}")
+        if asked:
+            _recipe = recipe.load(recipe.requested())
+            check_server_args(server_args)
+            for hook in table.hooks_of():
+                if hook.process != "http":
+                    table.target_of(hook)
+            _dtype_asked = server_args.dtype
+            _moe_backend_asked = getattr(server_args, "moe_runner_backend", None)
+            _prepare_launcher()
+        original(server_args, *args, **kwargs)
+        if asked:
+            check_server_args(server_args)
+            if _command_line or _HTTP_SERVER in sys.modules:
+                _set_hooks("http")  # imports SGLang's HTTP server, which comes next; sgl.Engine does without
+            os.environ[compat.ACTIVE_ENV] = "1"
+
+
+_HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+
+
+def _prepare_launcher() -> None:
+    _set_hooks("asked")
+    table.check_hooks_took_effect("launcher")
+    register_config()
+
+
+def _set_hooks(process: str) -> None:
+    table.register_hooks([hook for hook in table.hooks_of(process) if not table.took_effect(hook)])
+    table.apply_hooks()
+    table.check_hooks_took_effect(process)
+
+
+def register_config() -> None:
+    # Imported late: it needs SGLang's layers, which an idle plugin must not load.
+    from mixquant_sglang.host import config
+
+    config.register()
+
+
+@handler
+def check_checkpoint(model_config: Any) -> None:
+    """Refuses quantised checkpoints, those of another dtype unless ``--dtype bfloat16`` asks for the cast, models that
+    SGLang would not decode as stock, and ready-made prefill weights of another model."""
+    if model_config.quantization != compat.NAME:
+        return
+    with _refusing():
+        for config in (model_config.hf_config, model_config.hf_text_config):
+            for field in ("quantization_config", "compression_config"):
+                found = getattr(config, field, None)
+                if found:
+                    method = found.get("quant_method") if isinstance(found, dict) else type(found).__name__
+                    raise MixQuantError(
+                        f"{model_config.model_path} is already quantised ({method}); "
+                        "mixquant derives its packed weights from a plain BF16 checkpoint: give it the original one"
+                    )
+        stored = getattr(model_config.hf_text_config, "dtype", None)
+        stored = getattr(torch, stored, stored) if isinstance(stored, str) else stored
+        cast_unasked = stored is not torch.bfloat16 and _dtype_asked == "auto"
+        if model_config.dtype is not torch.bfloat16 or cast_unasked:
+            raise MixQuantError(
+                f"{model_config.model_path} is a {str(stored or torch.float32).removeprefix('torch.')} checkpoint that "
+                f"would be served as {str(model_config.dtype).removeprefix('torch.')}; mixquant needs BF16: "
+                "convert it, or pass --dtype bfloat16 to cast it at load"
+            )
+        stock.check_model(model_config, compat.device, _moe_backend_asked)
+        if _recipe is not None and _recipe.prefill_weights:
+            from mixquant_sglang.weights.ready_made import PrefillWeights
+
+            ready = PrefillWeights.open(_recipe.prefill_weights, _recipe.prefill_weights_at)
+            ready.check_model(model_config.hf_text_config)
+
+
+def asked_recipe() -> Recipe | None:
+    """The recipe of the server that this process launches."""
+    return _recipe

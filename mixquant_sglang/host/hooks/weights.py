@@ -1,0 +1,291 @@
+"""Weights that change while the server runs: taken whole or refused whole.
+
+In memory (tensor, distributed, IPC): SGLang's own method runs first with a model that only takes down what it is given;
+then every tensor is looked at (``weights/incoming.py``), the ranks agree, and only then are they loaded.  From disk:
+the new checkpoint is read once before SGLang reads it.  Either way the packed copies are not used from the first write
+until they are packed again (``weights/refresh.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import torch
+from safetensors import SafetensorError
+
+from mixquant_sglang.host import runtime
+from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.versions import compat
+from mixquant_sglang.weights.incoming import SKIPPED
+
+logger = logging.getLogger(__name__)
+
+# What SGLang's loaders, torch and the hub's client raise for what a client sent or a disk holds.
+LOAD_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, ImportError, LookupError, OSError),
+    *(RuntimeError, TypeError, ValueError, httpx.HTTPError, pickle.PickleError, SafetensorError),
+)
+_OLD = "the old weights serve on"
+
+# SGLang loads direct parameters here: a list while an update is being taken down.
+_direct: list[tuple[Any, list[tuple[str, torch.Tensor]]]] | None = None
+
+
+@dataclass
+class _Disk:
+    """An update from disk: the second reading, SGLang's rollback, is of ``before``."""
+
+    before: str
+    readings: int = 0
+
+
+_disk: _Disk | None = None
+
+
+# -- what was loaded at start ------------------------------------------------------------------------------------------
+
+
+@handler
+def read_checkpoint(original: Callable[..., Any], loader: Any, source: Any) -> Any:
+    run = runtime.current()
+    if run is None:
+        return original(loader, source)
+    if run.loading:  # the start
+        return run.known.record(original(loader, source))
+    if _disk is not None:
+        _disk.readings += 1
+        if _disk.readings > 1:
+            source = dataclasses.replace(source, model_or_path=_disk.before)
+    return original(loader, source)
+
+
+# -- from disk ---------------------------------------------------------------------------------------------------------
+
+
+@handler
+def weights_from_disk(
+    original: Callable[..., tuple[bool, str]],
+    updater: Any,
+    model_path: str,
+    load_format: str,
+    weight_name_filter: Callable[[str], bool] | None = None,
+    **kwargs: Any,
+) -> tuple[bool, str]:
+    global _disk
+    run = runtime.current()
+    if run is None:
+        return original(updater, model_path, load_format, weight_name_filter, **kwargs)
+    if kwargs.get("recapture_cuda_graph") and run.weights.decodes_by_value:
+        return False, (
+            "mixquant: recapture_cuda_graph: SGLang captures decode graphs alone anew, which hold the tensor scales of "
+            f"emulated NVFP4 by value, so they and prefill graphs would differ; leave it out; {_OLD}"
+        )
+    before = updater.model_config.model_path
+    refused = run.weights.agree(_look_at(run, updater, model_path, load_format, weight_name_filter))
+    if refused:
+        return False, f"{model_path}: {refused}; {_OLD}"
+    run.weights.hold(f"an update from {model_path} is being loaded")
+    _disk = _Disk(before)
+    try:
+        done, message = original(updater, model_path, load_format, weight_name_filter, **kwargs)
+        broken = None
+    except LOAD_ERRORS as error:
+        done, message = False, f"{model_path}: {_said(error)}"
+        broken = f"an update from {model_path} failed, and so did reading {before} again: {_said(error)}"
+    finally:
+        read, _disk = _disk.readings, None
+    if not done:
+        updater.model_config.model_path = before
+    elsewhere = run.weights.agree(None if done else message)
+    if done and elsewhere:  # another rank went back to the old checkpoint
+        done, message, broken = _go_back(original, updater, before, load_format, elsewhere)
+        read = 2
+    broken = run.weights.agree(broken)
+    if broken:
+        run.weights.broken(broken)
+        return False, message
+    if not done and read > 1:
+        message += f" mixquant: the weights are those of {before} again" + (
+            ", without what was sent in memory since" if run.sent_since_disk else ""
+        )
+    run.sent_since_disk = False if read else run.sent_since_disk
+    run.weights.written()
+    return done, _with_packing(run, message)
+
+
+def _look_at(
+    run: Runtime, updater: Any, model_path: str, load_format: str, keep: Callable[[str], bool] | None
+) -> str | None:
+    """Why the checkpoint is refused; None if it is not, or if SGLang itself will not load this format."""
+    try:
+        weights = compat.read_weights(updater, model_path, load_format)
+        if weights is None:
+            return None
+        seen = set()
+        for name, tensor in weights:
+            seen.add(name)
+            if keep is not None and not keep(name):
+                continue
+            if name not in run.known.tensors and SKIPPED.fullmatch(name):
+                continue
+            if problem := run.known.problem(name, tensor, torch.device(updater.device)):
+                return problem
+        return run.known.missing(seen) if keep is None else None
+    except LOAD_ERRORS as error:
+        return _said(error)
+
+
+def _go_back(
+    original: Callable[..., tuple[bool, str]], updater: Any, before: str, load_format: str, why: str
+) -> tuple[bool, str, str | None]:
+    try:
+        done, message = original(updater, before, load_format)
+    except LOAD_ERRORS as error:
+        done, message = False, _said(error)
+    return False, why, None if done else f"reading {before} again failed: {message}"
+
+
+# -- in memory ---------------------------------------------------------------------------------------------------------
+
+
+@handler
+def weights_from_tensor(
+    original: Callable[..., tuple[bool, str]],
+    updater: Any,
+    named_tensors: Any,
+    load_format: str | None = None,
+) -> tuple[bool, str]:
+    if runtime.current() is not None and load_format in updater.custom_weight_loaders:
+        return False, (
+            f"mixquant: load_format {load_format}: custom weight loaders write past the check of new weights; send the "
+            f"checkpoint's tensors with load_format null or flattened_bucket; {_OLD}"
+        )
+    return _in_memory(lambda: original(updater, named_tensors, load_format), updater)
+
+
+@handler
+def weights_from_distributed(
+    original: Callable[..., tuple[bool, str]], updater: Any, *args: Any, **kwargs: Any
+) -> tuple[bool, str]:
+    return _in_memory(lambda: original(updater, *args, **kwargs), updater)
+
+
+@handler
+def weights_from_ipc(original: Callable[..., tuple[bool, str]], updater: Any, recv_req: Any) -> tuple[bool, str]:
+    """The sender fills one buffer again and again: what arrives is kept in host memory until all of it is there."""
+    return _in_memory(lambda: original(updater, recv_req), updater, keep=True)
+
+
+@handler
+def weights_direct(original: Callable[..., None], model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
+    if _direct is None:
+        return original(model, named_tensors)
+    _direct.append((original, named_tensors))
+    return None
+
+
+def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool = False) -> tuple[bool, str]:
+    run = runtime.current()
+    if run is None:
+        return call()
+    model, device = updater.get_model(), torch.device(updater.device)
+    try:
+        with _taken_down(model, keep=keep) as (loads, direct):
+            done, message = call()
+        parameters = dict(model.named_parameters()) if direct else {}
+        found = [run.known.problem(*named, device) for named in loads]
+        found += [run.known.problem_of_parameter(*named, parameters) for _, each in direct for named in each]
+        problem = None if done else message
+        problem = problem or next(filter(None, found), None)
+    except LOAD_ERRORS as error:
+        problem = _said(error)
+    problem = run.weights.agree(problem)
+    if problem:
+        return False, f"{problem}; {_OLD}"
+    run.sent_since_disk = True
+    run.weights.hold("an update in memory is being loaded")
+    try:
+        if loads:
+            # Of tensors in host memory one at a time: beside weights and KV a GPU has no room for all.
+            model.load_weights(((name, tensor.to(device)) for name, tensor in loads) if keep else loads)
+        for original, named in direct:
+            original(model, named)
+        if keep:
+            compat.postprocess(model)
+    except LOAD_ERRORS as error:
+        problem = f"an update failed while it was written, and the old weights are gone: {_said(error)}"
+    problem = run.weights.agree(problem)
+    if problem:
+        run.weights.broken(problem)
+        return False, problem
+    run.weights.written()
+    return True, _with_packing(run, message) if keep else message
+
+
+@contextmanager
+def _taken_down(
+    model: Any, *, keep: bool
+) -> Iterator[tuple[list[tuple[str, torch.Tensor]], list[tuple[Any, list[tuple[str, torch.Tensor]]]]]]:
+    """While it is open, ``model`` loads nothing: its tensors are in the first list, direct ones in the second."""
+    global _direct
+    loads: list[tuple[str, torch.Tensor]] = []
+    direct: list[tuple[Any, list[tuple[str, torch.Tensor]]]] = []
+
+    def take_down(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        loads.extend((name, tensor.to("cpu", copy=True) if keep else tensor) for name, tensor in weights)
+
+    own = vars(model).get("load_weights")  # SGLang's FlashRL loader sets one
+    _direct, model.load_weights = direct, take_down
+    try:
+        with compat.ipc_without_post_hook() if keep else nullcontext():
+            yield loads, direct
+    finally:
+        _direct = None
+        if own is None:
+            del model.load_weights
+        else:
+            model.load_weights = own
+
+
+# -- sessions (0.5.23), and memory that is released --------------------------------------------------------------------
+
+
+@handler
+def weights_begin(_updater: Any) -> None:
+    if (run := runtime.current()) is not None:
+        run.weights.begin()
+
+
+@handler
+def weights_end(_result: None, _updater: Any, **_kwargs: Any) -> None:
+    if (run := runtime.current()) is not None:
+        run.weights.end()
+
+
+@handler
+def weights_released(_result: Any, _manager: Any, recv_req: Any) -> None:
+    if (run := runtime.current()) is not None and compat.concerns_weights(recv_req):
+        run.weights.hold("the memory of the weights is released")
+
+
+@handler
+def weights_resumed(_result: Any, _manager: Any, recv_req: Any) -> None:
+    if (run := runtime.current()) is not None and compat.concerns_weights(recv_req):
+        run.weights.changed()
+
+
+def _with_packing(run: Runtime, message: str) -> str:
+    failed = run.weights.refresh()
+    return f"{message} mixquant: {failed}; passes run in BF16 whole" if failed else message
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,199 @@
+"""What is done with a model once SGLang loaded it, gave it an attention back end, and can run it: named steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mixquant_sglang import __version__
+from mixquant_sglang.errors import MixQuantError, refusing
+from mixquant_sglang.host import probe, refusals, report
+from mixquant_sglang.host.assignment import Assignment
+from mixquant_sglang.host.ranks import check_same
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.kernels.tuning import fp4_gemm, fp8_gemm
+from mixquant_sglang.kernels.verify import verify
+from mixquant_sglang.layers import bypasses, fused
+from mixquant_sglang.layers.linear import MixQuantLinearMethod
+from mixquant_sglang.layers.warm_up import warm_up
+from mixquant_sglang.recipe.text import show, some
+from mixquant_sglang.versions import compat
+
+logger = logging.getLogger(__name__)
+
+
+class LoadSteps:
+    """Of one load.  Its methods end the process with one line for what the user can mend."""
+
+    def __init__(self, run: Runtime, assignment: Assignment) -> None:
+        self.loading = True
+        self.unproved = False
+        self._run = run
+        self._assignment = assignment
+        self._ready = assignment.ready
+        self._pruned: torch.nn.Module | None = None
+
+    def finish_load(self, model_runner: Any) -> None:
+        """Checks the recipe against the layers that the model turned out to have, and reports what was packed."""
+        model: torch.nn.Module = model_runner.model
+        device = torch.device(model_runner.device)
+        with refusing():
+            self._finish_weights(model)
+            self._check_rules()
+            self._check_ready_made(model)
+            report.keep_outside_bf16(model)
+            self._check_prefixes(model)
+            packed = self._check_packed()
+        self._report(model, packed, device)
+        self.unproved = bool(packed)
+        self._tune_fp4(model_runner, packed)
+        self._verify(packed, device)
+        self._guard(model)
+        self._fuse(model_runner)
+        self._tune_fp8(model_runner, packed, device)
+        if packed and device.type == "cuda":
+            logger.info("mixquant: %s", warm_up(model, packed, device))
+
+    def finish_attention(self, model_runner: Any) -> None:
+        """Completes what ``_fuse`` began, each time that the model's attention back end was built."""
+        if self._pruned is None or model_runner.model is not self._pruned:
+            return
+        reason = fused.prune_last_attention(model_runner.model, model_runner.attn_backend)
+        self._run.schedule.prunes_attention = not reason
+        if reason:
+            logger.info("mixquant: the last layer's attention computes all rows: %s", reason)
+        else:
+            logger.info("mixquant: the last layer's attention leaves out unread rows in long prefill passes")
+
+    def prove(self, model_runner: Any, eager_runner: Any) -> None:
+        """Runs the model once, and makes the report what ran; see ``probe.py``."""
+        self.unproved = False
+        with refusing():
+            probe.prove(model_runner, eager_runner, self._run, self._assignment)
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def _finish_weights(self, model: torch.nn.Module) -> None:
+        run = self._run
+        words = f"mixquant {__version__}, recipe {run.recipe.name} -> {run.selection.describe()}"
+        check_same(run.fingerprint, words, compat.rank_group())
+        run.weights.agree = compat.agree
+        run.known.add_parameters(model, ranks=compat.tensor_parallel_ranks())
+        run.weights.keep(module.quant_method for module in model.modules() if hasattr(module, "quant_method"))
+        run.weights.finish_load()
+
+    def _check_rules(self) -> None:
+        matcher = self._assignment.matcher
+        if matcher is None:
+            return
+        matcher.check_all_matched(self._assignment.names)
+        for rule in matcher.unmatched():
+            logger.info("mixquant: %s: optional rule %s matches no layer", rule.where, show(rule.match))
+
+    def _check_ready_made(self, model: torch.nn.Module) -> None:
+        if self._ready is not None:
+            self._ready.check_all_taken()
+            self._ready.check_norms(model.named_parameters())
+
+    def _check_prefixes(self, model: torch.nn.Module) -> None:
+        """Refuses modules that SGLang built under one prefix: ready-made weights are looked up by it."""
+        if self._ready is None:
+            return
+        known: dict[str, str] = {}
+        for name, method in report.linears(model):
+            if method.low and known.setdefault(method.name, name) != name:
+                raise MixQuantError(
+                    f"{self._run.recipe.prefill_weights_at}: {known[method.name]} and {name} are both {method.name} to "
+                    "SGLang, so ready-made weights cannot be told apart; leave 'weights' out"
+                )
+
+    def _check_packed(self) -> list[MixQuantLinearMethod]:
+        """The linears that have a low precision; refuses a low recipe of which nothing is left."""
+        run = self._run
+        methods = [m for m in run.layers if isinstance(m, MixQuantLinearMethod)]
+        packed = [m for m in methods if m.low]
+        if run.selection.kernels and not packed:
+            raise MixQuantError(
+                f"recipe {run.recipe.name} wants {' and '.join(run.selection.kernels)}, but no layer of this "
+                "model can take it; " + ("; ".join(f"{m.name}: {m.refusal}" for m in methods[:3]) or "see the rules")
+            )
+        return packed
+
+    # -- what is said ----------------------------------------------------------------------------------------------
+
+    def _report(self, model: torch.nn.Module, packed: Sequence[MixQuantLinearMethod], device: torch.device) -> None:
+        run = self._run
+        run.schedule.split = any(m.split for m in packed)
+        total = report.describe(model, run, self._assignment.left)
+        self.loading = False
+        if run.selection.kernels:
+            report.log_precisions(run, total)
+            if device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+                logger.info("mixquant: memory peaked %.1f MiB above the loaded size while loading", peak / 2**20)
+            report.log_reasons(run, run.stays_bf16)
+        if self._ready is not None:
+            logger.info("mixquant: NVFP4 weights come from %s (%s)", self._ready.folder, self._ready.layout.name)
+            for reason in sorted({*self._ready.unused.values()}):
+                names = sorted(name for name, why in self._ready.unused.items() if why == reason)
+                logger.info("mixquant: not taken from there (%s): %s", reason, some(names))
+
+    # -- kernels ---------------------------------------------------------------------------------------------------
+
+    def _tune_fp4(self, model_runner: Any, packed: Sequence[MixQuantLinearMethod]) -> None:
+        methods = [m for m in packed if m.runs("nvfp4", "native")]
+        measuring = compat.fp4_gemm_measuring(model_runner) if methods else None
+        if measuring is not None:
+            most = compat.most_prefill_rows(model_runner)
+            tuned = fp4_gemm.tune([m.copy_in("nvfp4") for m in methods], most, measuring)
+            logger.info("mixquant: %s", tuned)
+
+    def _verify(self, packed: Sequence[MixQuantLinearMethod], device: torch.device) -> None:
+        """Compares the native NVFP4 kernel with the emulated one, on one linear of each shape."""
+        if not self._run.recipe.verify or self._run.selection.kernels.get("nvfp4") != "native":
+            return
+        first: dict[tuple[int, int], MixQuantLinearMethod] = {}
+        for m in packed:
+            if m.runs("nvfp4", "native"):
+                first.setdefault(m.shape, m)
+        with refusing():
+            count, worst = verify((m.verification() for m in first.values()), device)
+        logger.info(
+            "mixquant: native nvfp4 agrees with the emulated kernel for %d shapes (worst relative error %.2g)",
+            count,
+            worst,
+        )
+
+    def _guard(self, model: torch.nn.Module) -> None:
+        guarded = bypasses.guard(model)
+        if guarded:
+            logger.info("mixquant: SGLang's fused input projections of %d layers run in BF16 passes alone", guarded)
+
+    def _fuse(self, model_runner: Any) -> None:
+        schedule = self._run.schedule
+        if not self._run.recipe.fuse:
+            return
+        if watching := refusals.watching(model_runner.server_args):
+            logger.info("mixquant: nothing fused and no row left out, so that %s sees all", " and ".join(watching))
+            return
+        done = fused.fuse(model_runner.model)
+        if schedule.split and model_runner.is_generation:
+            schedule.prunes = fused.prune_last_layer(model_runner.model)
+        if schedule.prunes:
+            self._pruned = model_runner.model
+        if done or schedule.prunes:
+            what = [f"{n} {kind}" for kind, n in done.items()]
+            what += ["the last layer's unread rows left out"] if schedule.prunes else []
+            logger.info("mixquant: fused in prefill: %s", ", ".join(what))
+
+    def _tune_fp8(self, model_runner: Any, packed: Sequence[MixQuantLinearMethod], device: torch.device) -> None:
+        shapes = {shape for m in packed if m.runs("fp8", "native") for shape in m.gemm_shapes}
+        if not shapes:
+            return
+        most = fp8_gemm.bucket(compat.most_prefill_rows(model_runner))
+        with refusing():
+            rows = [2**e for e in range(8, max(most.bit_length(), 9))]
+            fp8_gemm.use(fp8_gemm.load_or_tune(sorted(shapes), rows, device, compat.kernel_versions()))

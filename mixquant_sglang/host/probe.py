@@ -1,0 +1,261 @@
+"""One tiny prompt and one decode step through the loaded model, to see which linears SGLang runs through us.
+
+SGLang multiplies some layers past their linear method: it reads ``.weight`` itself.  No list of models can know, so the
+model is run, once it can run and before graphs are captured, by the very path that serves: ``ModelRunner.forward``.  Of
+two requests one ends its prompt, so that rows are protected, and one is a chunk of a longer prompt.  A linear that no
+prefill pass called is BF16 from then on: its packed copy goes, and report, labels and metrics say so; where a rule
+asked for its precision the start ends.  Some code of SGLang takes small passes alone, so there are two sizes, and what
+is missing in one of them is reported as such.
+
+Nothing stays behind: counters, KV and request pools are as before, no token is sampled.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.host import report
+from mixquant_sglang.host.assignment import Assignment
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.layers.linear import MixQuantLinearMethod
+from mixquant_sglang.passes.counters import PassCounters
+from mixquant_sglang.passes.running import current
+from mixquant_sglang.recipe import show
+from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.versions import compat
+
+logger = logging.getLogger(__name__)
+
+DECODE = "decode"
+FEW = 12  # rows: below SGLang's own kernels for up to 16
+MANY = {"cuda": 1100, "cpu": 40}  # rows: above its kernels for up to 1024
+
+# What building a batch without a scheduler may raise on a kind of model or cache that needs one.
+_CANNOT_BUILD = (AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+class Unproven(Exception):
+    """The model could not be run here; the text says why."""
+
+
+class Record:
+    """Which methods each pass called: name of the pass -> method or MoE layer -> (role, precision, rows)."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, dict[object, tuple[Role, str, int]]] = {}
+        self._now: dict[object, tuple[Role, str, int]] = {}
+
+    @contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        self._now = self.calls.setdefault(name, {})
+        yield
+        self._now = {}
+
+    def note(self, method: MixQuantLinearMethod, rows: int) -> None:
+        role = current().role
+        self._now[method] = role, method.precision[role], rows
+
+    def note_experts(self, layer: object) -> None:
+        self._now[layer] = current().role, "bf16", 0
+
+    def called(self, what: object, *passes: str) -> bool:
+        return any(what in self.calls.get(name, {}) for name in passes)
+
+    @contextmanager
+    def listening(self, model: torch.nn.Module) -> Iterator[None]:
+        """Puts itself before ``apply`` and ``apply_into`` of every linear of ours and ``apply`` of MoE layers."""
+        changed: list[tuple[Any, str]] = []
+
+        def wrap(method: Any, attribute: str, noting: Callable[..., None]) -> None:
+            original = getattr(method, attribute)
+
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                noting(*args, **kwargs)
+                return original(*args, **kwargs)
+
+            setattr(method, attribute, noted)
+            changed.append((method, attribute))
+
+        try:
+            for _, method in report.linears(model):
+                if "apply" not in vars(method):  # one method may serve several modules
+                    wrap(method, "apply", self._noting(method))
+                    wrap(method, "apply_into", self._noting(method))
+            for _, layer in report.experts(model):
+                if "apply" not in vars(layer.quant_method):
+                    wrap(layer.quant_method, "apply", self._noting_experts(layer.quant_method))
+            yield
+        finally:
+            for method, attribute in changed:
+                delattr(method, attribute)
+
+    def _noting(self, method: MixQuantLinearMethod) -> Callable[..., None]:
+        def noting(_layer: object, x: Any, *_args: object, **_kwargs: object) -> None:
+            self.note(method, x.shape[:-1].numel())
+
+        return noting
+
+    def _noting_experts(self, method: object) -> Callable[..., None]:
+        return lambda *_args, **_kwargs: self.note_experts(method)
+
+
+def prove(
+    model_runner: Any,
+    eager_runner: Any,
+    run: Runtime,
+    assignment: Assignment,
+) -> None:
+    """Runs the model and makes ``run`` say what ran; MixQuantError if a rule, not an optional one, wants a linear low
+    that SGLang multiplies itself."""
+    record = Record()
+    try:
+        with _set_aside(run), _runnable(model_runner, eager_runner), record.listening(model_runner.model):
+            _run(model_runner, record)
+    except Unproven as error:
+        run.unproven = str(error)
+        logger.warning("mixquant: which linears run is as packed, not proved by running: %s", error)
+        return
+    _correct(model_runner.model, record, run, assignment)
+
+
+def _correct(
+    model: torch.nn.Module,
+    record: Record,
+    run: Runtime,
+    assignment: Assignment,
+) -> None:
+    prefills = [name for name in record.calls if name != DECODE]
+    low = [method for _, method in report.linears(model) if method.low]
+    missed = False
+    partly: dict[str, list[str]] = {}
+    for name, method in report.linears(model):
+        if not method.low:
+            continue
+        if not record.called(method, *prefills):
+            rules = assignment.asking(method.name)
+            if rules:
+                raise MixQuantError(
+                    f"{rules[0].where} layers: {show(rules[0].match)} wants {name} in low precision, but SGLang does "
+                    "not run it through its linear method: it multiplies by the weight itself, or no prompt of text "
+                    "reaches it; leave it out of the rule, or mark the rule 'optional: true'"
+                )
+            if method.prunes:
+                run.schedule.prunes = run.schedule.prunes_attention = False
+            method.stay_bf16(report.MULTIPLIED)
+            missed = True
+            continue
+        for one, calls in record.calls.items():
+            role = Role.DECODE if one == DECODE else Role.PROMPT
+            expected = method.precision[role] != "bf16" and not _ran_protected(calls, role)
+            if expected and method not in calls:
+                partly.setdefault(one, []).append(name)
+    silent = [name for name, layer in report.experts(model) if not record.called(layer.quant_method, *record.calls)]
+    if missed:
+        run.schedule.split = any(m.split for _, m in report.linears(model))
+        weights = report.describe(model, run, assignment.left)
+        report.log_precisions(run, weights)
+        report.log_reasons(run, [report.MULTIPLIED])
+    for one, names in partly.items():
+        reason = f"{report.MULTIPLIED} in {'decode steps of 2 rows' if one == DECODE else f'passes of {one}'}"
+        run.stays_bf16[reason] = names
+        report.log_reasons(run, [reason])
+    if silent:
+        logger.warning("mixquant: no pass of the probe reached these MoE layers: %s", ", ".join(silent[:4]))
+    ran = sum(bool(method.low) for method in low)
+    logger.info("mixquant: a tiny prompt ran %d of %d low linears (passes: %s)", ran, len(low), ", ".join(record.calls))
+
+
+def _ran_protected(calls: Mapping[object, tuple[Role, str, int]], role: Role) -> bool:
+    """Whether all rows of a prefill pass were protected, as those of short ones may be."""
+    return role is Role.PROMPT and all(ran is Role.PROTECTED for ran, _, _ in calls.values())
+
+
+@contextmanager
+def _set_aside(run: Runtime) -> Iterator[None]:
+    counters, run.counters = run.counters, PassCounters()
+    try:
+        yield
+    finally:
+        run.counters = counters
+
+
+@contextmanager
+def _runnable(model_runner: Any, eager_runner: Any) -> Iterator[None]:
+    """Lets the model runner run eagerly before ``init_cuda_graphs`` gives it its runners."""
+    absent = object()
+    given = {
+        "eager_runner": eager_runner,
+        "prefill_cuda_graph_runner": None,
+        "decode_cuda_graph_runner": None,
+    }
+    before = {name: getattr(model_runner, name, absent) for name in given}
+    for name, value in given.items():
+        setattr(model_runner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is absent:
+                delattr(model_runner, name)
+            else:
+                setattr(model_runner, name, value)
+
+
+def _run(model_runner: Any, record: Record) -> None:
+    pools = compat.Pools(model_runner)
+    sizes = [FEW]
+    room = min(
+        compat.most_prefill_rows(model_runner), pools.free_tokens // 4, model_runner.model_config.context_len // 2
+    )
+    many = min(MANY.get(torch.device(model_runner.device).type, MANY["cpu"]), room)
+    if room < FEW:
+        raise Unproven(f"the KV cache has no room for a prompt of {FEW} tokens")
+    sizes += [many] if many > FEW else []
+    for rows in sizes:
+        with pools.borrowed(), torch.no_grad():
+            batch, forward_batch = _build(partial(_prefill, model_runner, rows))
+            with record.during(f"{rows} rows"):
+                _forward(model_runner, forward_batch)
+            if rows == sizes[-1] and model_runner.is_generation:
+                forward_batch = _build(partial(compat.decode_batch, batch, model_runner))
+                with record.during(DECODE):
+                    _forward(model_runner, forward_batch)
+
+
+def _build(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except _CANNOT_BUILD as error:
+        raise Unproven(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+
+
+def _prefill(model_runner: Any, rows: int) -> tuple[Any, Any]:
+    """A batch of ``rows`` rows: a whole prompt, and the first half of another."""
+    whole = rows // 3
+    lengths = [(whole, whole), (2 * (rows - whole), rows - whole)]
+    vocab = model_runner.model_config.vocab_size
+    # ids that are not those of special tokens, which models number from either end
+    prompts = [(array("q", ((100 + i % 100) % vocab for i in range(n))), new) for n, new in lengths]
+    return compat.prefill_batch(prompts, model_runner)
+
+
+def _forward(model_runner: Any, forward_batch: Any) -> None:
+    ran = False
+    try:
+        model_runner.forward(forward_batch)
+        ran = True
+    finally:
+        if not ran:
+            logger.error(
+                "mixquant: %s cannot run a pass of %d tokens, so it cannot serve; what follows is why",
+                type(model_runner.model).__name__,
+                len(forward_batch.input_ids),
+            )

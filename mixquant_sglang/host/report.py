@@ -1,0 +1,116 @@
+"""What a loaded model runs: its linears and MoE layers by prefill precision, and why others stay BF16.
+
+Read off the modules, by their own names: the prefix that a layer was built with is not always the name that it got.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.layers.linear import MixQuantLinearMethod
+from mixquant_sglang.recipe.modules import NEVER, OUTSIDE, why_bf16
+from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.recipe.text import some
+
+logger = logging.getLogger(__name__)
+
+EXPERTS = "MoE experts, never quantised by this version"
+NOT_OFFERED = "SGLang gives it no quantization config"
+MULTIPLIED = "SGLang multiplies by its weight itself"
+
+# Where models of several modalities keep the one of text, and what all models call their blocks.
+_TEXT_PARTS = ("thinker", "language_model", "llm", "language", "model")
+
+
+def linears(model: torch.nn.Module) -> Iterator[tuple[str, MixQuantLinearMethod]]:
+    """Our methods under the names of their modules."""
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, MixQuantLinearMethod):
+            yield name, method
+
+
+def experts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """MoE layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, FusedMoE):
+            yield name, module
+
+
+def language_model(model: Any) -> torch.nn.Module:
+    """The part of ``model`` whose rows are those of the pass; ``model`` where it has no such part."""
+    found: Any = model
+    for _ in range(4):  # thinker.model, language_model.model
+        parts = [getattr(found, name, None) for name in _TEXT_PARTS]
+        inner = next((part for part in parts if isinstance(part, torch.nn.Module)), found)
+        if inner is found:
+            break
+        found = inner
+    return found  # type: ignore[no-any-return]
+
+
+def keep_outside_bf16(model: torch.nn.Module) -> None:
+    """Makes BF16 what the recipe made low by a prefix that does not tell what the module is: towers that are built as
+    if they were the model, and gates."""
+    inside = {id(module) for module in language_model(model).modules()}
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if not isinstance(method, MixQuantLinearMethod):
+            continue
+        reason = why_bf16(name) or (None if id(module) in inside else OUTSIDE)
+        if reason is not None and method.low:
+            method.stay_bf16(reason)
+
+
+def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Module, str]) -> int:
+    """Counts into ``run`` what the modules are; returns the bytes of the linears' BF16 weights.
+
+    ``asked``: why a linear that was offered to the recipe was left to SGLang."""
+    total = 0
+    run.precisions.clear()
+    run.experts.clear()
+    run.stays_bf16.clear()
+    for name, module in model.named_modules():
+        method, reason = getattr(module, "quant_method", None), None
+        if isinstance(method, MixQuantLinearMethod):
+            run.precisions[method.precision[Role.PROMPT]] += 1
+            total += module.weight.nbytes
+            reason = method.refusal
+        elif isinstance(module, LinearBase):
+            run.precisions["bf16"] += 1
+            total += module.weight.nbytes
+            reason = asked.get(module) or why_bf16(name) or NOT_OFFERED
+        elif isinstance(module, (ParallelLMHead, torch.nn.Linear)):
+            run.precisions["bf16"] += 1
+            reason = NEVER
+        elif isinstance(module, FusedMoE):
+            run.experts["bf16"] += 1
+            reason = EXPERTS
+        if reason is not None:
+            run.stays_bf16.setdefault(reason, []).append(name)
+    run.schedule.label(run.layers)
+    return total
+
+
+def log_precisions(run: Runtime, total: int) -> None:
+    by_precision = ", ".join(f"{n} {precision}" for precision, n in sorted(run.precisions.items()))
+    logger.info(
+        "mixquant: linears by prefill precision: %s; packed weights add %.1f MiB (%.0f%% of the linears' %.1f MiB)",
+        by_precision,
+        run.extra_weight_bytes / 2**20,
+        100 * run.extra_weight_bytes / max(total, 1),
+        total / 2**20,
+    )
+
+
+def log_reasons(run: Runtime, reasons: Iterable[str]) -> None:
+    for reason in reasons:
+        logger.info("mixquant: stays BF16 (%s): %s", reason, some(run.stays_bf16[reason]))

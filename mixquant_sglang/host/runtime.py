@@ -1,0 +1,109 @@
+"""What one scheduler process knows: recipe, selection, packed layers, how passes run, and what ran.
+
+``start`` is called once, when SGLang builds the quantization config; the hooks ask ``current``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Protocol
+
+from mixquant_sglang import __version__
+from mixquant_sglang.passes.counters import PassCounters
+from mixquant_sglang.passes.graphs import Graphs
+from mixquant_sglang.passes.schedule import Schedule, ScheduledPass
+from mixquant_sglang.recipe.fingerprint import fingerprint
+from mixquant_sglang.recipe.roles import Kind, Role
+from mixquant_sglang.recipe.schema import Recipe
+from mixquant_sglang.recipe.select import Selection
+from mixquant_sglang.recipe.text import some
+from mixquant_sglang.weights.incoming import Known
+from mixquant_sglang.weights.refresh import Layer, Weights
+
+
+class Lifecycle(Protocol):
+    """What is done with the model at SGLang's steps (``host/lifecycle.py``)."""
+
+    @property
+    def loading(self) -> bool:
+        """Whether the model is not loaded yet."""
+
+    @property
+    def unproved(self) -> bool:
+        """Whether ``prove`` is still to come."""
+
+    def finish_load(self, model_runner: Any) -> None: ...
+
+    def finish_attention(self, model_runner: Any) -> None: ...
+
+    def prove(self, model_runner: Any, eager_runner: Any) -> None: ...
+
+
+class Runtime:
+    def __init__(self, recipe: Recipe, selection: Selection, *, ready_made: str = "") -> None:
+        """``ready_made``: ``PrefillWeights.identity``."""
+        self.recipe = recipe
+        self.fingerprint = fingerprint(recipe, selection, ready_made=ready_made)
+        self.selection = selection
+        self.counters = PassCounters()
+        self.weights = Weights()
+        self.schedule = Schedule(recipe, selection, self.weights)
+        self.graphs = Graphs(self.schedule, self.weights)
+        self.lifecycle: Lifecycle | None = None
+        self.known = Known()  # of the checkpoint that was loaded at start
+        self.sent_since_disk = False  # whether the weights are not those of any checkpoint on disk
+        self.precisions: Counter[str] = Counter()  # linears by the precision of prompt rows
+        self.experts: Counter[str] = Counter()  # MoE layers by that of prompt rows
+        self.unproven: str | None = None  # why the probe could not run
+        self.stays_bf16: dict[str, list[str]] = {}  # reason -> modules
+
+    @property
+    def loading(self) -> bool:
+        return self.lifecycle is not None and self.lifecycle.loading
+
+    def count_prefill(self, scheduled: ScheduledPass) -> None:
+        self.counters.add("prefill", scheduled.precision, scheduled.tokens, scheduled.protected_total)
+
+    def count_decode(self, rows: int) -> None:
+        """Once per decode step, so it does as little as it can."""
+        self.counters.add_decode(self.schedule.decode if self.weights.current else "bf16", rows)
+
+    @property
+    def layers(self) -> list[Layer]:
+        return self.weights.layers
+
+    @property
+    def extra_weight_bytes(self) -> int:
+        return sum(layer.extra_bytes for layer in self.layers)
+
+    def state(self) -> dict[str, Any]:
+        """``internal_states[i].mixquant`` of ``/server_info``; builtin types only."""
+        table = self.schedule.table
+        state = {
+            "version": __version__,
+            "recipe": self.recipe.name,
+            "fingerprint": self.fingerprint,
+            "precision": {"prefill": table[Role.PROMPT, Kind.LINEAR], "decode": table[Role.DECODE, Kind.LINEAR]},
+            "roles": {role.value: table.row(role) for role in Role},
+            "kernel": dict(self.selection.kernels),
+            "layers": dict(self.precisions),
+            "experts": dict(self.experts),
+            "stays_bf16": {reason: some(names) for reason, names in self.stays_bf16.items()},
+            "extra_weight_bytes": self.extra_weight_bytes,
+            "tokens": {name: self.counters.by_phase(name) for name in ("prefill", "decode")},
+            "protected_rows": self.counters.protected_rows,
+            "passes": {name: self.counters.passes_of(name) for name in ("prefill", "decode")},
+        }
+        return state if self.unproven is None else state | {"unproven": self.unproven}
+
+
+_runtime: Runtime | None = None
+
+
+def start(runtime: Runtime) -> None:
+    global _runtime
+    _runtime = runtime
+
+
+def current() -> Runtime | None:
+    return _runtime

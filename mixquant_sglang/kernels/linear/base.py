@@ -1,0 +1,84 @@
+"""The interface between a linear layer and the low-precision GEMM that may run it.
+
+A ``PackedLinear`` holds the low-precision copy of one BF16 weight and multiplies by it.  It never owns or changes the
+BF16 master, its tensors keep their addresses when the weights are refreshed (captured graphs hold them), and it is a
+plain object: registered as a module or buffer, the copy would be saved, hashed and restored with the checkpoint.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
+from mixquant_sglang.kernels import operands
+
+
+class PackedLinear(ABC):
+    """Low-precision copy of a weight [N, K] and ``x @ weight.T`` in that precision."""
+
+    precision: ClassVar[str]
+    kernel: ClassVar[str]
+    # The format that ``multiply`` takes (kernels/activations.py); None where the kernel quantises activations itself.
+    activation_format: str | None = None
+
+    @abstractmethod
+    def __init__(self, weight: torch.Tensor, *, scales: str, ready: Sequence[NVFP4Tensor] | None = None) -> None:
+        """Packs the BF16 ``weight`` [N, K]; ``scales`` as in the recipe.  Raises ``ValueError`` for NaN or Inf.
+
+        ``ready``: the weight in NVFP4 already, rows in order, a piece for each tensor scale; then it is used instead.
+        FP8 kernels raise ``ValueError`` for it."""
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, n: int, k: int) -> str | None:
+        """Why no [n, k] weight can be packed, or None if it can."""
+
+    @abstractmethod
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The packed tensors, always in the same order, shapes and dtypes for one weight shape."""
+
+    def multiply(self, operand: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
+        """Quantised activations [M, K] of the format ``activation_format``, M >= 0, and BF16 [N] -> BF16 [M, N]."""
+        raise TypeError(f"{type(self).__name__} quantises activations itself: call matmul")
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """BF16 [M, K] contiguous, M >= 0, and BF16 [N] -> BF16 [M, N].  Row i depends on ``x[i]`` alone."""
+        assert self.activation_format is not None, "a kernel without an activation format has its own matmul"
+        return self.multiply(operands.quantize(x, self.activation_format).operand, bias)
+
+    def columns(self, start: int, stop: int) -> PackedLinear | None:
+        """The linear of output columns ``start`` to ``stop`` alone, on the same memory; None if the kernel has none."""
+        return None
+
+    @abstractmethod
+    def refresh(self, weight: torch.Tensor) -> None:
+        """Packs the changed BF16 ``weight`` [N, K] into the tensors that are already there, whose values are not read:
+        the numbers are those of packing it anew.  Raises ``ValueError`` for NaN or Inf, before it writes."""
+
+    @property
+    def by_value(self) -> tuple[float, ...]:
+        """What captured graphs hold by value; when ``refresh`` changed it, they must not be replayed."""
+        return ()
+
+    def replace(self, ready: Sequence[NVFP4Tensor]) -> None:
+        """Copies ready-made pieces, which only differ in values from those of ``__init__``, into the tensors."""
+        refuse_ready(self.precision, ready)
+
+    @property
+    def nbytes(self) -> int:
+        return sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
+
+
+def refuse_ready(precision: str, ready: Sequence[NVFP4Tensor] | None) -> None:
+    if ready is not None:
+        raise ValueError(f"ready-made weights are NVFP4; this is {precision}")
+
+
+def copy_all(targets: tuple[torch.Tensor, ...], sources: tuple[torch.Tensor, ...]) -> None:
+    """Copies each source into the target that has its place, keeping the targets' addresses."""
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

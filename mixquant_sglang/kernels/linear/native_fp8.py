@@ -1,0 +1,54 @@
+"""FP8 on tensor cores (SM89 and newer), through whichever GEMM of well-kept libraries is fastest (``gemm.py``).
+
+    y[m, n] = sx[m] * sw[n] * sum_k xq[m, k] wq[n, k],   xq, wq in E4M3
+
+Scales are dynamic per token and fixed per output channel, as in SGLang's ``w8a8_fp8``: no row depends on another.
+Refuses weights whose N or K is not a multiple of 16 (CUTLASS wants 16-byte rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mixquant_sglang.formats import fp8
+from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
+from mixquant_sglang.kernels.linear.base import PackedLinear, copy_all, refuse_ready
+from mixquant_sglang.kernels.tuning import fp8_gemm
+
+
+class NativeFP8(PackedLinear):
+    precision = "fp8"
+    kernel = "native"
+    activation_format = "fp8"
+
+    def __init__(
+        self, weight: torch.Tensor, *, scales: str = "search", ready: Sequence[NVFP4Tensor] | None = None
+    ) -> None:
+        refuse_ready(self.precision, ready)
+        packed = fp8.quantize(weight)
+        self._weight = packed.data  # [N, K] row major, so its transpose is the column-major operand that CUTLASS wants
+        self._scales = packed.scales
+
+    @classmethod
+    def refusal(cls, n: int, k: int) -> str | None:
+        return f"[{n}, {k}] is not a multiple of 16 in both sizes" if n % 16 or k % 16 else None
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self._weight, self._scales
+
+    def multiply(self, operand: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
+        codes, scales = operand
+        if codes.shape[0] == 0:
+            return codes.new_empty(0, self._weight.shape[0], dtype=torch.bfloat16)
+        return fp8_gemm.scaled_mm(codes, self._weight, scales, self._scales, bias)
+
+    def columns(self, start: int, stop: int) -> NativeFP8:
+        part = object.__new__(NativeFP8)
+        part._weight, part._scales = self._weight[start:stop], self._scales[start:stop]
+        return part
+
+    def refresh(self, weight: torch.Tensor) -> None:
+        fresh = fp8.quantize(weight)
+        copy_all(self.tensors(), (fresh.data, fresh.scales))

@@ -1,0 +1,50 @@
+"""No kernel of ours is compiled while a request waits: at load, every linear and fused module runs once for each kind
+of pass (``kernels/triton/warm_up.py``)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from mixquant_sglang.layers.fused import FusedRMSNorm, FusedSiluAndMul
+from mixquant_sglang.layers.linear import MixQuantLinearMethod
+from mixquant_sglang.recipe.roles import Role
+
+
+def warm_up(model: torch.nn.Module, methods: Sequence[MixQuantLinearMethod], device: torch.device) -> str:
+    """What was compiled, for the log; call it once, on a GPU, after fusion and after the GEMMs were chosen."""
+    from mixquant_sglang.kernels.triton import warm_up as kernels
+
+    begin, before = time.perf_counter(), kernels.compiled()
+    done: set[tuple[object, ...]] = set()
+
+    def new(*what: object) -> bool:
+        known = what in done
+        done.add(what)
+        return not known
+
+    for method in methods:
+        n, k = method.shape
+        bias = method.bias
+        for precision in sorted(method.low):
+            packed = method.copy_in(precision)
+            if new("product", precision, n, k):
+                packed.matmul(torch.zeros(kernels.ROWS, k, dtype=torch.bfloat16, device=device), None)
+            fmt = packed.activation_format
+            if fmt and new("rows", fmt, k, method.split):
+                kernels.quantise("rows", k, fmt, device, protects=method.split)
+        if method.split and method.precision[Role.PROTECTED] == "bf16":
+            for cut in {0, method.apart}:
+                if new("few", n, k, cut, bias is not None):
+                    kernels.few(method.master, bias, cut)
+    for module in model.modules():
+        forward = getattr(module, "_forward_method", None)
+        if isinstance(forward, (FusedRMSNorm, FusedSiluAndMul)):
+            source, linear = "norm" if isinstance(forward, FusedRMSNorm) else "silu", forward.linear
+            fmt, k = linear.activation_format, linear.shape[1]
+            if fmt and new(source, fmt, k, linear.split):
+                kernels.quantise(source, k, fmt, device, protects=linear.split)
+    torch.cuda.synchronize(device)
+    return f"compiled {kernels.compiled() - before} kernels in {time.perf_counter() - begin:.1f} s"

@@ -1,0 +1,135 @@
+"""How a prefill pass runs: which of its rows are protected, which are read, what they count for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from mixquant_sglang.kernels.rows import EagerRows
+from mixquant_sglang.passes import limits
+from mixquant_sglang.passes.queries import Queries
+from mixquant_sglang.passes.rows import RequestRows, RowSplit, split_rows
+from mixquant_sglang.passes.running import MASTER_PASS, PROTECTED_PASS, Pass
+from mixquant_sglang.recipe.roles import Kind, PrecisionTable, Role, by_role
+from mixquant_sglang.recipe.schema import Recipe
+from mixquant_sglang.recipe.select import Selection
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledPass:
+    """How a prefill pass runs and what it counts for: tokens by (phase, precision)."""
+
+    running: Pass
+    precision: str
+    tokens: dict[tuple[str, str], int]
+    protected: tuple[tuple[int, int], ...] = ()
+    read: tuple[tuple[int, int], ...] | None = None  # the rows whose hidden states are looked at; None: all
+
+    @property
+    def protected_total(self) -> int:
+        return sum(stop - start for start, stop in self.protected)
+
+
+class Packed(Protocol):
+    """A linear with packed copies."""
+
+    precision: dict[Role, str]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K] of its weight."""
+
+
+class Copies(Protocol):
+    """The packed copies of a model (``weights/refresh.py``)."""
+
+    @property
+    def current(self) -> bool:
+        """Whether they are those of their masters."""
+
+
+class Schedule:
+    """Of one recipe and model; ``table`` says what rows of each role take, and passes count under its words."""
+
+    def __init__(self, recipe: Recipe, selection: Selection, copies: Copies) -> None:
+        self.recipe = recipe
+        self.selection = selection
+        self.table = PrecisionTable(by_role(selection.prefill, selection.decode))
+        self.split = selection.prefill != selection.decode  # whether rows can need protection
+        self.prunes = False  # whether the last layer leaves out rows that nobody reads
+        self.prunes_attention = False  # whether its attention does so too
+        self._copies = copies
+        self._name_roles()
+
+    def label(self, layers: Collection[Packed]) -> None:
+        """Makes ``table`` what the layers run; call it when these are known.
+
+        A role goes by the recipe's own precision where that is low and some layer runs it, else by the low ones that
+        rules gave some layers, else by ``bf16``."""
+        own = by_role(self.selection.prefill, self.selection.decode)
+        linear = {}
+        for role in Role:
+            low = {layer.precision[role] for layer in layers} - {"bf16"}
+            linear[role] = own[role] if own[role] in low else "+".join(sorted(low)) or "bf16"
+        self.table = PrecisionTable(linear)
+        self._name_roles()
+
+    def _name_roles(self) -> None:
+        self._prompt, self._protected, self.decode = (
+            self.table[role, Kind.LINEAR] for role in (Role.PROMPT, Role.PROTECTED, Role.DECODE)
+        )
+
+    def prefill(
+        self, requests: Sequence[RequestRows], device: torch.device, *, reads_all: bool = False
+    ) -> ScheduledPass:
+        """Pass of EXTEND, MIXED or SPLIT_PREFILL over ``requests``, in row order; ``reads_all``: the hidden states of
+        more rows than each request's last are asked for."""
+        protects = self.recipe.protect_last_prompt_token
+        rows = split_rows(requests, last_prompt_token=protects, tail=self.recipe.protected_tail)
+        # A recipe that is BF16 throughout has no copies: its passes are SGLang's, graphs too.
+        if self.selection.kernels and not self._copies.current:
+            counted = {("prefill", "bf16"): rows.prefill, ("decode", "bf16"): rows.decode}
+            return ScheduledPass(MASTER_PASS, "bf16", counted)
+        if not self.split:
+            return self._scheduled(rows, Pass(Role.PROMPT), protected=())
+        if rows.prefill < self.recipe.min_tokens:
+            return self._scheduled(rows, PROTECTED_PASS, protected=())
+        if rows.protected_total == rows.total:
+            return self._scheduled(rows, PROTECTED_PASS, protected=rows.protected)
+        eager = EagerRows(rows.total, rows.protected, device)
+        running = Pass(Role.PROMPT, eager if rows.protected else None)
+        if reads_all or not self.prunes:
+            return self._scheduled(rows, running, protected=rows.protected)
+        # The last row of a middle chunk is sampled from too, but the token is thrown away.
+        read = eager if protects else EagerRows(rows.total, rows.last, device)
+        running = replace(running, read=read, queries=self._queries(requests, rows, device))
+        return self._scheduled(rows, running, protected=rows.protected, read=rows.protected if protects else rows.last)
+
+    def _queries(self, requests: Sequence[RequestRows], rows: RowSplit, device: torch.device) -> Queries | None:
+        pairs = sum(request.new * (request.prefix + request.new // 2) for request in requests)
+        if not self.prunes_attention or pairs < limits.ATTENTION_PAIRS or not all(request.new for request in requests):
+            return None
+        protects = self.recipe.protect_last_prompt_token
+        return Queries(rows.shares if protects else [(new, 1) for new, _ in rows.shares], device)
+
+    def _scheduled(
+        self,
+        rows: RowSplit,
+        running: Pass,
+        protected: tuple[tuple[int, int], ...],
+        read: tuple[tuple[int, int], ...] | None = None,
+    ) -> ScheduledPass:
+        if running.role is Role.PROTECTED:
+            precision = self._protected
+            tokens = {("prefill", precision): rows.prefill}
+        else:
+            precision = self._prompt
+            protected_prefill = sum(stop - start for start, stop in protected) - (rows.decode if protected else 0)
+            tokens = {("prefill", self._protected): protected_prefill}
+            tokens["prefill", precision] = tokens.get(("prefill", precision), 0) + rows.prefill - protected_prefill
+        # Decode rows of a mixed pass are protected ones, or, where nothing is protected, take what prompt rows take.
+        tokens["decode", self._protected] = rows.decode
+        return ScheduledPass(running, precision, tokens, protected, read)

@@ -1,0 +1,57 @@
+"""Which modules of a model no recipe makes low, by their names, and what SGLang fuses: facts that the server, the
+planner, ``mixquant quantize`` and ready-made weights share.
+
+A name says enough where every model that uses it means the same.  What names cannot say is found at load: by the tree
+of modules (``host/report.py``) and by running the model (``host/probe.py``).
+"""
+
+from __future__ import annotations
+
+# What SGLang fuses in its dense models; a model's own packed_modules_mapping is added to it.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+NEVER = "never quantised"
+A_GATE = "never quantised: a gate, whose errors add up or change what is picked"
+OUTSIDE = "never quantised: outside the language model"
+
+# Routers, and MLA's kv_b_proj, whose weight is also read outside of apply.
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "kv_b_proj"})
+
+# Few numbers a token that steer the others: decay and beta of GDN (in_proj_*) and KDA (f_*, b_*, g_*), the step of
+# Mamba (x_proj, dt_proj), the per-layer inputs of Gemma (per_layer_*), the scores of sparse attention's indexer.
+_GATES = frozenset(
+    {
+        *("in_proj_ba", "in_proj_a", "in_proj_b"),
+        *("f_a_proj", "f_b_proj", "b_proj", "g_a_proj", "g_b_proj", "fused_qkvbfg_a_proj", "fused_fg_b_proj"),
+        *("x_proj", "dt_proj"),
+        *("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"),
+        *("weights_proj", "wk_weights_proj"),
+    }
+)
+# Everything below a module of this name; its wq_b and wk are the main projections of other attentions.
+_INDEXER = "indexer"
+
+# Towers for other modalities and what leads from them into the language model: their rows are not those of the pass.
+_TOWERS = frozenset(
+    {
+        *("visual", "vision", "vision_tower", "vision_model", "vision_encoder", "vision_adapter", "vision_projection"),
+        *("audio_tower", "audio_encoder", "audio_projector", "embed_vision", "embed_audio"),
+        *("multi_modal_projector", "mm_projector", "vit_large_projector", "patch_merge_mlp", "patch_embedder"),
+        *("vpm", "apm", "resampler"),
+    }
+)
+
+
+def why_bf16(name: str) -> str | None:
+    """Why the module ``name`` is BF16 whatever the recipe says; None if its name does not say so."""
+    *path, leaf = name.split(".")
+    if is_outside(name) or leaf in _TOWERS:
+        return OUTSIDE
+    if leaf in _GATES or _INDEXER in path:
+        return A_GATE
+    return NEVER if leaf in _ROUTERS else None
+
+
+def is_outside(name: str) -> bool:
+    """Whether ``name`` lies below a tower or a projector."""
+    return not _TOWERS.isdisjoint(name.split(".")[:-1])

@@ -1,0 +1,59 @@
+"""What a row of a forward pass is there for, and the precision that it takes in each kind of operator.
+
+| role | rows |
+|---|---|
+| prompt | of a prompt, whose results later tokens see through the KV cache alone |
+| protected | of a prefill pass, which the model answers from or which a request wants in BF16 (``passes/rows.py``) |
+| decode | generated tokens |
+| verify | drafted tokens that the served model looks at |
+| draft | of the model that drafts |
+
+A recipe's ``prefill`` speaks of prompt rows, its ``decode`` of all others.  Experts and attention are BF16 in this
+version, whatever the recipe says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import Enum
+
+
+class Role(Enum):
+    PROMPT = "prompt"
+    PROTECTED = "protected"
+    DECODE = "decode"
+    VERIFY = "verify"
+    DRAFT = "draft"
+
+
+class Kind(Enum):
+    """Kinds of operators; ``linear`` are the dense ones, ``experts`` those of mixtures of experts."""
+
+    LINEAR = "linear"
+    EXPERTS = "experts"
+    ATTENTION = "attention"
+
+
+def by_role(prefill: str, decode: str) -> dict[Role, str]:
+    """The precisions that ``prefill`` and ``decode`` of a recipe or a rule mean."""
+    return {role: prefill if role is Role.PROMPT else decode for role in Role}
+
+
+class PrecisionTable(Mapping[tuple[Role, Kind], str]):
+    """(role, kind of operator) -> precision."""
+
+    def __init__(self, linear: Mapping[Role, str]) -> None:
+        self._cells = {(role, kind): linear[role] if kind is Kind.LINEAR else "bf16" for role in Role for kind in Kind}
+
+    def __getitem__(self, cell: tuple[Role, Kind]) -> str:
+        return self._cells[cell]
+
+    def __iter__(self) -> Iterator[tuple[Role, Kind]]:
+        return iter(self._cells)
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def row(self, role: Role) -> dict[str, str]:
+        """Kind -> precision, in words."""
+        return {kind.value: self[role, kind] for kind in Kind}

@@ -1,0 +1,79 @@
+"""What a recipe is once it was read and checked: a precision for each phase and for each layer that a rule names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import yaml
+
+RECIPE_ENV = "MIXQUANT_RECIPE"
+DEFAULT = "auto"
+REGEX = "re:"
+
+PRECISIONS = ("bf16", "nvfp4", "fp8")
+PREFILL_PRECISIONS = ("auto", *PRECISIONS)
+KERNELS = ("auto", "native", "emulated")
+SCALES = ("absmax", "search")
+KEYS = ("version", "description", "prefill", "decode", "protect", "kernel", "verify", "weights", "layers")
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """One entry of ``layers``; a phase that is None keeps the recipe's default for that phase. An ``optional`` one may
+    match no layer of a model."""
+
+    match: str
+    prefill: str | None
+    decode: str | None
+    where: str  # "file:line"
+    optional: bool = False
+
+    def to_yaml(self) -> dict[str, object]:
+        """As an entry of ``layers``."""
+        phases = {"prefill": self.prefill, "decode": self.decode}
+        asked = {phase: value for phase, value in phases.items() if value is not None}
+        return {"match": self.match, **asked, **({"optional": True} if self.optional else {})}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; ``name`` is what was asked for (a shipped name or a path), ``source`` the file it came from."""
+
+    name: str
+    source: str
+    prefill: str
+    min_tokens: int
+    fuse: bool  # quantise activations inside the norms and activations before the linears
+    decode: str
+    protect_last_prompt_token: bool
+    kernel: str
+    scales: str
+    layers: tuple[LayerRule, ...]
+    description: str = ""
+    protected_tail: int = 1  # how many tokens at the prompt's end protect_last_prompt_token keeps in BF16
+    verify: bool = True  # compare the native NVFP4 kernel with the emulated one at load
+    prefill_weights: str = ""  # the folder or hub name of an NVFP4 checkpoint; "" packs from the BF16 one
+    prefill_weights_at: str = ""  # "file:line prefill.weights"
+
+    def to_yaml(self) -> str:
+        """A file that ``load`` reads as this recipe again, but for where it stands: name, source and lines."""
+        prefill = {"precision": self.prefill, "min_tokens": self.min_tokens, "fuse": self.fuse}
+        tail = {"last_prompt_tokens": self.protected_tail} if self.protect_last_prompt_token else {}
+        made = {
+            "version": 1,
+            **({"description": self.description} if self.description else {}),
+            "prefill": prefill | ({"weights": self.prefill_weights} if self.prefill_weights else {}),
+            "decode": {"precision": self.decode},
+            "protect": {"last_prompt_token": self.protect_last_prompt_token} | tail,
+            "kernel": self.kernel,
+            "verify": self.verify,
+            "weights": {"scales": self.scales},
+            **({"layers": [rule.to_yaml() for rule in self.layers]} if self.layers else {}),
+        }
+        return yaml.safe_dump(made, sort_keys=False, default_flow_style=None, width=1 << 20, allow_unicode=True)
+
+
+def takes_ready_made(prefill: str, layers: Collection[LayerRule]) -> bool:
+    """Whether some layer may prefill in NVFP4, of which ready-made weights are."""
+    return prefill in ("auto", "nvfp4") or any(rule.prefill == "nvfp4" for rule in layers)

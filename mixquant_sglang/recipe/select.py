@@ -1,0 +1,93 @@
+"""Which kernel executes a precision on a device, and why.
+
+| GPU | prefill of recipe ``auto`` | nvfp4 | fp8 |
+|---|---|---|---|
+| SM100 and newer | nvfp4 (attention: fp8) | native (or emulated) | native |
+| SM89, SM90 | fp8 | emulated | native |
+| older NVIDIA, CPU | nvfp4 (attention: fp8) | emulated | emulated |
+
+fp8 in attention's linears is a rule of that recipe, not decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Device:
+    """``capability`` is CUDA's (major, minor), None without an NVIDIA GPU."""
+
+    name: str
+    capability: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        return self.name if self.capability is None else f"{self.name}, SM{self.capability[0]}{self.capability[1]}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a recipe comes to on a device: a precision per phase and the kernel of each low precision.
+
+    ``by_rule``: phase -> precisions that rules ask for beside the phase's own."""
+
+    prefill: str
+    decode: str
+    kernels: Mapping[str, str]
+    reason: str
+    by_rule: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        def column(phase: str, own: str) -> str:
+            rules = self.by_rule.get(phase, ())
+            names = [p + (f" ({self.kernels[p]})" if p in self.kernels else "") for p in (own, *rules)]
+            return f"{phase} {', '.join(names)}{' by rule' if rules else ''}"
+
+        return f"{column('prefill', self.prefill)}, {column('decode', self.decode)}"
+
+
+def select(recipe: Recipe, device: Device) -> Selection:
+    """Resolves ``auto``; raises ``MixQuantError`` where the device cannot do what the recipe asks."""
+    prefill, reason = recipe.prefill, "the recipe says so"
+    if prefill == "auto":
+        prefill, reason = _auto(device)
+    own = {"prefill": prefill, "decode": recipe.decode}
+    asked = {
+        "prefill": {rule.prefill for rule in recipe.layers if rule.prefill},
+        "decode": {rule.decode for rule in recipe.layers if rule.decode},
+    }
+    by_rule = {phase: tuple(sorted(asked[phase] - {own[phase]})) for phase in own}
+    precisions = {*own.values(), *by_rule["prefill"], *by_rule["decode"]} - {"bf16"}
+    # nvfp4 first: where the device can do neither natively, the refusal names what needs the newer GPU.
+    kernels = {p: _kernel(p, recipe, device) for p in sorted(precisions, reverse=True)}
+    return Selection(prefill, recipe.decode, kernels, reason, by_rule)
+
+
+def _auto(device: Device) -> tuple[str, str]:
+    if device.capability is None:
+        return "nvfp4", "there is no NVIDIA GPU, so NVFP4 is emulated"
+    if device.capability >= (10, 0):
+        return "nvfp4", f"{device} has NVFP4 tensor cores"
+    if device.capability >= (8, 9):
+        return "fp8", f"{device} has FP8 tensor cores but none for NVFP4"
+    return "nvfp4", f"{device} has neither NVFP4 nor FP8 tensor cores, so NVFP4 is emulated"
+
+
+_NATIVE_FROM = {"nvfp4": (10, 0), "fp8": (8, 9)}
+
+
+def _kernel(precision: str, recipe: Recipe, device: Device) -> str:
+    needed = _NATIVE_FROM[precision]
+    can_native = device.capability is not None and device.capability >= needed
+    if recipe.kernel == "native" and not can_native:
+        raise MixQuantError(
+            f"{recipe.source} kernel: native {precision} needs an NVIDIA GPU of SM{needed[0]}{needed[1]} or newer, "
+            f"this is {device}; use 'kernel: auto' or 'kernel: emulated'"
+        )
+    if recipe.kernel == "emulated" or not can_native:
+        return "emulated"
+    return "native"

@@ -1,0 +1,212 @@
+"""What one linear in low precision does to a model's predictions: KL(BF16 || emulated), for ``mixquant sensitivity``.
+
+transformers runs the BF16 checkpoint. In a *group*, the linears that SGLang fuses into one GEMM, the leading rows of
+each sample take the emulated kernel (``kernels/linear/emulated.py``: the fused weight packed as one, activations
+quantised by token) and its last rows keep their BF16 result, as ``layers/linear.py`` does with protected rows:
+
+    y[:low] = packed.matmul(x[:low]),    y[low:] = x[low:] @ weight.T
+
+That is the situation of a served request: the prompt goes through low precision, the last prompt token and the answer
+do not, and see the low-precision prompt through its keys and values alone. ``answer`` is the mean KL over those last
+rows, in nats: what reaches generated tokens. ``prompt`` is the mean over the rows before: what input logprobs would
+show; attention is causal, so the BF16 rows after them change nothing there.
+
+Logits are computed in FP32 from the BF16 hidden states: rounded to BF16, they would differ by more than a layer does.
+Refused (MixQuantError): models in which transformers names linears differently or does more to the logits than
+``lm_head``, NaN, and checkpoints that transformers cannot load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.kernels.linear.base import PackedLinear
+from mixquant_sglang.kernels.registry import packed_linear
+from mixquant_sglang.tools.quantize.calibration import load_model, token_ids
+
+_ROWS, _COLUMNS = 256, 1 << 14  # of the logits, per step
+
+
+@dataclass(frozen=True)
+class Group:
+    """A linear of SGLang, ``name``, and those of the checkpoint that it holds; ``kind`` is its name within a layer."""
+
+    name: str
+    kind: str
+    layer: int
+    members: tuple[str, ...]
+    precision: str  # of prefill
+
+
+@dataclass(frozen=True)
+class KL:
+    """Means in nats over the BF16 rows at the end of the samples, and over the low-precision rows before them."""
+
+    answer: float
+    prompt: float
+
+
+class Measurement:
+    """Runs the samples; each call of ``tick`` is one forward pass. Holds the final BF16 hidden states of them all."""
+
+    def __init__(
+        self,
+        folder: Path,
+        samples: Sequence[dict[str, Any]],
+        groups: Iterable[Group],
+        *,
+        scales: str,
+        device: str,
+        max_tokens: int,
+        answer_tokens: int,
+        protect: bool,
+        tail: int = 1,
+        tick: Callable[[], object],
+    ) -> None:
+        """``answer_tokens``: rows at the end of each sample that play the last prompt token and what is generated after
+        it; at most half of a sample. ``protect``: the first of them is in BF16 too, as the recipe says, and with
+        ``tail`` so are as many prompt tokens, that one included."""
+        try:
+            self._model, tokenizer = load_model(folder, device)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise MixQuantError(f"{folder}: transformers cannot load it: {_one_line(error)}") from error
+        self._prompts = [_tokens(tokenizer, i, sample)[:, :max_tokens].to(device) for i, sample in enumerate(samples)]
+        self._linears = {name: m for name, m in self._model.named_modules() if isinstance(m, torch.nn.Linear)}
+        if missing := next((name for group in groups for name in group.members if name not in self._linears), None):
+            raise MixQuantError(
+                f"{folder}: transformers has no linear {missing} in {type(self._model).__name__}; `sensitivity` knows "
+                "dense models that name their layers like Llama and Qwen3"
+            )
+        self._scales, self._answer_tokens, self._tick = scales, answer_tokens, tick
+        self._protected = tail if protect else 0
+        self._low = 0  # rows of the running sample that a group in low precision takes
+        self._head = self._model.get_output_embeddings()
+        with torch.inference_mode():
+            self._reference = [self._hidden(ids) for ids in self._prompts]
+            self._check_head(folder)
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """(all, of them in the answers)."""
+        lengths = [ids.shape[1] for ids in self._prompts]
+        return sum(lengths), sum(self._answer(n) for n in lengths)
+
+    def pack(self, group: Group) -> PackedLinear:
+        """The copy that the emulated kernel holds of the group's weights, in one."""
+        weights: list[torch.Tensor] = [self._linears[name].weight.detach() for name in group.members]
+        kernel = packed_linear(group.precision, "emulated")
+        try:
+            return kernel(torch.cat(weights), scales=self._scales)
+        except ValueError as error:
+            raise MixQuantError(f"cannot pack {group.name}: {error}") from error
+
+    @torch.inference_mode()
+    def kl(self, low: Mapping[Group, PackedLinear]) -> KL:
+        """Of the model in which the groups ``low``, and no others, run their packed copies."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        with ExitStack() as stack:
+            for group, packed in low.items():
+                stack.enter_context(self._running(group, packed))
+            for ids, reference in zip(self._prompts, self._reference, strict=True):
+                by_row = self._kl_by_row(reference, self._hidden(ids))
+                answer = self._answer(ids.shape[1])
+                sums += torch.stack((by_row[-answer:].sum(), by_row[:-answer].sum())).cpu()
+        tokens, answers = self.tokens
+        if not sums.isfinite().all():
+            raise MixQuantError("the logits hold NaN or infinity; check the checkpoint and the samples")
+        return KL(float(sums[0]) / answers, float(sums[1]) / (tokens - answers))
+
+    def _answer(self, tokens: int) -> int:
+        return min(self._answer_tokens, tokens // 2)
+
+    def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] after the last norm."""
+        self._low = max(0, ids.shape[1] - self._answer(ids.shape[1]) + 1 - self._protected)
+        hidden: torch.Tensor = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        self._tick()
+        return hidden
+
+    @contextmanager
+    def _running(self, group: Group, packed: PackedLinear) -> Iterator[None]:
+        """Hooks the members of ``group``; q, k and v get one input, so one product serves the three."""
+        linears = [self._linears[name] for name in group.members]
+        biases: list[torch.Tensor] = [
+            m.bias if m.bias is not None else m.weight.new_zeros(m.out_features) for m in linears
+        ]
+        bias = torch.cat(biases) if any(m.bias is not None for m in linears) else None
+        latest: list[Any] = [None, None]  # input, its product
+
+        def hook_of(columns: slice, last: bool) -> Callable[..., torch.Tensor]:
+            def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+                x = inputs[0]
+                if latest[0] is not x:
+                    rows = x.reshape(-1, x.shape[-1])[: self._low].contiguous()
+                    latest[:] = x, packed.matmul(rows, bias)
+                out.view(-1, out.shape[-1])[: self._low] = latest[1][:, columns]
+                if last:
+                    latest[:] = None, None
+                return out
+
+            return hook
+
+        with ExitStack() as stack:
+            done = 0
+            for i, linear in enumerate(linears, 1):
+                columns = slice(done, done := done + linear.out_features)
+                handle = linear.register_forward_hook(hook_of(columns, i == len(linears)))
+                stack.callback(handle.remove)
+            yield
+
+    def _kl_by_row(self, reference: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Float64 [rows]; exactly 0 where the hidden states are equal."""
+        found = []
+        for rows in zip(torch.split(reference, _ROWS), torch.split(hidden, _ROWS), strict=True):
+            log_p, log_q = (self._logits(each).log_softmax(dim=-1) for each in rows)
+            found.append(kl_divergence(log_p, log_q))
+        return torch.cat(found)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        x, bias = hidden.float(), self._head.bias
+        logits = torch.cat([x @ part.float().t() for part in torch.split(self._head.weight, _COLUMNS)], dim=-1)
+        return logits if bias is None else logits + bias.float()
+
+    def _check_head(self, folder: Path) -> None:
+        """Soft caps and scales on the logits would have to be known here."""
+        theirs = self._model(input_ids=self._prompts[0], use_cache=False, logits_to_keep=1).logits[0].float()
+        ours = self._logits(self._reference[0][-1:])
+        if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(ours.abs().amax())):
+            raise MixQuantError(
+                f"{folder}: {type(self._model).__name__} does more to its logits than lm_head; `sensitivity` cannot "
+                "measure it"
+            )
+
+
+def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Float64 [rows] from FP32 [rows, classes]. Since p and q sum to 1, the sum of p (d + e^-d - 1), d = log p - log q,
+    is the same; its terms are of second order in d, and so are then the errors of FP32."""
+    p, d = log_p.exp(), log_p - log_q
+    terms = torch.where(d.abs() < 1, p * (torch.expm1(-d) + d), log_q.exp() - p + p * d)
+    return terms.sum(dim=-1, dtype=torch.float64)
+
+
+def _tokens(tokenizer: Any, i: int, sample: dict[str, Any]) -> torch.Tensor:
+    try:
+        answered = "text" in sample or sample["messages"][-1]["role"] == "assistant"
+        ids = token_ids(tokenizer, sample, open_turn=not answered)
+    except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
+        raise MixQuantError(f"--data: sample {i + 1} does not fit the chat template: {_one_line(error)}") from error
+    if ids.shape[1] < 2:
+        raise MixQuantError(f"--data: sample {i + 1} is fewer than two tokens to the model's tokenizer")
+    return ids
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,218 @@
+"""Whether the packed copies are those of the BF16 masters; if they are not, passes run whole from the masters.
+
+Masters change at load, by SGLang's weight updates, and when their memory is released and resumed.  From the first write
+until every layer of every rank is packed again, ``current`` is False: no packed copy is multiplied by in any column,
+and no captured graph that holds one is replayed, so decode and prefill never see different weights.  A layer that
+cannot be packed (NaN, no memory) leaves it so until a later update; that is warned of once.
+
+Numbers that captured graphs hold by value (the tensor scale of emulated NVFP4) are compared with those at capture each
+time: other ones stop the replay of graphs, and the same ones, as after reloading the same checkpoint, allow it again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.recipe.roles import Role
+
+logger = logging.getLogger(__name__)
+
+# What packing raises for weights or a machine that it cannot work with; torch.OutOfMemoryError is a RuntimeError.
+PACK_ERRORS = (MixQuantError, ValueError, RuntimeError, OSError)
+_OPEN = "a weight update is open"
+
+
+class Layer(Protocol):
+    """What is asked of a linear method."""
+
+    name: str
+    precision: dict[Role, str]
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def extra_bytes(self) -> int: ...
+
+    @property
+    def stale(self) -> bool:
+        """Whether it was never packed, or from other numbers than its master holds now."""
+
+    @property
+    def by_value(self) -> tuple[float, ...]:
+        """What captured graphs of it hold by value."""
+
+    @property
+    def decodes_low(self) -> bool: ...
+
+    def pack(self) -> None: ...
+
+
+def alone(problem: str | None) -> str | None:
+    """What the ranks of a group of one agree on."""
+    return problem
+
+
+class Weights:
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+        self.current = True
+        # The first problem of any rank, in the same words on all of them; a collective where there are several.
+        self.agree: Callable[[str | None], str | None] = alone
+        self._loading = True
+        self._open = False
+        self._due = False  # packing is to be tried before the next pass
+        self._why = ""
+        self._packed: set[int] = set()  # the layers that were packed since the masters changed, by id
+        self._problem: str | None = None
+        self._warned: set[str] = set()
+        self._captured: dict[int, tuple[float, ...]] = {}
+        self._moved: str | None = None  # a layer of which graphs hold an old number
+
+    # -- at load ---------------------------------------------------------------------------------------------------
+
+    def loaded(self, layer: Layer) -> None:
+        """SGLang's ``process_weights_after_loading`` of a layer, at load and in an update."""
+        if not self._loading and not self._due:
+            self.changed()  # a path that we do not hook
+        self._pack(layer)
+
+    def keep(self, methods: Iterable[Any]) -> None:
+        """Forgets layers that are not among ``methods``: of a model that SGLang built and threw away."""
+        ids = {id(method) for method in methods}
+        self.layers = [layer for layer in self.layers if id(layer) in ids]
+
+    def finish_load(self) -> None:
+        """Packs what the loader did not hand over, or wrote afterwards (``--load-format remote_instance``,
+        ``sharded_state``); raises MixQuantError if a layer cannot be packed."""
+        late = [layer for layer in self.layers if id(layer) not in self._packed or layer.stale]
+        for layer in late:
+            self._problem = None
+            self._pack(layer)
+            if self._problem:
+                raise MixQuantError(self._problem)
+        if late:
+            logger.info("mixquant: packed %d layers after the loader, which did not ask for it", len(late))
+        self._loading, self._problem = False, None
+        self.captured()
+
+    # -- updates ---------------------------------------------------------------------------------------------------
+
+    def hold(self, why: str) -> None:
+        """The masters are being written, or their memory is gone; until ``changed`` nothing is packed."""
+        self.current, self._due, self._why = False, False, why
+        self._packed.clear()
+
+    def changed(self) -> None:
+        """The masters changed: pack again before the next pass."""
+        self.current, self._due, self._why, self._problem = False, True, "the weights changed", None
+        self._packed.clear()
+
+    def written(self) -> None:
+        """The masters that ``hold`` spoke of are whole, unless a session writes more of them."""
+        if self._open:
+            self.hold(_OPEN)
+        elif not self._due:
+            self.changed()
+
+    def begin(self) -> None:
+        """A session of several updates begins."""
+        self._open = True
+        self.hold(_OPEN)
+
+    def end(self) -> None:
+        self._open = False
+        self.written()
+        self.refresh()
+
+    def broken(self, why: str) -> None:
+        """An update failed while it wrote, so the masters may be of two versions, and nothing brings them back."""
+        self.hold(why)
+        self._warn()
+
+    def refresh(self) -> str | None:
+        """Packs what has changed since; None if all copies are those of their masters now, or why they are not."""
+        if self._due:
+            self._due = False
+            for layer in self.layers:
+                if self._problem is None and id(layer) not in self._packed:
+                    self._pack(layer)
+            self._problem = self.agree(self._problem)
+            if self._problem is None:
+                captured = self._captured
+                moved = (
+                    layer.name for layer in self.layers if layer.by_value != captured.get(id(layer), layer.by_value)
+                )
+                self._moved = self.agree(next(moved, None))
+            self.current = self._problem is None
+            if self.current:
+                self._warned.clear()
+                logger.info("mixquant: packed %d layers again after a weight update", len(self.layers))
+            else:
+                self._why = self._problem or ""
+        if self.current:
+            return None
+        self._warn()
+        return self._why
+
+    def _pack(self, layer: Layer) -> None:
+        try:
+            layer.pack()
+            self._packed.add(id(layer))
+        except PACK_ERRORS as error:
+            self._problem = self._problem or f"cannot pack {layer.name}: {error}"
+
+    def _warn(self) -> None:
+        if self.layers and self._why not in self._warned:
+            self._warned.add(self._why)
+            logger.warning("mixquant: passes run in BF16 whole until a weight update succeeds: %s", self._why)
+
+    # -- captured graphs -------------------------------------------------------------------------------------------
+
+    def captured(self) -> None:
+        """Graphs are captured from now on, or were captured again."""
+        self._captured = {id(layer): layer.by_value for layer in self.layers}
+        self._moved = None
+
+    @property
+    def as_captured(self) -> bool:
+        """Whether the packed copies are current, and hold the numbers that captured graphs hold."""
+        return self.current and self._moved is None
+
+    def fits_graphs(self) -> bool:
+        """Whether captured graphs hold the numbers of the packed copies; the first refusal is warned of."""
+        if self._moved is None:
+            return True
+        if (name := self._moved) not in self._warned:
+            self._warned.add(name)
+            logger.warning(
+                "mixquant: the new weights of %s have another scale than captured CUDA graphs hold; passes that use it "
+                "run without graphs until the server is restarted",
+                name,
+            )
+        return False
+
+    @property
+    def decodes_by_value(self) -> bool:
+        """Whether captured decode graphs hold numbers by value, which capturing them anew would change."""
+        return any(layer.decodes_low and layer.by_value for layer in self.layers)
+
+    @property
+    def decodes_low(self) -> bool:
+        return any(layer.decodes_low for layer in self.layers)
+
+
+def fingerprint(weight: torch.Tensor) -> tuple[int, int]:
+    """Two sums over the bits of ``weight`` bfloat16 [N, K], by row and by column; other values give others, as good as
+    surely."""
+    bits = weight.detach().view(torch.int16)
+    sums = []
+    for dim in (1, 0):
+        line = bits.sum(dim=dim, dtype=torch.int64)
+        sums.append((line * torch.arange(1, len(line) + 1, device=line.device)).sum())
+    return int(sums[0]), int(sums[1])
