@@ -18,7 +18,7 @@ from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks import table
-from mixquant_sglang.passes.running import DECODE_PASS, Pass
+from mixquant_sglang.passes.running import DECODE_PASS, Pass, scope
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Device
 from mixquant_sglang.versions import compat
@@ -114,11 +114,11 @@ class Model:
 
     def finish(self) -> None:
         runner = SimpleNamespace(model=self.root, device="cpu", is_generation=True, server_args=SimpleNamespace())
-        self.config.finish_load(runner)
+        self.config._runtime.lifecycle.finish_load(runner)
 
     def apply(self, name: str, x: torch.Tensor, running: Pass) -> torch.Tensor:
         layer = self.linears[name]
-        with running.scope(running):
+        with scope(running):
             out: torch.Tensor = layer.quant_method.apply(layer, x)
         return out
 

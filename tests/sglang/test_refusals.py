@@ -166,21 +166,23 @@ def test_sglangs_dumper_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_fused_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     from collections import Counter
 
-    from mixquant_sglang.host import config
+    from mixquant_sglang.host import lifecycle
 
-    made, called = object.__new__(config.MixQuantConfig), []
-    made._runtime = SimpleNamespace(split=True, prunes=False, finish_attention=None)
-    monkeypatch.setattr(config.fusion, "fuse", lambda model: called.append(model) or Counter())
-    monkeypatch.setattr(config.fusion, "prune_last_layer", lambda model: True)
+    called: list[object] = []
+    schedule = SimpleNamespace(split=True, prunes=False)
+    run = SimpleNamespace(schedule=schedule, recipe=SimpleNamespace(fuse=True))
+    made = lifecycle.LoadSteps(run, SimpleNamespace(ready=None))
+    monkeypatch.setattr(lifecycle.fused, "fuse", lambda model: called.append(model) or Counter())
+    monkeypatch.setattr(lifecycle.fused, "prune_last_layer", lambda model: True)
     runner = SimpleNamespace(model="a model", is_generation=True, server_args=plain())
     runner.server_args.forward_hooks = [{"name": "a"}]
     with caplog.at_level(logging.INFO):
         made._fuse(runner)
-    assert not called and not made._runtime.prunes
+    assert not called and not schedule.prunes
     assert "nothing fused and no row left out, so that --forward-hooks sees all" in caplog.text
     runner.server_args.forward_hooks = None
     made._fuse(runner)
-    assert called == ["a model"] and made._runtime.prunes
+    assert called == ["a model"] and schedule.prunes
 
 
 def test_the_document_lists_the_refusals() -> None:

@@ -19,7 +19,7 @@ from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.recipe import LayerRule
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import A_GATE, OUTSIDE
-from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.recipe.roles import Kind, Role, by_role
 from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.versions import compat
 
@@ -60,7 +60,9 @@ def model(monkeypatch: pytest.MonkeyPatch, asked: str, **prefixes: str) -> tuple
 
 
 def finish(config: Any, root: torch.nn.Module) -> Runtime:
-    config.finish_load(SimpleNamespace(model=root, device="cpu", is_generation=True, server_args=SimpleNamespace()))
+    config._runtime.lifecycle.finish_load(
+        SimpleNamespace(model=root, device="cpu", is_generation=True, server_args=SimpleNamespace())
+    )
     return config._runtime  # type: ignore[no-any-return]
 
 
@@ -82,7 +84,7 @@ def test_what_is_built_as_if_it_were_the_model_stays_bf16(monkeypatch: pytest.Mo
         A_GATE: ["language_model.model.layers.0.in_proj_ba"],
         "SGLang gives it no quantization config": ["language_model.model.layers.0.alone"],
     }
-    assert run.precisions == {"nvfp4": 1, "bf16": 3} and run.labels[Role.PROMPT] == "nvfp4"
+    assert run.precisions == {"nvfp4": 1, "bf16": 3} and run.schedule.table[Role.PROMPT, Kind.LINEAR] == "nvfp4"
     assert run.state()["stays_bf16"][OUTSIDE] == "eyes.layers.0.fc"
 
 
@@ -129,9 +131,10 @@ def test_subclasses_of_fused_moe_are_in_the_report(monkeypatch: pytest.MonkeyPat
 def labels(asked: str, *layers: tuple[str, str], **changes: object) -> tuple[str, str]:
     made = replace(recipe.load(asked), **changes)
     run = Runtime(made, select(made, CPU))
-    run.weights.layers = [SimpleNamespace(precision=dict(zip(Role, (*each, "bf16"), strict=True))) for each in layers]
-    run.label()
-    return run.labels[Role.PROMPT], run.labels[Role.DECODE]
+    run.schedule.label([SimpleNamespace(precision=by_role(*each), shape=(64, 64)) for each in layers])
+    table = run.schedule.table
+    assert table[Role.PROTECTED, Kind.LINEAR] == table[Role.DECODE, Kind.LINEAR] == table[Role.VERIFY, Kind.LINEAR]
+    return table[Role.PROMPT, Kind.LINEAR], table[Role.DECODE, Kind.LINEAR]
 
 
 def test_a_column_goes_by_what_its_layers_run() -> None:
@@ -175,7 +178,7 @@ def test_a_model_that_cannot_be_run_without_a_scheduler_is_served_unproved(
 ) -> None:
     config, root = model(monkeypatch, "nvfp4", model__layers__0__fc="model.layers.0.fc")
     run = finish(config, root)
-    assert run.prove is not None
+    assert run.lifecycle is not None and run.lifecycle.unproved
 
     def cannot(*_: object) -> None:
         raise AttributeError("a pool of its own kind")
@@ -193,9 +196,9 @@ def test_a_model_that_cannot_be_run_without_a_scheduler_is_served_unproved(
     before = vars(root.get_submodule("model.layers.0.fc").quant_method).copy()
     counters = run.counters
     with caplog.at_level(logging.WARNING):
-        run.prove(runner, object())
+        run.lifecycle.prove(runner, object())
     assert "not proved by running: AttributeError: a pool of its own kind" in caplog.text
-    assert run.prove is None and run.counters is counters and not hasattr(runner, "eager_runner")
+    assert not run.lifecycle.unproved and run.counters is counters and not hasattr(runner, "eager_runner")
     assert vars(root.get_submodule("model.layers.0.fc").quant_method) == before
     assert run.state()["unproven"] == "AttributeError: a pool of its own kind"
 
@@ -221,7 +224,7 @@ def test_pools_that_do_not_come_back_are_an_error() -> None:
 def test_metrics_wait_for_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     made = recipe.load("nvfp4")
     run = Runtime(made, select(made, CPU))
-    run.prove = lambda *_: None
+    run.lifecycle = SimpleNamespace(loading=False, unproved=True)  # type: ignore[assignment]
     monkeypatch.setattr(runtime, "_runtime", run)
     monkeypatch.setattr(observe, "_labels", {"model_name": "m"})
     observe.publish_metrics()
