@@ -190,8 +190,8 @@ def test_no_rows_and_additions_take_the_plain_norm() -> None:
         y, _ = layer.input_layernorm(x.clone(), gaps)
         assert isinstance(y, torch.Tensor)
         wrong = eager(split_rows([RequestRows(5, 0, 5)], last_prompt_token=True), x.device)
-        with scope(Pass(Role.PROMPT, wrong)), pytest.raises(RuntimeError, match="qkv_proj got 9 rows"):
-            layer.input_layernorm(x)
+    with scope(Pass(Role.PROMPT, wrong)), pytest.raises(RuntimeError, match="qkv_proj got 9 rows"):
+        layer.input_layernorm(x)
 
 
 # -- the last layer ----------------------------------------------------------------------------------------------------

@@ -159,8 +159,8 @@ def test_a_batch_without_a_plan_replays_no_prefill_graph(monkeypatch: pytest.Mon
     runner = SimpleNamespace(capture_num_tokens=[4, 8], _pad_to_bucket=lambda n, sizes: min(s for s in sizes if s >= n))
     batch = SimpleNamespace(input_ids=[1] * 5)
     assert not graphs.can_replay_prefill(lambda *_: True, runner, batch)
-    batch._mixquant_plan = run.schedule.prefill([RequestRows(5, 0, 90)], torch.device("cpu"))
+    batch._mixquant_pass = run.schedule.prefill([RequestRows(5, 0, 90)], torch.device("cpu"))
     assert graphs.can_replay_prefill(lambda *_: True, runner, batch)
     assert not graphs.can_replay_prefill(lambda *_: False, runner, batch)
-    run.recipe = replace(asked, min_tokens=9)  # the graph of 8 rows is BF16 then
+    run.schedule.recipe = replace(asked, min_tokens=9)  # the graph of 8 rows is BF16 then
     assert not graphs.can_replay_prefill(lambda *_: True, runner, batch)

@@ -106,10 +106,11 @@ def test_the_language_model_of_a_wrapper() -> None:
 
 def test_two_linears_of_one_prefix_cannot_take_ready_made_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     config, root = model(monkeypatch, "nvfp4", model__a__fc="a.fc", model__b__fc="a.fc")
-    config._check_ready_names(root)
-    config._ready = object()
+    steps = config._runtime.lifecycle
+    steps._check_prefixes(root)
+    steps._ready = object()
     with pytest.raises(MixQuantError, match=r"model\.a\.fc and model\.b\.fc are both a\.fc to SGLang"):
-        config._check_ready_names(root)
+        steps._check_prefixes(root)
 
 
 def test_subclasses_of_fused_moe_are_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,9 +152,8 @@ def test_passes_and_tokens_are_counted_under_the_label() -> None:
 
     made = recipe.load("bf16")
     run = Runtime(made, select(made, CPU))
-    run.weights.layers = [SimpleNamespace(precision={Role.PROMPT: "fp8", Role.DECODE: "bf16"})]
     run.schedule.split = True
-    run.label()
+    run.schedule.label([SimpleNamespace(precision=by_role("fp8", "bf16"), shape=(64, 64))])
     plan = run.schedule.prefill([RequestRows(9, 0, 9)], torch.device("cpu"))
     assert plan.precision == "fp8"
     assert {key: n for key, n in plan.tokens.items() if n} == {("prefill", "fp8"): 8, ("prefill", "bf16"): 1}

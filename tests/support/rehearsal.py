@@ -121,7 +121,7 @@ def ran(kernel: str, n: int, k: int) -> None:
     RAN[f"{kernel} {n}x{k}"] += 1
 
 
-def fp8_gemm(x: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: Any) -> torch.Tensor:
+def multiply(x: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: Any) -> torch.Tensor:
     assert x.dtype is w.dtype is torch.float8_e4m3fn
     ran("fp8", *w.shape)
     y = (x.double() @ w.double().t() * sx.double() * sw.double()).to(torch.bfloat16)
@@ -171,7 +171,7 @@ def stand_in(capability: tuple[int, int]) -> None:
     emulated.EmulatedNVFP4.multiply = emulated_nvfp4  # type: ignore[method-assign]
     emulated.EmulatedFP8.matmul = emulated_fp8  # type: ignore[method-assign]
     fp8_gemm.CANDIDATES.clear()
-    fp8_gemm.CANDIDATES["stand-in"] = fp8_gemm
+    fp8_gemm.CANDIDATES["stand-in"] = multiply
     fp8_gemm._medians = lambda calls, seconds: [1.0 for call in calls if call() is not None]
     compat.device = lambda: Device(f"GPU that is not here, SM{capability[0]}{capability[1]}", capability)
     compat.kernel_versions = lambda: {"stand-in": "1"}
@@ -298,13 +298,13 @@ class Done:
 
 def forward(runner: Any, batch: Any) -> Done:
     from mixquant_sglang.host import runtime
-    from mixquant_sglang.host.hooks.forward import plan_of
+    from mixquant_sglang.host.hooks.forward import scheduled_of
 
     run = runtime.current()
     before = Counter(run.counters.tokens) if run else Counter()
     RAN.clear()
     logits = runner.forward(batch).logits_output.next_token_logits.clone()
-    plan = plan_of(batch)
+    plan = scheduled_of(batch)
     counted = Counter(run.counters.tokens) - before if run else {}
     return Done(dict(RAN), dict(counted), logits, plan.precision if plan else "")
 
