@@ -16,7 +16,7 @@ from mixquant_sglang.host.ranks import check_same
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.kernels.tuning import fp4_gemm, fp8_gemm
 from mixquant_sglang.kernels.verify import verify
-from mixquant_sglang.layers import bypasses, fused
+from mixquant_sglang.layers import attention, bypasses, fused, last_layer
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.layers.warm_up import warm_up
 from mixquant_sglang.recipe.text import show, some
@@ -61,7 +61,7 @@ class LoadSteps:
         """Completes what ``_fuse`` began, each time that the model's attention back end was built."""
         if self._pruned is None or model_runner.model is not self._pruned:
             return
-        reason = fused.prune_last_attention(model_runner.model, model_runner.attn_backend)
+        reason = attention.prune_last_attention(model_runner.model, model_runner.attn_backend)
         self._run.schedule.prunes_attention = not reason
         if reason:
             logger.info("mixquant: the last layer's attention computes all rows: %s", reason)
@@ -181,7 +181,7 @@ class LoadSteps:
             return
         done = fused.fuse(model_runner.model)
         if schedule.split and model_runner.is_generation:
-            schedule.prunes = fused.prune_last_layer(model_runner.model)
+            schedule.prunes = last_layer.prune_last_layer(model_runner.model)
         if schedule.prunes:
             self._pruned = model_runner.model
         if done or schedule.prunes:

@@ -147,7 +147,7 @@ def _correct(
                     "not run it through its linear method: it multiplies by the weight itself, or no prompt of text "
                     "reaches it; leave it out of the rule, or mark the rule 'optional: true'"
                 )
-            if method.prunes:
+            if method.read_rows is not None:
                 run.schedule.prunes = run.schedule.prunes_attention = False
             method.stay_bf16(report.MULTIPLIED)
             missed = True

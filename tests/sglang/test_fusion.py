@@ -306,7 +306,9 @@ class Pair:
 
 
 def pair(name: str, *, protect: bool, fused: bool, change: Callable[[torch.nn.Module], None] | None = None) -> Pair:
-    from mixquant_sglang.layers.fused import fuse, prune_last_layer
+    from mixquant_sglang.layers.last_layer import prune_last_layer
+
+    from mixquant_sglang.layers.fused import fuse
 
     models = []
     for _ in range(2):
@@ -473,7 +475,9 @@ def test_whoever_reads_the_rows_left_out_gets_an_error() -> None:
 @pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
 def test_a_captured_graph_of_the_last_layer(name: str, protect: bool) -> None:
     """Replays against the whole layer run eagerly: a GEMM of fewer rows may round another way."""
-    from mixquant_sglang.layers.fused import fuse, prune_last_layer
+    from mixquant_sglang.layers.last_layer import prune_last_layer
+
+    from mixquant_sglang.layers.fused import fuse
 
     layer = block(name, "cuda", protect_last_prompt_token=protect)
     fuse(layer)
@@ -520,7 +524,7 @@ def test_a_captured_graph_of_the_last_layer(name: str, protect: bool) -> None:
 
 
 def test_what_is_not_pruned() -> None:
-    from mixquant_sglang.layers.fused import prune_last_layer
+    from mixquant_sglang.layers.last_layer import prune_last_layer
 
     layer = block("nvfp4-emulated", "cpu")
     model = causal_lm(layer)

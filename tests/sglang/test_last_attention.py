@@ -211,7 +211,7 @@ def queries(monkeypatch: pytest.MonkeyPatch, flash: ModuleType) -> list[int]:
 
 
 def install(backend: Any, layer: torch.nn.Module) -> None:
-    from mixquant_sglang.layers.fused import ExtendOfReadRows
+    from mixquant_sglang.layers.attention import ExtendOfReadRows
 
     assert not compat.attends_whole(backend, layer)
     backend.forward_extend = ExtendOfReadRows(backend, layer)
@@ -328,8 +328,11 @@ def test_which_back_ends_and_layers_are_left_alone(flash: ModuleType) -> None:
 
 
 def test_what_the_config_installs_and_says(flash: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    from mixquant_sglang.layers.attention import ExtendOfReadRows
+    from mixquant_sglang.layers.last_layer import prune_last_layer
+
     from mixquant_sglang.host.lifecycle import LoadSteps
-    from mixquant_sglang.layers.fused import ExtendOfReadRows, fuse, prune_last_layer
+    from mixquant_sglang.layers.fused import fuse
 
     from .test_fusion import block, causal_lm
 

@@ -173,7 +173,7 @@ def test_nothing_is_fused_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, 
     run = SimpleNamespace(schedule=schedule, recipe=SimpleNamespace(fuse=True))
     made = lifecycle.LoadSteps(run, SimpleNamespace(ready=None))
     monkeypatch.setattr(lifecycle.fused, "fuse", lambda model: called.append(model) or Counter())
-    monkeypatch.setattr(lifecycle.fused, "prune_last_layer", lambda model: True)
+    monkeypatch.setattr(lifecycle.last_layer, "prune_last_layer", lambda model: True)
     runner = SimpleNamespace(model="a model", is_generation=True, server_args=plain())
     runner.server_args.forward_hooks = [{"name": "a"}]
     with caplog.at_level(logging.INFO):
