@@ -26,7 +26,8 @@ from mixquant_sglang.kernels.operands import QuantizedActivations
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.layers.outputs import ReadRows
 from mixquant_sglang.passes.running import current
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions.attention import attends_whole, metadata_of_queries
+from mixquant_sglang.versions.dialect import dialect
 
 if TYPE_CHECKING:
     from mixquant_sglang.kernels.rows import Rows
@@ -66,7 +67,7 @@ class FusedRMSNorm:
     def __init__(self, norm: Any, linear: MixQuantLinearMethod) -> None:
         self._norm = norm
         self.linear = linear
-        self.plain = compat.forward_method(norm)
+        self.plain = dialect().forward_method(norm)
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, post_residual_addition: torch.Tensor | None = None
@@ -74,7 +75,7 @@ class FusedRMSNorm:
         plain = not _rows(x) or post_residual_addition is not None or (residual is not None and not _rows(residual))
         fusable = None if plain else self.linear.fusable(x.shape[0])
         if fusable is None:
-            # SGLang's method takes the last argument by position in one version and by name in the other.
+            # handed here by position or by name (versions/v0_5_*.py), taken by position in all
             extra = () if post_residual_addition is None else (post_residual_addition,)
             return self.plain(x, residual, *extra)
         fmt, rows = fusable
@@ -93,7 +94,7 @@ class FusedSiluAndMul:
 
     def __init__(self, act: Any, linear: MixQuantLinearMethod) -> None:
         self.linear = linear
-        self.plain = compat.forward_method(act)
+        self.plain = dialect().forward_method(act)
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor | QuantizedActivations:
         fusable = self.linear.fusable(gate_up.shape[0]) if _rows(gate_up) else None
@@ -109,7 +110,7 @@ class ReadRowsNorm:
     """Takes the place of the forward method of the last layer's second norm: only of the rows that are read."""
 
     def __init__(self, norm: Any) -> None:
-        self._forward = compat.forward_method(norm)
+        self._forward = dialect().forward_method(norm)
         self._plain = _plain_method(norm)
 
     def __call__(
@@ -146,7 +147,7 @@ class ReadRowsSiluAndMul:
     """Takes the place of the last layer's SiluAndMul's forward method."""
 
     def __init__(self, act: Any) -> None:
-        self._forward = compat.forward_method(act)
+        self._forward = dialect().forward_method(act)
         self._plain = _plain_method(act)
 
     def __call__(self, gate_up: torch.Tensor | ReadRows) -> torch.Tensor | QuantizedActivations | ReadRows:
@@ -177,7 +178,7 @@ class ExtendOfReadRows:
         queries = current().queries if layer is self._attention and not more else None
         metadata = None
         if queries is not None and len(q) == queries.tokens:
-            metadata = compat.metadata_of_queries(self._backend, queries)
+            metadata = metadata_of_queries(self._backend, queries)
         if queries is None or metadata is None:
             return self._whole(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **more)
         backend, out = self._backend, forward_batch._attn_output
@@ -205,7 +206,7 @@ def _add_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor, read: Rows) ->
 
 def _plain_method(op: Any) -> Any:
     """What SGLang had installed: it takes and gives BF16."""
-    method = compat.forward_method(op)
+    method = dialect().forward_method(op)
     return method.plain if isinstance(method, (FusedRMSNorm, FusedSiluAndMul)) else method
 
 
@@ -278,7 +279,7 @@ def prune_last_attention(model: Any, backend: Any) -> str:
     o = _fusable_method(attention.o_proj)
     if _name(attention) not in ATTENTIONS or o is None or not o.prunes:
         return "what follows it reads all rows"
-    reason = compat.attends_whole(backend, attention.attn)
+    reason = attends_whole(backend, attention.attn)
     if not reason:
         backend.forward_extend = ExtendOfReadRows(backend, attention.attn)
     return reason
@@ -305,7 +306,7 @@ def _fusable_method(linear: Any) -> MixQuantLinearMethod | None:
 
 def _is_default(op: Any) -> bool:
     """Whether it runs what SGLang runs by default on CUDA and the CPU."""
-    return getattr(compat.forward_method(op), "__name__", "") in ("forward_cuda", "forward_native")
+    return getattr(dialect().forward_method(op), "__name__", "") in ("forward_cuda", "forward_native")
 
 
 def _plain_rmsnorm(norm: Any) -> bool:
