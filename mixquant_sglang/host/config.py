@@ -23,7 +23,7 @@ from mixquant_sglang.host.lifecycle import LoadSteps
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.recipe.select import select
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import fp4, machine
 from mixquant_sglang.weights.ready_made import PrefillWeights
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,10 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         with refusing():
             table.check_hooks_took_effect()
             self._recipe = recipe.load(recipe.requested())
-            selection = select(self._recipe, compat.device())
+            selection = select(self._recipe, machine.device())
             refusals.check_recipe(self._recipe, selection)
             if selection.kernels.get("nvfp4") == "native":
-                compat.provide_fp4_linear_method(own_quantizer=self._recipe.fuse)
+                fp4.provide_fp4_linear_method(own_quantizer=self._recipe.fuse)
             if self._recipe.prefill_weights:
                 ready = PrefillWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
         known = runtime.current()
@@ -102,8 +102,8 @@ def register() -> None:
     """Lets SGLang's model config and loader find ``MixQuantConfig`` under the name."""
     from sglang.srt.layers import quantization
 
-    compat.hush_unknown_method_warning()
-    quantization.QUANTIZATION_METHODS[compat.NAME] = MixQuantConfig
+    machine.hush_unknown_method_warning()
+    quantization.QUANTIZATION_METHODS[machine.NAME] = MixQuantConfig
     cpu_methods = getattr(quantization, "CPU_QUANTIZATION_METHODS", None)
     if cpu_methods is not None:
-        cpu_methods[compat.NAME] = MixQuantConfig
+        cpu_methods[machine.NAME] = MixQuantConfig

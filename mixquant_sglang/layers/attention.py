@@ -7,7 +7,7 @@ from typing import Any
 
 from mixquant_sglang.layers.blocks import fusable_method, is_attention
 from mixquant_sglang.passes.running import current
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions.attention import attends_whole, metadata_of_queries
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class ExtendOfReadRows:
         queries = current().queries if layer is self._attention and not more else None
         metadata = None
         if queries is not None and len(q) == queries.tokens:
-            metadata = compat.metadata_of_queries(self._backend, queries)
+            metadata = metadata_of_queries(self._backend, queries)
         if queries is None or metadata is None:
             return self._whole(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **more)
         backend, out = self._backend, forward_batch._attn_output
@@ -61,7 +61,7 @@ def prune_last_attention(model: Any, backend: Any) -> str:
     o = fusable_method(attention.o_proj)
     if not is_attention(attention) or o is None or o.read_rows is None:
         return "what follows it reads all rows"
-    reason = compat.attends_whole(backend, attention.attn)
+    reason = attends_whole(backend, attention.attn)
     if not reason:
         backend.forward_extend = ExtendOfReadRows(backend, attention.attn)
     return reason

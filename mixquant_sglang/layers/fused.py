@@ -21,7 +21,7 @@ from mixquant_sglang.kernels import operands
 from mixquant_sglang.kernels.operands import QuantizedActivations
 from mixquant_sglang.layers.blocks import fusable_method, is_attention, is_decoder, is_mlp, norms
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions.dialect import dialect
 
 
 class FusedRMSNorm:
@@ -30,7 +30,7 @@ class FusedRMSNorm:
     def __init__(self, norm: Any, linear: MixQuantLinearMethod) -> None:
         self._norm = norm
         self.linear = linear
-        self.plain = compat.forward_method(norm)
+        self.plain = dialect().forward_method(norm)
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, post_residual_addition: torch.Tensor | None = None
@@ -38,7 +38,7 @@ class FusedRMSNorm:
         plain = not _rows(x) or post_residual_addition is not None or (residual is not None and not _rows(residual))
         fusable = None if plain else self.linear.fusable(x.shape[0])
         if fusable is None:
-            # SGLang's method takes the last argument by position in one version and by name in the other.
+            # handed here by position or by name (versions/v0_5_*.py), taken by position in all
             extra = () if post_residual_addition is None else (post_residual_addition,)
             return self.plain(x, residual, *extra)
         fmt, rows = fusable
@@ -57,7 +57,7 @@ class FusedSiluAndMul:
 
     def __init__(self, act: Any, linear: MixQuantLinearMethod) -> None:
         self.linear = linear
-        self.plain = compat.forward_method(act)
+        self.plain = dialect().forward_method(act)
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor | QuantizedActivations:
         fusable = self.linear.fusable(gate_up.shape[0]) if _rows(gate_up) else None
@@ -71,7 +71,7 @@ class FusedSiluAndMul:
 
 def plain_method(op: Any) -> Any:
     """What SGLang had installed: it takes and gives BF16."""
-    method = compat.forward_method(op)
+    method = dialect().forward_method(op)
     return method.plain if isinstance(method, (FusedRMSNorm, FusedSiluAndMul)) else method
 
 
@@ -104,7 +104,7 @@ def fuse(model: torch.nn.Module) -> Counter[str]:
 
 def _is_default(op: Any) -> bool:
     """Whether it runs what SGLang runs by default on CUDA and the CPU."""
-    return getattr(compat.forward_method(op), "__name__", "") in ("forward_cuda", "forward_native")
+    return getattr(dialect().forward_method(op), "__name__", "") in ("forward_cuda", "forward_native")
 
 
 def _plain_rmsnorm(norm: Any) -> bool:

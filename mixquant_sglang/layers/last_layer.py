@@ -12,7 +12,7 @@ from mixquant_sglang.layers.fused import plain_method
 from mixquant_sglang.layers.outputs import ReadRows
 from mixquant_sglang.layers.read_rows import ReadRowsProduct
 from mixquant_sglang.passes.running import current
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions.dialect import dialect
 
 if TYPE_CHECKING:
     from mixquant_sglang.kernels.rows import Rows
@@ -22,7 +22,7 @@ class ReadRowsNorm:
     """Takes the place of the forward method of the last layer's second norm: only of the rows that are read."""
 
     def __init__(self, norm: Any) -> None:
-        self._forward = compat.forward_method(norm)
+        self._forward = dialect().forward_method(norm)
         self._plain = plain_method(norm)
 
     def __call__(
@@ -59,7 +59,7 @@ class ReadRowsSiluAndMul:
     """Takes the place of the last layer's SiluAndMul's forward method."""
 
     def __init__(self, act: Any) -> None:
-        self._forward = compat.forward_method(act)
+        self._forward = dialect().forward_method(act)
         self._plain = plain_method(act)
 
     def __call__(self, gate_up: torch.Tensor | ReadRows) -> torch.Tensor | QuantizedActivations | ReadRows:

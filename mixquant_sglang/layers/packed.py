@@ -16,7 +16,7 @@ from mixquant_sglang.kernels.limits import FEW_ROWS
 from mixquant_sglang.kernels.registry import packed_linear
 from mixquant_sglang.kernels.verify import Pair
 from mixquant_sglang.recipe.roles import Role, by_role
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions.dialect import dialect
 from mixquant_sglang.weights.ready_linear import ReadyLinear, Share
 from mixquant_sglang.weights.refresh import fingerprint
 
@@ -113,7 +113,7 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         if self._ready is not None and self.refusal is None:
             sizes, replicas = tuple(output_partition_sizes), getattr(layer, "num_kv_head_replicas", 1)
             with refusing():
-                self._ready.place(Share(sizes, k, input_size, *compat.tensor_parallel(layer), replicas))
+                self._ready.place(Share(sizes, k, input_size, *dialect().tensor_parallel(layer), replicas))
         self._runtime.weights.layers.append(self)
 
     def stay_bf16(self, reason: str) -> None:

@@ -29,7 +29,7 @@ from mixquant_sglang.kernels.verify import ROWS, TOLERANCE, Pair, activations, v
 from mixquant_sglang.passes.running import Pass, scope
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Selection
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import fp4
 from tests.support.blackwell import CALLS, gemm, install
 
 SHAPES = [(128, 64), (96, 48), (40, 80), (256, 256)]  # with and without padding of N to 32 and K to 32
@@ -41,13 +41,13 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_nvfp4, "own_quantizer", None)
     monkeypatch.setenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", "1")
     install(monkeypatch.setattr)
-    compat.provide_fp4_linear_method()
+    fp4.provide_fp4_linear_method()
     CALLS.clear()
 
 
 @pytest.fixture(params=["ours", "flashinfer"])
 def quantizer(request: pytest.FixtureRequest, stand_ins: None) -> str:
-    compat.provide_fp4_linear_method(own_quantizer=request.param == "ours")
+    fp4.provide_fp4_linear_method(own_quantizer=request.param == "ours")
     return str(request.param)
 
 
@@ -99,7 +99,7 @@ def test_the_activations_that_the_gemm_reads(monkeypatch: pytest.MonkeyPatch, k:
     monkeypatch.setattr(modelopt_quant, "fp4_gemm", spy)
     weight, x = torch.randn(96, k, dtype=torch.bfloat16), tokens(130, k)
     for own in (True, False):
-        compat.provide_fp4_linear_method(own_quantizer=own)
+        fp4.provide_fp4_linear_method(own_quantizer=own)
         NativeNVFP4(weight).matmul(x, None)
     (ours, our_scales), (theirs, their_scales) = read
     expected = nvfp4.quantize_activations(x)
@@ -186,7 +186,7 @@ def test_marlin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     marlin = SimpleNamespace(is_marlin=lambda: True)
     monkeypatch.setattr("sglang.srt.layers.quantization.fp4_utils.get_fp4_gemm_runner_backend", lambda: marlin)
     with pytest.raises(MixQuantError, match="--fp4-gemm-backend marlin"):
-        compat.provide_fp4_linear_method()
+        fp4.provide_fp4_linear_method()
 
 
 def test_odd_k_is_refused_by_shape() -> None:
@@ -348,9 +348,9 @@ def test_sglang_measures_where_it_is_to() -> None:
     from sglang.srt.server_args import ServerArgs
 
     assert all(hasattr(ServerArgs, name) for name in vars(runner().server_args))
-    assert compat.fp4_gemm_measuring(runner(disable_flashinfer_autotune=True)) is None
-    assert compat.fp4_gemm_measuring(runner(enable_deterministic_inference=True)) is None
-    context = compat.fp4_gemm_measuring(runner())  # SGLang's own; not entered without a GPU
+    assert fp4.fp4_gemm_measuring(runner(disable_flashinfer_autotune=True)) is None
+    assert fp4.fp4_gemm_measuring(runner(enable_deterministic_inference=True)) is None
+    context = fp4.fp4_gemm_measuring(runner())  # SGLang's own; not entered without a GPU
     assert context is not None and hasattr(context, "__enter__")
     signature = inspect.signature(flashinfer_autotune.flashinfer_autotune_context)
     assert len(signature.parameters) == 2  # the runner, and what to do with logits

@@ -22,7 +22,7 @@ from mixquant_sglang.passes.running import DECODE_PASS, Pass, scope
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Device, select
 
-compat = pytest.importorskip("mixquant_sglang.versions.compat")
+machine = pytest.importorskip("mixquant_sglang.versions.machine")
 
 # SGLang's norms take one kind of tensor for a process: CUDA's where there is a GPU.
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="SGLang's norms run on the GPU that is here")
@@ -67,7 +67,7 @@ def block(name: str, device: str, on: Device | None = None, **changes: object) -
     from sglang.srt.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
     asked = replace(recipe.load(name), **changes)
-    run = Runtime(asked, select(asked, on or compat.device()))
+    run = Runtime(asked, select(asked, on or machine.device()))
     torch.manual_seed(0)
     layer, mlp, attention = (cls.__new__(cls) for cls in (Qwen3DecoderLayer, Qwen2MLP, Qwen3Attention))
     for module in (layer, mlp, attention):
@@ -306,9 +306,8 @@ class Pair:
 
 
 def pair(name: str, *, protect: bool, fused: bool, change: Callable[[torch.nn.Module], None] | None = None) -> Pair:
-    from mixquant_sglang.layers.last_layer import prune_last_layer
-
     from mixquant_sglang.layers.fused import fuse
+    from mixquant_sglang.layers.last_layer import prune_last_layer
 
     models = []
     for _ in range(2):
@@ -475,9 +474,8 @@ def test_whoever_reads_the_rows_left_out_gets_an_error() -> None:
 @pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
 def test_a_captured_graph_of_the_last_layer(name: str, protect: bool) -> None:
     """Replays against the whole layer run eagerly: a GEMM of fewer rows may round another way."""
-    from mixquant_sglang.layers.last_layer import prune_last_layer
-
     from mixquant_sglang.layers.fused import fuse
+    from mixquant_sglang.layers.last_layer import prune_last_layer
 
     layer = block(name, "cuda", protect_last_prompt_token=protect)
     fuse(layer)

@@ -21,7 +21,7 @@ from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import A_GATE, OUTSIDE
 from mixquant_sglang.recipe.roles import Kind, Role, by_role
 from mixquant_sglang.recipe.select import Device, select
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import batches, machine
 
 CPU = Device("this CPU", None)
 B200 = Device("B200", (10, 0))
@@ -30,7 +30,7 @@ B200 = Device("B200", (10, 0))
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(table, "check_hooks_took_effect", lambda *_: None)
-    monkeypatch.setattr(compat, "device", lambda: CPU)
+    monkeypatch.setattr(machine, "device", lambda: CPU)
     monkeypatch.setattr(runtime, "_runtime", None)
     yield
 
@@ -192,7 +192,7 @@ def test_a_model_that_cannot_be_run_without_a_scheduler_is_served_unproved(
         req_to_token_pool=SimpleNamespace(available_size=lambda: 8, clear=lambda: None),
         token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 999, clear=lambda: None),
     )
-    monkeypatch.setattr(compat, "prefill_batch", cannot)
+    monkeypatch.setattr(batches, "prefill_batch", cannot)
     before = vars(root.get_submodule("model.layers.0.fc").quant_method).copy()
     counters = run.counters
     with caplog.at_level(logging.WARNING):
@@ -216,7 +216,7 @@ def test_a_model_that_cannot_run_ends_the_start(caplog: pytest.LogCaptureFixture
 def test_pools_that_do_not_come_back_are_an_error() -> None:
     sizes = iter([8, 8, 8, 7])
     pool = SimpleNamespace(available_size=lambda: next(sizes), clear=lambda: None)
-    pools = compat.Pools(SimpleNamespace(req_to_token_pool=pool, token_to_kv_pool_allocator=pool))
+    pools = batches.Pools(SimpleNamespace(req_to_token_pool=pool, token_to_kv_pool_allocator=pool))
     with pytest.raises(RuntimeError, match=r"\[8, 7\] free instead of \[8, 8\]"), pools.borrowed():
         pass
 

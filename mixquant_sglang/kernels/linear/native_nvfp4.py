@@ -37,7 +37,7 @@ from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.kernels.linear.base import PackedLinear, copy_all
 
-# Makes SGLang's FP4 linear method; compat.py sets it, since this package never imports sglang.
+# Makes SGLang's FP4 linear method; ``versions/fp4.py`` sets it, since this package never imports sglang.
 fp4_linear_method: Callable[[], Any] | None = None
 # Whether linears packed from now on take activations that our kernels quantised.
 own_quantizer = True
