@@ -18,7 +18,7 @@ from mixquant_sglang import __version__, recipe
 from mixquant_sglang.errors import refusing
 from mixquant_sglang.host import refusals, runtime
 from mixquant_sglang.host.assignment import Assignment
-from mixquant_sglang.host.hooks import table
+from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.lifecycle import LoadSteps
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
@@ -38,7 +38,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         ready: PrefillWeights | None = None
         with refusing():
-            table.check_hooks_took_effect()
+            registry.check_hooks_took_effect()
             self._recipe = recipe.load(recipe.requested())
             selection = select(self._recipe, machine.device())
             refusals.check_recipe(self._recipe, selection)

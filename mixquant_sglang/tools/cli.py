@@ -95,16 +95,16 @@ def _doctor(only: str | None) -> int:
     print(", but SGLANG_PLUGINS leaves it out" if blocked else "")
     healthy = registered and not blocked
 
-    from mixquant_sglang.host.hooks import table
+    from mixquant_sglang.host.hooks import registry
     from mixquant_sglang.versions import machine
 
     device = machine.device()
     if warning := machine.untested(device):
         print(f"                   {warning}")
-    missing, hooks = 0, table.hooks_of()
+    missing, hooks = 0, registry.hooks_of()
     for hook in hooks:
         try:
-            table.target_of(hook)
+            registry.target_of(hook)
         except MixQuantError as error:
             missing += 1
             print(f"hook {hook.handler}: {error}")

@@ -17,7 +17,7 @@ from mixquant_sglang import recipe
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.host import runtime
-from mixquant_sglang.host.hooks import table
+from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.passes.running import DECODE_PASS, Pass, scope
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Device
@@ -30,7 +30,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(table, "check_hooks_took_effect", lambda *_: None)
+    monkeypatch.setattr(registry, "check_hooks_took_effect", lambda *_: None)
     monkeypatch.setattr(machine, "device", lambda: Device("this CPU", None))
     monkeypatch.setattr(runtime, "_runtime", None)
     yield

@@ -14,8 +14,8 @@ import torch
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError, refusing
 from mixquant_sglang.host import stock
-from mixquant_sglang.host.hooks import table
-from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.hooks import registry
+from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.host.refusals import check_server_args
 from mixquant_sglang.recipe import Recipe
 from mixquant_sglang.versions import machine
@@ -66,9 +66,9 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
         if asked:
             _recipe = recipe.load(recipe.requested())
             check_server_args(server_args)
-            for hook in table.hooks_of():
+            for hook in registry.hooks_of():
                 if hook.process != "http":
-                    table.target_of(hook)
+                    registry.target_of(hook)
             _dtype_asked = server_args.dtype
             _moe_backend_asked = getattr(server_args, "moe_runner_backend", None)
             _prepare_launcher()
@@ -85,14 +85,14 @@ _HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 
 def _prepare_launcher() -> None:
     _set_hooks("asked")
-    table.check_hooks_took_effect("launcher")
+    registry.check_hooks_took_effect("launcher")
     register_config()
 
 
 def _set_hooks(process: str) -> None:
-    table.register_hooks([hook for hook in table.hooks_of(process) if not table.took_effect(hook)])
-    table.apply_hooks()
-    table.check_hooks_took_effect(process)
+    registry.register_hooks([hook for hook in registry.hooks_of(process) if not registry.took_effect(hook)])
+    registry.apply_hooks()
+    registry.check_hooks_took_effect(process)
 
 
 def register_config() -> None:

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from mixquant_sglang.host import runtime
-from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.versions.updates import concerns_weights, ipc_without_post_hook, postprocess, read_weights
 from mixquant_sglang.weights.incoming import SKIPPED
