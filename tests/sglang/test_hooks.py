@@ -128,9 +128,9 @@ def test_a_recipe_without_bf16_decode_has_no_bf16_policy(monkeypatch: pytest.Mon
     class Params:
         custom_params: ClassVar = {"mixquant": {"prefill": "bf16"}}
 
-    monkeypatch.setattr(launcher, "_recipe", recipe.load("nvfp4"))
+    monkeypatch.setattr(launcher.asked, "recipe", recipe.load("nvfp4"))
     requests.check_request(None, Params())
-    monkeypatch.setattr(launcher, "_recipe", recipe.load("nvfp4-everywhere"))
+    monkeypatch.setattr(launcher.asked, "recipe", recipe.load("nvfp4-everywhere"))
     with pytest.raises(ValueError, match="nvfp4-everywhere has decode nvfp4"):
         requests.check_request(None, Params())
 

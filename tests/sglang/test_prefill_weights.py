@@ -278,8 +278,8 @@ def test_another_model_is_refused_before_anything_loads(tmp_path: Path, monkeypa
     folder = save(tmp_path / "ready", *tiny.compressed_tensors(bf16_tensors()))
     file = tmp_path / "mine.yaml"
     file.write_text(f"version: 1\nprefill: {{precision: nvfp4, weights: {folder}}}")
-    monkeypatch.setattr(launcher, "_recipe", recipe.load(str(file)))
-    monkeypatch.setattr(launcher, "_command_line", False)
+    monkeypatch.setattr(launcher.asked, "recipe", recipe.load(str(file)))
+    monkeypatch.setattr(launcher.asked, "command_line", False)
     for size in (HIDDEN, 128):
         config = SimpleNamespace(**{**CONFIG, "hidden_size": size}, dtype=torch.bfloat16)
         asked = SimpleNamespace(

@@ -52,7 +52,7 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     """As in a scheduler of a server with the recipe nvfp4: the hook is on ``Req.__init__``."""
     run = running()
     monkeypatch.setattr(runtime, "_runtime", run)
-    monkeypatch.setattr(launcher, "_recipe", run.recipe)
+    monkeypatch.setattr(launcher.asked, "recipe", run.recipe)
     monkeypatch.setattr(Req, "__init__", _wrap_fn(Req.__init__, requests.namespace_request, HookType.AFTER))
     monkeypatch.setattr(schedule_batch, "get_parallel", lambda: SimpleNamespace(tp_rank=1))
     yield run
