@@ -12,7 +12,7 @@ import torch
 
 from mixquant_sglang.formats import fp8, nvfp4
 from mixquant_sglang.kernels.triton import activations
-from mixquant_sglang.kernels.triton.activations import FORMATS
+from mixquant_sglang.kernels.triton.launch import FORMATS
 from tests.kernels.test_triton_on_gpu import tokens
 
 pytestmark = pytest.mark.gpu

@@ -55,9 +55,9 @@ class EmulatedNVFP4(PackedLinear):
             columns = out[:, done : done + part.shape[0]]
             done += part.shape[0]
             if xq.is_cuda:
-                from mixquant_sglang.kernels.triton import nvfp4 as triton_nvfp4
+                from mixquant_sglang.kernels.triton.unpack import unscaled
 
-                wq = triton_nvfp4.unscaled(part.packed, part.block_scales)
+                wq = unscaled(part.packed, part.block_scales)
                 # cuBLAS applies alpha to its FP32 accumulator; beta = 0 means that the first argument is never read.
                 torch.addmm(columns, xq, wq.t(), beta=0, alpha=alpha, out=columns)
             else:
