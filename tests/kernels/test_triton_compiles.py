@@ -410,6 +410,8 @@ for (n, k), slots, used in itertools.product([(96, 64), (200, 48)], [5, 16, 64],
 
 
 SEARCH = """
+from mixquant_sglang.kernels.triton.scale_search import quantize_
+
 reference._empty_codes = lambda x: (
     torch.full((x.shape[0], x.shape[1] // 2), 0xA5, dtype=torch.uint8),
     torch.full((x.shape[0], x.shape[1] // 16), float("nan")).to(torch.float8_e4m3fn),
@@ -418,9 +420,8 @@ reference._empty_codes = lambda x: (
 
 def check(x, **options):
     results = []
-    for kernel in (True, False):
-        reference._has_kernel = lambda device: kernel
-        quantised = reference.quantize(x, scales="search", **options)
+    for kernel in (quantize_, None):
+        quantised = reference.quantize(x, scales="search", kernel=kernel, **options)
         results.append((quantised.packed, quantised.block_scales.view(torch.uint8), quantised.tensor_scale))
     for got, want in zip(*results, strict=True):
         same(got, want)
@@ -461,7 +462,6 @@ low, high = torch.full((256,), 2.0**-20), torch.full((256,), 1.0)
 
 
 def choice(weight):
-    reference._has_kernel = lambda device: False
     energy[15::16] = weight
     return reference.quantize(x, scales="search", column_weights=energy).block_scales.view(torch.uint8)[0]
 

@@ -295,8 +295,9 @@ def test_another_model_is_refused_before_anything_loads(tmp_path: Path, monkeypa
 def test_native_is_verified_at_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mixquant_sglang import kernels
-    from mixquant_sglang.kernels.linear.emulated import EmulatedNVFP4
+    from mixquant_sglang.kernels import registry
+    from mixquant_sglang.kernels.environment import Environment
+    from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
     from mixquant_sglang.kernels.tuning import fp4_gemm
 
     class Native(EmulatedNVFP4):
@@ -306,10 +307,15 @@ def test_native_is_verified_at_load(
         def multiply(self, operand: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
             return super().multiply(operand, bias) * self.alpha
 
-    packed_linear = kernels.packed_linear
+    packed_linear = registry.packed_linear
     monkeypatch.setattr(compat, "device", lambda: Device("NVIDIA B200", (10, 0)))
     provided: list[bool] = []
-    monkeypatch.setattr(compat, "provide_fp4_linear_method", lambda own_quantizer: provided.append(own_quantizer))
+
+    def environment(own_quantizer: bool) -> Environment:
+        provided.append(own_quantizer)
+        return Environment(None, own_quantizer)
+
+    monkeypatch.setattr(compat, "fp4_environment", environment)
     tuned: list[tuple[set[type], int]] = []
 
     def tune(linears: list[object], most_rows: int, _: object) -> fp4_gemm.Tuned:

@@ -3,6 +3,7 @@
 import torch
 import triton
 
+from mixquant_sglang.kernels.limits import BLOCK
 from mixquant_sglang.kernels.triton.checks import capability, require
 from mixquant_sglang.kernels.triton.row_kernels import quantize_pairs, quantize_rows
 
@@ -22,8 +23,8 @@ def launch(
     kept: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     m = x.shape[0]
-    if k == 0 or k % 16:
-        raise ValueError(f"K must be a positive multiple of 16, got {k}")
+    if k == 0 or k % BLOCK:
+        raise ValueError(f"K must be a positive multiple of {BLOCK}, got {k}")
     if slots is not None and kept is not None:
         require(slots, "slots", (m,), torch.int32)
         require(kept, "kept", ("R", k))

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.formats.blocks import f32
+from mixquant_sglang.formats.scale_search import SEARCH_GAIN, SEARCH_OFFSETS
 from mixquant_sglang.kernels.triton.grid import e2m1_code, e4m3_code, e4m3_value, encode_scale, to_e2m1, to_e4m3
 
 _BLOCKS = 128  # of 16 weights, for each program: one for each thread
@@ -55,11 +56,11 @@ def quantize_(
             x.stride(0),
             x.stride(1),
             g,
-            nvfp4.f32(g * nvfp4.f32(1 / 6)),
-            nvfp4.f32(1 / g),
-            FIRST=nvfp4.SEARCH_OFFSETS.start,
-            LAST=nvfp4.SEARCH_OFFSETS.stop - 1,
-            GAIN=nvfp4.SEARCH_GAIN,
+            f32(g * f32(1 / 6)),
+            f32(1 / g),
+            FIRST=SEARCH_OFFSETS.start,
+            LAST=SEARCH_OFFSETS.stop - 1,
+            GAIN=SEARCH_GAIN,
             BLOCKS=_BLOCKS,
             num_warps=_BLOCKS // 32,
             enable_fp_fusion=False,

@@ -43,10 +43,7 @@ def store_nvfp4(
     scales: tl.tuple = ()
     for block in tl.static_range(len(magnitudes)):
         scale = block_scale_of(magnitudes[block].to(tl.float32, bitcast=True) * inverse)
-        if SM >= 100:
-            encode = encode_scale(scale)
-        else:
-            encode = tl.minimum(half_encode(scale) * factor, 3.4028234663852886e38)
+        encode = encode_scale(scale) if SM >= 100 else tl.minimum(half_encode(scale) * factor, 3.4028234663852886e38)
         if SPLIT:
             first = eight_codes(scaled[block * 2], encode, inverse, THREADS, SM)
             second = eight_codes(scaled[block * 2 + 1], encode, inverse, THREADS, SM)

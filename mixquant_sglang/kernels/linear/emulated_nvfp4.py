@@ -1,11 +1,11 @@
-"""NVFP4 and FP8 on hardware without tensor cores for them: the same numbers through a BF16 GEMM.
+"""NVFP4 on hardware without tensor cores for it: the same numbers through a BF16 GEMM.
 
     y[m, n] = alpha_n * sum_k xq[m, k] wq[n, k],   xq, wq exact in BF16
 
-NVFP4: an E2M1 x E4M3 product has at most six significant bits, so codes times block scales are exact in BF16.  A
+An E2M1 x E4M3 product has at most six significant bits, so codes times block scales are exact in BF16.  A
 token's own scale is a power of two and goes into ``xq``; the weight's FP32 tensor scale is alpha, applied to the FP32
-accumulator.  Weights stay packed (0.5625 bytes each) and are dequantised just in time.  FP8: E4M3 values are exact in
-BF16, both scales are applied to the FP32 sum.  On the CPU the GEMM runs in FP32, which is the reference.
+accumulator.  Weights stay packed (0.5625 bytes each) and are dequantised just in time.  On the CPU the GEMM runs in
+FP32, which is the reference.
 
 alpha is one number for a GEMM, so ready-made weights whose parts (q, k, v) have different tensor scales take one GEMM
 for each, into columns of one result.
@@ -22,9 +22,10 @@ from collections.abc import Sequence
 
 import torch
 
-from mixquant_sglang.formats import fp8, nvfp4
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
-from mixquant_sglang.kernels.linear.base import PackedLinear, copy_all, refuse_ready
+from mixquant_sglang.kernels.environment import NOTHING, Environment
+from mixquant_sglang.kernels.linear.base import PackedLinear, copy_all
+from mixquant_sglang.kernels.packing import quantize_nvfp4
 
 
 class EmulatedNVFP4(PackedLinear):
@@ -33,16 +34,17 @@ class EmulatedNVFP4(PackedLinear):
     activation_format = "qdq"
 
     def __init__(
-        self, weight: torch.Tensor, *, scales: str = "search", ready: Sequence[NVFP4Tensor] | None = None
+        self,
+        weight: torch.Tensor,
+        *,
+        scales: str = "search",
+        ready: Sequence[NVFP4Tensor] | None = None,
+        environment: Environment = NOTHING,
     ) -> None:
         self._scales = scales
-        self._parts = list(ready or [nvfp4.quantize(weight, scales=scales)])
+        self._parts = list(ready or [quantize_nvfp4(weight, scales=scales)])
         self._n = weight.shape[0]
         self._set_alphas()
-
-    @classmethod
-    def refusal(cls, n: int, k: int) -> str | None:
-        return f"K = {k} is not a multiple of the block size 16" if k % 16 else None
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(t for part in self._parts for t in (part.packed, part.block_scales, part.tensor_scale))
@@ -67,7 +69,7 @@ class EmulatedNVFP4(PackedLinear):
     def refresh(self, weight: torch.Tensor) -> None:
         # A new tensor scale each time: the one that is there may be lost memory, or far too large for the new weights.
         sizes = [part.shape[0] for part in self._parts]
-        self.replace([nvfp4.quantize(rows, scales=self._scales) for rows in torch.split(weight, sizes)])
+        self.replace([quantize_nvfp4(rows, scales=self._scales) for rows in torch.split(weight, sizes)])
 
     @property
     def by_value(self) -> tuple[float, ...]:
@@ -79,41 +81,3 @@ class EmulatedNVFP4(PackedLinear):
 
     def _set_alphas(self) -> None:
         self._alphas = [float(part.tensor_scale) for part in self._parts]
-
-
-class EmulatedFP8(PackedLinear):
-    precision = "fp8"
-    kernel = "emulated"
-
-    def __init__(
-        self, weight: torch.Tensor, *, scales: str = "search", ready: Sequence[NVFP4Tensor] | None = None
-    ) -> None:
-        refuse_ready(self.precision, ready)
-        self._packed = fp8.quantize(weight)
-
-    @classmethod
-    def refusal(cls, n: int, k: int) -> str | None:
-        # few_rows.py, which computes the protected rows on a GPU, takes no other; a CPU says the same
-        return f"K = {k} is not a multiple of 16" if k % 16 or not k else None
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self._packed.data, self._packed.scales
-
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        xq = fp8.quantize_activations(x)
-        if x.is_cuda:  # E4M3 is exact in BF16, and tensor cores add in FP32
-            codes, weight = xq.data.to(torch.bfloat16), self._packed.data.to(torch.bfloat16)
-            total = torch.mm(codes, weight.t(), out_dtype=torch.float32)
-        else:
-            total = xq.data.to(torch.float32) @ self._packed.data.to(torch.float32).t()
-        total = total * xq.scales[:, None] * self._packed.scales[None, :]
-        return _finish(total, bias, x.dtype)
-
-    def refresh(self, weight: torch.Tensor) -> None:
-        fresh = fp8.quantize(weight)
-        copy_all(self.tensors(), (fresh.data, fresh.scales))
-
-
-def _finish(total: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    out = total.to(dtype)
-    return out if bias is None else out + bias
