@@ -24,7 +24,7 @@ from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.kernels.environment import NOTHING
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.recipe.select import select
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import fp4, machine
 from mixquant_sglang.weights.ready_made import PrefillWeights
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,11 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         with refusing():
             table.check_hooks_took_effect()
             self._recipe = recipe.load(recipe.requested())
-            selection = select(self._recipe, compat.device())
+            selection = select(self._recipe, machine.device())
             refusals.check_recipe(self._recipe, selection)
             environment = NOTHING
             if selection.kernels.get("nvfp4") == "native":
-                environment = compat.fp4_environment(own_quantizer=self._recipe.fuse)
+                environment = fp4.environment(own_quantizer=self._recipe.fuse)
             if self._recipe.prefill_weights:
                 ready = PrefillWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
         known = runtime.current()
@@ -104,8 +104,8 @@ def register() -> None:
     """Lets SGLang's model config and loader find ``MixQuantConfig`` under the name."""
     from sglang.srt.layers import quantization
 
-    compat.hush_unknown_method_warning()
-    quantization.QUANTIZATION_METHODS[compat.NAME] = MixQuantConfig
+    machine.hush_unknown_method_warning()
+    quantization.QUANTIZATION_METHODS[machine.NAME] = MixQuantConfig
     cpu_methods = getattr(quantization, "CPU_QUANTIZATION_METHODS", None)
     if cpu_methods is not None:
-        cpu_methods[compat.NAME] = MixQuantConfig
+        cpu_methods[machine.NAME] = MixQuantConfig

@@ -13,7 +13,8 @@ from typing import Any
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.recipe import Recipe, takes_ready_made
 from mixquant_sglang.recipe.select import Selection
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import environment, machine, storage
+from mixquant_sglang.versions.dialect import dialect
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def _several(value: Any) -> bool:
 
 
 def _unnamed(value: Any) -> bool:
-    return _set(value) and not compat.stored_pages_are_named()
+    return _set(value) and not dialect().stored_pages_are_named()
 
 
 def _whole_graph(value: Any) -> bool:
@@ -76,7 +77,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "port",
         "SGLANG_RUST_SERVER",
-        lambda _: compat.serves_by_rust(),
+        lambda _: environment.serves_by_rust(),
         "that server reads requests where no plugin is, so a request's BF16 prefill would be ignored",
         "unset it",
     ),
@@ -203,14 +204,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "hicache_storage_backend",
         "--hicache-storage-backend",
         _unnamed,
-        compat.UNNAMED_PAGES,
+        storage.UNNAMED_PAGES,
         "leave it out: --enable-hierarchical-cache keeps KV in this process",
     ),
     Refusal(
         "disaggregation_decode_enable_offload_kvcache",
         "--disaggregation-decode-enable-offload-kvcache",
         _unnamed,
-        compat.UNNAMED_PAGES,
+        storage.UNNAMED_PAGES,
         _LEAVE_OUT,
     ),
     Refusal(
@@ -237,7 +238,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "disable_radix_cache",
         "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
-        lambda v: not v and compat.tree_ignores_keys(),
+        lambda v: not v and dialect().tree_ignores_keys(),
         "that tree looks at tokens alone, so a request's BF16 prefill would reuse low-precision KV",
         "unset it",
     ),
@@ -341,7 +342,7 @@ WATCHING = (
 
 def check_server_args(server_args: Any) -> None:
     """Raises ``MixQuantError`` for a flag that mixquant refuses, as given or as resolved so far."""
-    resolved = compat.resolved(server_args)
+    resolved = dialect().resolved(server_args)
     device = str(getattr(resolved, "device", None) or "").partition(":")[0]
     for refusal in REFUSALS:
         if refusal.devices and device not in refusal.devices:
@@ -353,7 +354,7 @@ def check_server_args(server_args: Any) -> None:
             value = _value(args, refusal.field)
             if value is not None and refusal.refused(value):
                 raise MixQuantError(
-                    f"--quantization {compat.NAME} does not go with {refusal.flag}: {refusal.why}; {refusal.instead}"
+                    f"--quantization {machine.NAME} does not go with {refusal.flag}: {refusal.why}; {refusal.instead}"
                 )
 
 
@@ -381,6 +382,6 @@ def _value(args: Any, field: str) -> Any:
 
 def watching(server_args: Any) -> list[str]:
     """The flags among ``WATCHING`` that this server has, and the environment's dumper."""
-    resolved = compat.resolved(server_args)
+    resolved = dialect().resolved(server_args)
     flags = [f"--{field.replace('_', '-')}" for field in WATCHING if _set(getattr(resolved, field, None))]
-    return [*flags, "DUMPER_ENABLE"] if compat.dumps_modules() else flags
+    return [*flags, "DUMPER_ENABLE"] if environment.dumps_modules() else flags

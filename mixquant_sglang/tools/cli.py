@@ -96,10 +96,10 @@ def _doctor(only: str | None) -> int:
     healthy = registered and not blocked
 
     from mixquant_sglang.host.hooks import table
-    from mixquant_sglang.versions import compat
+    from mixquant_sglang.versions import machine
 
-    device = compat.device()
-    if warning := compat.untested(device):
+    device = machine.device()
+    if warning := machine.untested(device):
         print(f"                   {warning}")
     missing, hooks = 0, table.hooks_of()
     for hook in hooks:

@@ -30,7 +30,7 @@ from mixquant_sglang.kernels.verify import ROWS, TOLERANCE, Pair, activations, v
 from mixquant_sglang.passes.running import Pass, scope
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Selection
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import fp4
 from tests.support.blackwell import CALLS, gemm, install
 
 SHAPES = [(128, 64), (96, 48), (40, 80), (256, 256)]  # with and without padding of N to 32 and K to 32
@@ -49,7 +49,7 @@ def quantizer(request: pytest.FixtureRequest, stand_ins: None) -> str:
 
 
 def native_linear(weight: torch.Tensor, quantizer: str = "ours", **options: Any) -> NativeNVFP4:
-    environment = compat.fp4_environment(own_quantizer=quantizer == "ours")
+    environment = fp4.environment(own_quantizer=quantizer == "ours")
     return NativeNVFP4(weight, environment=environment, **options)
 
 
@@ -141,7 +141,7 @@ def test_the_linear_method_runs_it() -> None:
     rows = EagerRows(9, ((3, 4), (8, 9)), torch.device("cpu"))
     x, results = tokens(9, 80), []
     for kernel in ("native", "emulated"):
-        run = Runtime(asked, Selection("nvfp4", "bf16", {"nvfp4": kernel}, ""), environment=compat.fp4_environment())
+        run = Runtime(asked, Selection("nvfp4", "bf16", {"nvfp4": kernel}, ""), environment=fp4.environment())
         method, layer = MixQuantLinearMethod(run, "down_proj", "nvfp4", "bf16"), torch.nn.Module()
         method.create_weights(layer, 80, [96], 80, 96, torch.bfloat16, weight_loader=None)
         torch.manual_seed(0)
@@ -189,7 +189,7 @@ def test_marlin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     marlin = SimpleNamespace(is_marlin=lambda: True)
     monkeypatch.setattr("sglang.srt.layers.quantization.fp4_utils.get_fp4_gemm_runner_backend", lambda: marlin)
     with pytest.raises(MixQuantError, match="--fp4-gemm-backend marlin"):
-        compat.fp4_environment()
+        fp4.environment()
 
 
 def test_nothing_is_packed_without_sglangs_method() -> None:
@@ -358,9 +358,9 @@ def test_sglang_measures_where_it_is_to() -> None:
     from sglang.srt.server_args import ServerArgs
 
     assert all(hasattr(ServerArgs, name) for name in vars(runner().server_args))
-    assert compat.fp4_gemm_measuring(runner(disable_flashinfer_autotune=True)) is None
-    assert compat.fp4_gemm_measuring(runner(enable_deterministic_inference=True)) is None
-    context = compat.fp4_gemm_measuring(runner())  # SGLang's own; not entered without a GPU
+    assert fp4.fp4_gemm_measuring(runner(disable_flashinfer_autotune=True)) is None
+    assert fp4.fp4_gemm_measuring(runner(enable_deterministic_inference=True)) is None
+    context = fp4.fp4_gemm_measuring(runner())  # SGLang's own; not entered without a GPU
     assert context is not None and hasattr(context, "__enter__")
     signature = inspect.signature(flashinfer_autotune.flashinfer_autotune_context)
     assert len(signature.parameters) == 2  # the runner, and what to do with logits

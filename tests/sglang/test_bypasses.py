@@ -20,6 +20,7 @@ from mixquant_sglang.kernels.rows import EagerRows
 from mixquant_sglang.layers import bypasses
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.layers.outputs import ReadRows
+from mixquant_sglang.layers.packed import PackedLinearMethod
 from mixquant_sglang.passes.running import DECODE_PASS, Pass, scope
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Device, select
@@ -154,7 +155,7 @@ def test_blocks_without_a_linear_of_ours_stay() -> None:
 def test_every_way_to_multiply_is_ours() -> None:
     """A way that SGLang adds to its BF16 method would pass ours by."""
     ways = {name for name, what in vars(UnquantizedLinearMethod).items() if name[0] != "_" and inspect.isfunction(what)}
-    assert {"apply", "create_weights"} <= ways <= {*vars(MixQuantLinearMethod)}
+    assert {"apply", "create_weights"} <= ways <= {*vars(MixQuantLinearMethod), *vars(PackedLinearMethod)}
 
 
 def test_an_addend() -> None:

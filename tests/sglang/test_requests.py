@@ -35,7 +35,7 @@ from mixquant_sglang.host.hooks import http, launcher, requests
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.recipe.policy import PolicyError
 from mixquant_sglang.recipe.select import Device, select
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions.dialect import dialect
 
 BF16 = {"mixquant": {"prefill": "bf16"}}
 CPU = Device("this CPU", None)
@@ -146,7 +146,7 @@ def test_stored_pages_of_other_recipes_have_other_names() -> None:
             for client in (None, "mine"):
                 assert pages(made(custom, extra_key=client)) == pages(made(custom, extra_key=client))
                 first.add(pages(made(custom, extra_key=client))[0])
-    if not compat.stored_pages_are_named():
+    if not dialect().stored_pages_are_named():
         assert len(first) == 1
         return
     assert len(first) == 2 * 5, "bf16 of nvfp4's server is that of the recipe bf16"
@@ -155,7 +155,7 @@ def test_stored_pages_of_other_recipes_have_other_names() -> None:
 
 
 def test_stores_that_name_pages_by_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    named = compat.stored_pages_are_named()
+    named = dialect().stored_pages_are_named()
     assert named == hasattr(utils, "storage_namespace_seed")
     attached = []
     answer = requests.attach_storage(lambda *args: attached.append(args) or "attached", None, "file")
@@ -164,7 +164,7 @@ def test_stores_that_name_pages_by_tokens_are_refused(monkeypatch: pytest.Monkey
         assert not answer.success and "tokens alone" in answer.message
     for flag in ("hicache_storage_backend", "disaggregation_decode_enable_offload_kvcache"):
         for possible in (True, False):
-            monkeypatch.setattr(compat, "stored_pages_are_named", lambda possible=possible: possible)
+            monkeypatch.setattr(dialect(), "stored_pages_are_named", lambda possible=possible: possible)
             args = SimpleNamespace(**{flag: "file"})
             if possible:
                 refusals.check_server_args(args)
@@ -181,7 +181,7 @@ def test_a_tree_that_looks_at_tokens_alone_is_refused(monkeypatch: pytest.Monkey
 
     known = hasattr(envs, "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE")
     monkeypatch.setenv("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "1")
-    assert compat.tree_ignores_keys() == known
+    assert dialect().tree_ignores_keys() == known
     refusals.check_server_args(SimpleNamespace(disable_radix_cache=True))
     if known:
         with pytest.raises(MixQuantError, match="SGLANG_EXPERIMENTAL_CPP_RADIX_TREE"):

@@ -145,7 +145,7 @@ def stand_in(capability: tuple[int, int]) -> None:
     from mixquant_sglang.kernels.rows import CapturedRows
     from mixquant_sglang.kernels.tuning import fp8_gemm, fp8_measure
     from mixquant_sglang.recipe.select import Device
-    from mixquant_sglang.versions import compat
+    from mixquant_sglang.versions import fp4, machine
 
     blackwell = beside("blackwell")
     blackwell.SUM = torch.float64
@@ -174,9 +174,9 @@ def stand_in(capability: tuple[int, int]) -> None:
     fp8_gemm.CANDIDATES.clear()
     fp8_gemm.CANDIDATES["stand-in"] = multiply
     fp8_measure._medians = lambda calls, seconds: [1.0 for call in calls if call() is not None]
-    compat.device = lambda: Device(f"GPU that is not here, SM{capability[0]}{capability[1]}", capability)
-    compat.kernel_versions = lambda: {"stand-in": "1"}
-    compat.fp4_gemm_measuring = lambda _runner: nullcontext()
+    machine.device = lambda: Device(f"GPU that is not here, SM{capability[0]}{capability[1]}", capability)
+    machine.kernel_versions = lambda: {"stand-in": "1"}
+    fp4.fp4_gemm_measuring = lambda _runner: nullcontext()
 
     def gather(self: CapturedRows, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, self.index.clamp(min=0)) * (self.index >= 0)[:, None].to(x.dtype)
@@ -217,9 +217,9 @@ def load(folder: Path, scenario: Scenario) -> Any:
         plugin.register()
         HookRegistry.apply_hooks()
     else:
-        from mixquant_sglang.versions import compat
+        from mixquant_sglang.versions import machine
 
-        compat.allow_cpu()
+        machine.allow_cpu()
     args = ServerArgs(
         model_path=str(folder),
         quantization="mixquant" if scenario.recipe else None,
@@ -299,13 +299,13 @@ class Done:
 
 def forward(runner: Any, batch: Any) -> Done:
     from mixquant_sglang.host import runtime
-    from mixquant_sglang.host.hooks.forward import plan_of
+    from mixquant_sglang.host.hooks.forward import scheduled_of
 
     run = runtime.current()
     before = Counter(run.counters.tokens) if run else Counter()
     RAN.clear()
     logits = runner.forward(batch).logits_output.next_token_logits.clone()
-    plan = plan_of(batch)
+    plan = scheduled_of(batch)
     counted = Counter(run.counters.tokens) - before if run else {}
     return Done(dict(RAN), dict(counted), logits, plan.precision if plan else "")
 
@@ -404,9 +404,9 @@ def play(folder: Path, scenario: Scenario) -> dict[str, Any]:
     if scenario.recipe:
         from mixquant_sglang.host import runtime
         from mixquant_sglang.host.hooks import graphs as hooks
-        from mixquant_sglang.versions import compat
+        from mixquant_sglang.versions.dialect import dialect
 
-        config = compat.prefill_graphs(runner)
+        config = dialect().prefill_graphs(runner)
         config.backend, config.bs = "breakable", [4, 8, 16, 32]
         hooks.size_prefill_graphs(model_runner=runner, eager_runner=None)
         sizes = config.bs

@@ -146,7 +146,7 @@ def main() -> None:
 
     from mixquant_sglang.host import plugin
     from mixquant_sglang.host.hooks import table
-    from mixquant_sglang.versions import compat
+    from mixquant_sglang.versions import machine
 
     torch.set_num_threads(1)
     logging.getLogger("mixquant_sglang").setLevel(logging.INFO)
@@ -154,7 +154,7 @@ def main() -> None:
     plugin.register()
     table.apply_hooks()
     plugin.offer_name()
-    compat.allow_cpu()
+    machine.allow_cpu()
     one_batch.get_tokenizer = lambda *_args, **_kwargs: None
     one_batch.suppress_other_loggers = lambda: None
     for case in json.loads(sys.argv[1]):

@@ -18,7 +18,8 @@ from mixquant_sglang.host.hooks import table
 from mixquant_sglang.host.hooks.table import handler
 from mixquant_sglang.host.refusals import check_server_args
 from mixquant_sglang.recipe import Recipe
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import machine
+from mixquant_sglang.versions.dialect import dialect
 
 _command_line = False  # server arguments came from a command line, so a refusal ends the process with one line
 _flag_given = False
@@ -55,13 +56,13 @@ def _refusing() -> AbstractContextManager[None]:
 @handler
 def resolve_server_args(original: Callable[..., None], server_args: Any, *args: Any, **kwargs: Any) -> None:
     global _dtype_asked, _moe_backend_asked, _recipe
-    if getattr(server_args, "_resolution_finished", False):  # 0.5.23 asks again wherever the arguments arrive
+    if dialect().resolution_finished(server_args):
         return original(server_args, *args, **kwargs)
-    asked = server_args.quantization == compat.NAME
-    os.environ.pop(compat.ACTIVE_ENV, None)
+    asked = server_args.quantization == machine.NAME
+    os.environ.pop(machine.ACTIVE_ENV, None)
     with _refusing():
         if _flag_given and not asked:
-            raise MixQuantError(f"--mixquant-recipe needs --quantization {compat.NAME}")
+            raise MixQuantError(f"--mixquant-recipe needs --quantization {machine.NAME}")
         if asked:
             _recipe = recipe.load(recipe.requested())
             check_server_args(server_args)
@@ -76,7 +77,7 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
             check_server_args(server_args)
             if _command_line or _HTTP_SERVER in sys.modules:
                 _set_hooks("http")  # imports SGLang's HTTP server, which comes next; sgl.Engine does without
-            os.environ[compat.ACTIVE_ENV] = "1"
+            os.environ[machine.ACTIVE_ENV] = "1"
 
 
 _HTTP_SERVER = "sglang.srt.entrypoints.http_server"
@@ -105,7 +106,7 @@ def register_config() -> None:
 def check_checkpoint(model_config: Any) -> None:
     """Refuses quantised checkpoints, those of another dtype unless ``--dtype bfloat16`` asks for the cast, models that
     SGLang would not decode as stock, and ready-made prefill weights of another model."""
-    if model_config.quantization != compat.NAME:
+    if model_config.quantization != machine.NAME:
         return
     with _refusing():
         for config in (model_config.hf_config, model_config.hf_text_config):
@@ -126,7 +127,7 @@ def check_checkpoint(model_config: Any) -> None:
                 f"would be served as {str(model_config.dtype).removeprefix('torch.')}; mixquant needs BF16: "
                 "convert it, or pass --dtype bfloat16 to cast it at load"
             )
-        stock.check_model(model_config, compat.device, _moe_backend_asked)
+        stock.check_model(model_config, machine.device, _moe_backend_asked)
         if _recipe is not None and _recipe.prefill_weights:
             from mixquant_sglang.weights.ready_made import PrefillWeights
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import machine
+from mixquant_sglang.versions.dialect import hook_targets
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ HOOKS = (
         "resolve_server_args",
         "around",
         "launcher",
-        ("sglang.srt.server_args.ServerArgs.resolve_once", "sglang.srt.server_args.ServerArgs.__post_init__"),
+        hook_targets("resolve_server_args"),
         "checks recipe and flags before anything is started",
     ),
     Hook(
@@ -153,7 +154,7 @@ HOOKS = (
         "can_run_dual_gemm",
         "around",
         "scheduler",
-        ("sglang.srt.layers.dual_gemm.DualGemm.can_run",),
+        hook_targets("can_run_dual_gemm"),
         "keeps the fused BF16 gate and up projections to passes that are BF16",
         only_with="sglang.kernels.ops.gemm.cutedsl_dual_gemm",
     ),
@@ -224,12 +225,7 @@ HOOKS = (
         "weights_from_distributed",
         "around",
         "scheduler",
-        (
-            "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
-            ".update_weights_from_distributed",
-            "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
-            ".load_weights_from_distributed",
-        ),
+        hook_targets("weights_from_distributed"),
         "looks at new weights before they are written, and packs them",
     ),
     Hook(
@@ -250,7 +246,7 @@ HOOKS = (
         "weights_begin",
         "before",
         "scheduler",
-        ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.begin_weight_update",),
+        hook_targets("weights_begin"),
         "keeps packed weights out of use while an update is open",
         only_with="sglang.srt.managers.io_struct.BeginWeightUpdateReqInput",
     ),
@@ -258,7 +254,7 @@ HOOKS = (
         "weights_end",
         "after",
         "scheduler",
-        ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.end_weight_update",),
+        hook_targets("weights_end"),
         "packs the weights of an update when it ends",
         only_with="sglang.srt.managers.io_struct.BeginWeightUpdateReqInput",
     ),
@@ -328,8 +324,9 @@ def target_of(hook: Hook) -> str:
         if found:
             return target
     raise MixQuantError(
-        f"SGLang {compat.sglang_version()} has no {' nor '.join(hook.targets)}, which mixquant {__version__} needs: it "
-        f"{hook.why}. Tested with SGLang {' and '.join(compat.TESTED)}: pip install 'sglang=={[*compat.TESTED][-1]}'"
+        f"SGLang {machine.sglang_version()} has no {' nor '.join(hook.targets)}, which mixquant {__version__} needs: "
+        f"it {hook.why}. Tested with SGLang {' and '.join(machine.TESTED)}: "
+        f"pip install 'sglang=={[*machine.TESTED][-1]}'"
     )
 
 
@@ -381,6 +378,6 @@ def check_hooks_took_effect(*processes: str) -> None:
         if not took_effect(hook):
             raise MixQuantError(
                 f"the hook on {target_of(hook)} is not in place, so mixquant cannot do its work ({hook.why}). "
-                f"Start SGLang with --quantization {compat.NAME} and with the plugin loaded "
+                f"Start SGLang with --quantization {machine.NAME} and with the plugin loaded "
                 "(SGLANG_PLUGINS, if set, must contain mixquant; a json override of the model config is not enough)"
             )

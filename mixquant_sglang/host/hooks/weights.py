@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks.table import handler
 from mixquant_sglang.host.runtime import Runtime
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions.updates import concerns_weights, ipc_without_post_hook, postprocess, read_weights
 from mixquant_sglang.weights.incoming import SKIPPED
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def _look_at(
 ) -> str | None:
     """Why the checkpoint is refused; None if it is not, or if SGLang itself will not load this format."""
     try:
-        weights = compat.read_weights(updater, model_path, load_format)
+        weights = read_weights(updater, model_path, load_format)
         if weights is None:
             return None
         seen = set()
@@ -219,7 +219,7 @@ def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool
         for original, named in direct:
             original(model, named)
         if keep:
-            compat.postprocess(model)
+            postprocess(model)
     except LOAD_ERRORS as error:
         problem = f"an update failed while it was written, and the old weights are gone: {_said(error)}"
     problem = run.weights.agree(problem)
@@ -245,7 +245,7 @@ def _taken_down(
     own = vars(model).get("load_weights")  # SGLang's FlashRL loader sets one
     _direct, model.load_weights = direct, take_down
     try:
-        with compat.ipc_without_post_hook() if keep else nullcontext():
+        with ipc_without_post_hook() if keep else nullcontext():
             yield loads, direct
     finally:
         _direct = None
@@ -272,13 +272,13 @@ def weights_end(_result: None, _updater: Any, **_kwargs: Any) -> None:
 
 @handler
 def weights_released(_result: Any, _manager: Any, recv_req: Any) -> None:
-    if (run := runtime.current()) is not None and compat.concerns_weights(recv_req):
+    if (run := runtime.current()) is not None and concerns_weights(recv_req):
         run.weights.hold("the memory of the weights is released")
 
 
 @handler
 def weights_resumed(_result: Any, _manager: Any, recv_req: Any) -> None:
-    if (run := runtime.current()) is not None and compat.concerns_weights(recv_req):
+    if (run := runtime.current()) is not None and concerns_weights(recv_req):
         run.weights.changed()
 
 
