@@ -21,6 +21,7 @@ from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.lifecycle import LoadSteps
 from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.kernels.environment import NOTHING
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.recipe.select import select
 from mixquant_sglang.versions import fp4, machine
@@ -42,8 +43,9 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             self._recipe = recipe.load(recipe.requested())
             selection = select(self._recipe, machine.device())
             refusals.check_recipe(self._recipe, selection)
+            environment = NOTHING
             if selection.kernels.get("nvfp4") == "native":
-                fp4.provide_fp4_linear_method(own_quantizer=self._recipe.fuse)
+                environment = fp4.environment(own_quantizer=self._recipe.fuse)
             if self._recipe.prefill_weights:
                 ready = PrefillWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
         known = runtime.current()
@@ -57,7 +59,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 selection.reason,
             )
             identity = ready.identity() if ready is not None else ""
-            runtime.start(Runtime(self._recipe, selection, ready_made=identity))
+            runtime.start(Runtime(self._recipe, selection, ready_made=identity, environment=environment))
         current = runtime.current()
         assert current is not None
         self._runtime = current

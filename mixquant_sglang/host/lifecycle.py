@@ -14,7 +14,7 @@ from mixquant_sglang.host import probe, refusals, report
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.ranks import check_same
 from mixquant_sglang.host.runtime import Runtime
-from mixquant_sglang.kernels.tuning import fp4_gemm, fp8_gemm
+from mixquant_sglang.kernels.tuning import fp4_gemm, fp8_cache, fp8_gemm
 from mixquant_sglang.kernels.verify import verify
 from mixquant_sglang.layers import attention, bypasses, fused, last_layer
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
@@ -197,4 +197,4 @@ class LoadSteps:
         most = fp8_gemm.bucket(batches.most_prefill_rows(model_runner))
         with refusing():
             rows = [2**e for e in range(8, max(most.bit_length(), 9))]
-            fp8_gemm.use(fp8_gemm.load_or_tune(sorted(shapes), rows, device, machine.kernel_versions()))
+            fp8_gemm.use(fp8_cache.load_or_tune(sorted(shapes), rows, device, machine.kernel_versions()))

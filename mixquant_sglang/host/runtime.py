@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any, Protocol
 
 from mixquant_sglang import __version__
+from mixquant_sglang.kernels.environment import NOTHING, Environment
 from mixquant_sglang.passes.counters import PassCounters
 from mixquant_sglang.passes.graphs import Graphs
 from mixquant_sglang.passes.schedule import Schedule, ScheduledPass
@@ -41,9 +42,12 @@ class Lifecycle(Protocol):
 
 
 class Runtime:
-    def __init__(self, recipe: Recipe, selection: Selection, *, ready_made: str = "") -> None:
-        """``ready_made``: ``PrefillWeights.identity``."""
+    def __init__(
+        self, recipe: Recipe, selection: Selection, *, ready_made: str = "", environment: Environment = NOTHING
+    ) -> None:
+        """``ready_made``: ``PrefillWeights.identity``; ``environment``: what kernels need of the server."""
         self.recipe = recipe
+        self.environment = environment
         self.fingerprint = fingerprint(recipe, selection, ready_made=ready_made)
         self.selection = selection
         self.counters = PassCounters()

@@ -12,6 +12,7 @@ import torch
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 from mixquant_sglang.errors import MixQuantError, refusing
+from mixquant_sglang.kernels import registry
 from mixquant_sglang.kernels.limits import FEW_ROWS
 from mixquant_sglang.kernels.registry import packed_linear
 from mixquant_sglang.kernels.verify import Pair
@@ -22,6 +23,7 @@ from mixquant_sglang.weights.refresh import fingerprint
 
 if TYPE_CHECKING:
     from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
+    from mixquant_sglang.kernels.environment import Environment
     from mixquant_sglang.kernels.linear.base import PackedLinear
     from mixquant_sglang.kernels.rows import Rows
     from mixquant_sglang.recipe.schema import Recipe
@@ -34,6 +36,7 @@ class Server(Protocol):
 
     recipe: Recipe
     selection: Selection
+    environment: Environment
     weights: Weights
 
 
@@ -105,7 +108,7 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self._layer = layer
         n, k = sum(output_partition_sizes), input_size_per_partition
         for precision in self.low:
-            refusal = packed_linear(precision, self._runtime.selection.kernels[precision]).refusal(n, k)
+            refusal = registry.refusal(precision, self._runtime.selection.kernels[precision], n, k)
             if refusal:
                 self.refusal = refusal
                 self.precision = by_role("bf16", "bf16")
@@ -165,7 +168,7 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             if packed is None:
                 kernel = packed_linear(precision, self._runtime.selection.kernels[precision])
                 ready = self._load_ready(precision, check=True)
-                self._packed[precision] = kernel(weight, scales=self._runtime.recipe.scales, ready=ready)
+                self._packed[precision] = self._copy(kernel, weight, ready)
                 self._ready_print = now
             elif self._ready is not None and precision == "nvfp4" and now == self._ready_print:
                 packed.replace(self._ready.load(weight, check=False))  # the memory was released in between
@@ -179,8 +182,12 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         """The packed NVFP4 copy, and the emulated kernel with the same numbers."""
         assert self._layer is not None
         weight, ready = self.master, self._load_ready("nvfp4", check=False)
-        emulated = packed_linear("nvfp4", "emulated")(weight, scales=self._runtime.recipe.scales, ready=ready)
+        emulated = self._copy(packed_linear("nvfp4", "emulated"), weight, ready)
         return Pair(self.name, *self.shape, self._packed["nvfp4"], emulated)
+
+    def _copy(self, kernel: type[PackedLinear], weight: torch.Tensor, ready: list[NVFP4Tensor] | None) -> PackedLinear:
+        run = self._runtime
+        return kernel(weight, scales=run.recipe.scales, ready=ready, environment=run.environment)
 
     def _load_ready(self, precision: str, *, check: bool) -> list[NVFP4Tensor] | None:
         if self._ready is None or precision != "nvfp4":

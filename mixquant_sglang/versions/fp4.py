@@ -7,17 +7,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.kernels.environment import Environment
 from mixquant_sglang.versions.dialect import dialect
 
 
-def provide_fp4_linear_method(*, own_quantizer: bool = True) -> None:
-    """Hands SGLang's ModelOpt FP4 linear method to the native kernel, and refuses back ends that cannot serve it.
+def environment(*, own_quantizer: bool = True) -> Environment:
+    """SGLang's ModelOpt FP4 linear method for the native kernel; refuses back ends that cannot serve it.
 
     ``own_quantizer``: activations are quantised by our kernels, fused where that is possible, or by FlashInfer's."""
     from sglang.srt.layers.quantization.fp4_utils import get_fp4_gemm_runner_backend
     from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config, ModelOptFp4LinearMethod
-
-    from mixquant_sglang.kernels.linear import native_nvfp4
 
     backend = get_fp4_gemm_runner_backend()
     if backend.is_marlin():
@@ -32,8 +31,7 @@ def provide_fp4_linear_method(*, own_quantizer: bool = True) -> None:
         raise MixQuantError(
             "SGLANG_FLASHINFER_CUTEDSL_NVFP4_W4A16 leaves activations in BF16; unset it for native nvfp4"
         )
-    native_nvfp4.fp4_linear_method = lambda: ModelOptFp4LinearMethod(config)
-    native_nvfp4.own_quantizer = own_quantizer
+    return Environment(lambda: ModelOptFp4LinearMethod(config), own_quantizer)
 
 
 def fp4_gemm_measuring(model_runner: Any) -> AbstractContextManager[None] | None:

@@ -33,8 +33,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.formats import nvfp4
-from mixquant_sglang.formats.nvfp4 import BLOCK, NVFP4Tensor
+from mixquant_sglang.formats import BLOCK, nvfp4
+from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.recipe.fingerprint import digest
 from mixquant_sglang.recipe.modules import is_outside
 from mixquant_sglang.weights.checkpoint import DTYPES, Source, Stored

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from mixquant_sglang import recipe
 from mixquant_sglang.host.runtime import Runtime
-from mixquant_sglang.kernels.linear import emulated
+from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
 from mixquant_sglang.kernels.operands import QuantizedActivations
 from mixquant_sglang.kernels.rows import CapturedRows, EagerRows, row_numbers
 from mixquant_sglang.kernels.tuning import fp8_gemm
@@ -262,7 +262,7 @@ def exact_fp8(x: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tens
     return (x.double() @ w.double().t() * sx.double() * sw.double()).to(torch.bfloat16)
 
 
-def exact_nvfp4(packed: emulated.EmulatedNVFP4, operand: tuple[torch.Tensor, ...], _bias: None) -> torch.Tensor:
+def exact_nvfp4(packed: EmulatedNVFP4, operand: tuple[torch.Tensor, ...], _bias: None) -> torch.Tensor:
     (part,), (alpha,) = packed._parts, packed._alphas
     return (operand[0].double() @ part.unscaled(torch.float32).double().t() * alpha).to(torch.bfloat16)
 
@@ -290,7 +290,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CapturedRows, "gather", gather)
     monkeypatch.setattr(CapturedRows, "scatter", scatter)
     monkeypatch.setattr(fp8_gemm, "CANDIDATES", {"exact": exact_fp8})
-    monkeypatch.setattr(emulated.EmulatedNVFP4, "multiply", exact_nvfp4)
+    monkeypatch.setattr(EmulatedNVFP4, "multiply", exact_nvfp4)
     monkeypatch.setattr(
         UnquantizedLinearMethod, "apply", lambda self, layer, x, bias=None: exact_linear(x, layer.weight, bias)
     )

@@ -296,7 +296,8 @@ def test_native_is_verified_at_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from mixquant_sglang.kernels import registry
-    from mixquant_sglang.kernels.linear.emulated import EmulatedNVFP4
+    from mixquant_sglang.kernels.environment import Environment
+    from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
     from mixquant_sglang.kernels.tuning import fp4_gemm
 
     class Native(EmulatedNVFP4):
@@ -309,7 +310,12 @@ def test_native_is_verified_at_load(
     packed_linear = registry.packed_linear
     monkeypatch.setattr(machine, "device", lambda: Device("NVIDIA B200", (10, 0)))
     provided: list[bool] = []
-    monkeypatch.setattr(fp4, "provide_fp4_linear_method", lambda own_quantizer: provided.append(own_quantizer))
+
+    def environment(own_quantizer: bool) -> Environment:
+        provided.append(own_quantizer)
+        return Environment(None, own_quantizer)
+
+    monkeypatch.setattr(fp4, "environment", environment)
     tuned: list[tuple[set[type], int]] = []
 
     def tune(linears: list[object], most_rows: int, _: object) -> fp4_gemm.Tuned:

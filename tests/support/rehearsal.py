@@ -140,9 +140,10 @@ def dual_gemm_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def stand_in(capability: tuple[int, int]) -> None:
     """Patches this process; for good."""
     from mixquant_sglang.formats import fp8
-    from mixquant_sglang.kernels.linear import emulated
+    from mixquant_sglang.kernels.linear.emulated_fp8 import EmulatedFP8
+    from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
     from mixquant_sglang.kernels.rows import CapturedRows
-    from mixquant_sglang.kernels.tuning import fp8_gemm
+    from mixquant_sglang.kernels.tuning import fp8_gemm, fp8_measure
     from mixquant_sglang.recipe.select import Device
     from mixquant_sglang.versions import fp4, machine
 
@@ -168,11 +169,11 @@ def stand_in(capability: tuple[int, int]) -> None:
         total = xq.data.double() @ packed.data.double().t() * xq.scales.double()[:, None] * packed.scales.double()
         return total.to(torch.bfloat16)
 
-    emulated.EmulatedNVFP4.multiply = emulated_nvfp4  # type: ignore[method-assign]
-    emulated.EmulatedFP8.matmul = emulated_fp8  # type: ignore[method-assign]
+    EmulatedNVFP4.multiply = emulated_nvfp4  # type: ignore[method-assign]
+    EmulatedFP8.matmul = emulated_fp8  # type: ignore[method-assign]
     fp8_gemm.CANDIDATES.clear()
     fp8_gemm.CANDIDATES["stand-in"] = multiply
-    fp8_gemm._medians = lambda calls, seconds: [1.0 for call in calls if call() is not None]
+    fp8_measure._medians = lambda calls, seconds: [1.0 for call in calls if call() is not None]
     machine.device = lambda: Device(f"GPU that is not here, SM{capability[0]}{capability[1]}", capability)
     machine.kernel_versions = lambda: {"stand-in": "1"}
     fp4.fp4_gemm_measuring = lambda _runner: nullcontext()

@@ -16,7 +16,8 @@ import torch
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
-from mixquant_sglang.kernels.linear.emulated import EmulatedFP8, EmulatedNVFP4
+from mixquant_sglang.kernels.linear.emulated_fp8 import EmulatedFP8
+from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
 from mixquant_sglang.tools.quantize.command import quantize_checkpoint
 from mixquant_sglang.weights import ready_made as prefill_weights
 from mixquant_sglang.weights.ready_linear import Share

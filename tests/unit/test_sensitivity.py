@@ -17,7 +17,8 @@ import torch
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels.linear.emulated import EmulatedFP8, EmulatedNVFP4
+from mixquant_sglang.kernels.linear.emulated_fp8 import EmulatedFP8
+from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.tools import cli
 from mixquant_sglang.tools.plan import command as planner

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from mixquant_sglang import recipe as recipes
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.kernels.registry import refusal
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import FUSED as FUSED
 from mixquant_sglang.recipe.select import Device, select
@@ -97,8 +98,8 @@ def make_plan(name: str, model: Model, gpu: Gpu, tp: int = 1, protect: bool | No
     linears = []
     for (leaf, n, k, prefill, decode), count in counts.items():
         low = {prefill, decode} - {"bf16"}
-        if any(k % 16 or (n % 16 and precision not in emulated and precision == "fp8") for precision in low):
-            prefill = decode = "bf16"  # as method.py does with a shape that a kernel refuses
+        if any(refusal(precision, selection.kernels[precision], n, k) for precision in low):
+            prefill = decode = "bf16"  # as layers/linear.py does with a shape that a kernel refuses
         linears.append(Linear(leaf, n, k, count, prefill, decode, prefill in emulated, decode in emulated))
     kept = loaded.protect_last_prompt_token if protect is None else protect
     tail = loaded.protected_tail

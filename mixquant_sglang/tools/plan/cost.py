@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.kernels.limits import FEW_ROWS
+from mixquant_sglang.passes.limits import EAGER_PRODUCTS
 from mixquant_sglang.tools.plan import data
 from mixquant_sglang.tools.plan.data import Gpu, Model
 
 # Of one prefill: what a second of planning can walk through, whatever the prompts and chunks are.
 MOST_TOKENS, MOST_PASSES = 50_000_000, 200_000
 _WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}  # per element, block scales included
-FEW_ROWS = 64  # protected rows of a pass that have a kernel of their own, as runtime.py's GRAPH_ROWS
-EAGER_PRODUCTS = 1 << 38  # as runtime.py's: so large a pass without protected rows leaves that kernel out
 _PARTS = ("linears", "attention", "elementwise", "quantise", "dequantise", "protected", "all_reduce", "fixed")
 _INPUT_BYTES = {"bf16": 2.0, "qdq": 2.0, "fp8": 1.0, "nvfp4": 0.5625}
 # What writes a linear's input, and the bytes per element of it that this moves beside the result itself.

@@ -40,7 +40,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.formats import BLOCK, nvfp4
+from mixquant_sglang.formats.blocks import E2M1_MAX, E4M3_MAX
+from mixquant_sglang.kernels.packing import quantize_nvfp4
 from mixquant_sglang.recipe import REGEX, did_you_mean, nearest, show
 from mixquant_sglang.recipe.modules import why_bf16
 from mixquant_sglang.tools.quantize.calibration import Inputs, measure_inputs, read_samples
@@ -96,8 +98,8 @@ class Plan:
                 kept[module] = "never quantised"
             elif module in ignored:
                 kept[module] = f"--ignore {ignored[module]}"
-            elif k % nvfp4.BLOCK or not k:
-                kept[module] = f"K = {k} is not a multiple of {nvfp4.BLOCK}"
+            elif k % BLOCK or not k:
+                kept[module] = f"K = {k} is not a multiple of {BLOCK}"
             else:
                 quantised.append(module)
         if not quantised:
@@ -310,7 +312,7 @@ def _shapes(source: Source, plan: Plan, shard: str) -> Iterator[tuple[str, tuple
         if stored.shard == shard and module in plan.quantised and name.endswith(_WEIGHT):
             n, k = stored.shape
             yield f"{module}.weight_packed", ("U8", (n, k // 2))
-            yield f"{module}.weight_scale", ("F8_E4M3", (n, k // nvfp4.BLOCK))
+            yield f"{module}.weight_scale", ("F8_E4M3", (n, k // BLOCK))
             yield f"{module}.weight_global_scale", ("F32", (1,))
             yield f"{module}.input_global_scale", ("F32", (1,))
         elif stored.shard == shard:
@@ -339,7 +341,7 @@ def _pieces(
                 others = (member + _WEIGHT for member in group if member != module)
                 amax = max((_amax(source, other, source.read(other).to(device)) for other in others), default=0.0)
                 weights[group] = encode_scale(max(amax, _amax(source, name, weight)))
-            quantised = nvfp4.quantize(
+            quantised = quantize_nvfp4(
                 weight,
                 scales="absmax" if scales == "absmax" else "search",
                 tensor_scale=weights[group].reciprocal()[0],
@@ -373,7 +375,7 @@ def _input_scale(amax: float | None) -> torch.Tensor:
 
 
 def _full_range(amax: float) -> torch.Tensor:
-    return (nvfp4.E4M3_MAX * nvfp4.E2M1_MAX / torch.tensor([amax], dtype=torch.float32)).clamp_(max=2.0**126)
+    return (E4M3_MAX * E2M1_MAX / torch.tensor([amax], dtype=torch.float32)).clamp_(max=2.0**126)
 
 
 def _quantization_config(plan: Plan) -> dict[str, Any]:
@@ -382,7 +384,7 @@ def _quantization_config(plan: Plan) -> dict[str, Any]:
         "num_bits": 4,
         "type": "float",
         "strategy": "tensor_group",
-        "group_size": nvfp4.BLOCK,
+        "group_size": BLOCK,
         "symmetric": True,
         "dynamic": False,
         "observer": "minmax",

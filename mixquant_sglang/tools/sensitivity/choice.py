@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels.registry import packed_linear
+from mixquant_sglang.kernels.registry import refusal
 from mixquant_sglang.recipe import Recipe
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.select import Selection
@@ -121,7 +121,7 @@ def groups_of(recipe: Recipe, selection: Selection, model: Model) -> list[Group]
                     f"{recipe.source}: {name} decodes in {decode}; `sensitivity` weighs what prefill does to a BF16 "
                     "decode; allowed: 'decode: {precision: bf16}', and no other in its rules"
                 )
-            if prefill != "bf16" and not packed_linear(prefill, selection.kernels[prefill]).refusal(n, k):
+            if prefill != "bf16" and not refusal(prefill, selection.kernels[prefill], n, k):
                 groups.append(Group(name, kind, layer, matcher.shards(name) or (name,), prefill))
     matcher.check_all_matched(names)
     if not groups:
