@@ -24,7 +24,7 @@ from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.recipe.select import select
 from mixquant_sglang.versions import compat
-from mixquant_sglang.weights.ready_made import PrefillWeights
+from mixquant_sglang.weights.ready_made import ReadyMadeWeights
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        ready: PrefillWeights | None = None
+        ready: ReadyMadeWeights | None = None
         with refusing():
             table.check_hooks_took_effect()
             self._recipe = recipe.load(recipe.requested())
@@ -45,7 +45,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             if selection.kernels.get("nvfp4") == "native":
                 compat.provide_fp4_linear_method(own_quantizer=self._recipe.fuse)
             if self._recipe.prefill_weights:
-                ready = PrefillWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
+                ready = ReadyMadeWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
         known = runtime.current()
         if known is None or known.recipe != self._recipe:
             # SGLang builds the config more than once per load; only the first time is news.

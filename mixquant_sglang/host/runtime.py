@@ -41,7 +41,7 @@ class Lifecycle(Protocol):
 
 class Runtime:
     def __init__(self, recipe: Recipe, selection: Selection, *, ready_made: str = "") -> None:
-        """``ready_made``: ``PrefillWeights.identity``."""
+        """``ready_made``: ``ReadyMadeWeights.identity``."""
         self.recipe = recipe
         self.fingerprint = fingerprint(recipe, selection, ready_made=ready_made)
         self.selection = selection

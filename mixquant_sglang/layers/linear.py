@@ -22,7 +22,7 @@ from mixquant_sglang.passes.limits import GRAPH_ROWS
 from mixquant_sglang.passes.running import current
 from mixquant_sglang.recipe.roles import Role, by_role
 from mixquant_sglang.versions import compat
-from mixquant_sglang.weights.ready_linear import ReadyLinear, Share
+from mixquant_sglang.weights.ready_made_linear import ReadyMadeLinear, Share
 from mixquant_sglang.weights.refresh import fingerprint
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ class Server(Protocol):
 
 
 class MixQuantLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
-    def __init__(self, runtime: Server, name: str, prefill: str, decode: str, ready: ReadyLinear | None = None) -> None:
+    def __init__(
+        self, runtime: Server, name: str, prefill: str, decode: str, ready: ReadyMadeLinear | None = None
+    ) -> None:
         """``ready``: where the NVFP4 copy comes from instead of the master."""
         super().__init__()
         self.name = name

@@ -128,9 +128,9 @@ def check_checkpoint(model_config: Any) -> None:
             )
         stock.check_model(model_config, compat.device, _moe_backend_asked)
         if _recipe is not None and _recipe.prefill_weights:
-            from mixquant_sglang.weights.ready_made import PrefillWeights
+            from mixquant_sglang.weights.ready_made import ReadyMadeWeights
 
-            ready = PrefillWeights.open(_recipe.prefill_weights, _recipe.prefill_weights_at)
+            ready = ReadyMadeWeights.open(_recipe.prefill_weights, _recipe.prefill_weights_at)
             ready.check_model(model_config.hf_text_config)
 
 
