@@ -45,7 +45,7 @@ class Runtime:
     def __init__(
         self, recipe: Recipe, selection: Selection, *, ready_made: str = "", environment: Environment = NOTHING
     ) -> None:
-        """``ready_made``: ``PrefillWeights.identity``; ``environment``: what kernels need of the server."""
+        """``ready_made``: ``ReadyMadeWeights.identity``; ``environment``: what kernels need of the server."""
         self.recipe = recipe
         self.environment = environment
         self.fingerprint = fingerprint(recipe, selection, ready_made=ready_made)

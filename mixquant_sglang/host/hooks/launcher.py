@@ -135,9 +135,9 @@ def check_checkpoint(model_config: Any) -> None:
             )
         stock.check_model(model_config, machine.device, asked.moe_backend)
         if asked.recipe is not None and asked.recipe.prefill_weights:
-            from mixquant_sglang.weights.ready_made import PrefillWeights
+            from mixquant_sglang.weights.ready_made import ReadyMadeWeights
 
-            ready = PrefillWeights.open(asked.recipe.prefill_weights, asked.recipe.prefill_weights_at)
+            ready = ReadyMadeWeights.open(asked.recipe.prefill_weights, asked.recipe.prefill_weights_at)
             ready.check_model(model_config.hf_text_config)
 
 
