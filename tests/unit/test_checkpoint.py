@@ -251,13 +251,13 @@ def test_ignore(tmp_path: Path) -> None:
 def test_odd_k_stays(tmp_path: Path) -> None:
     made = tensors(hidden=40)
     out = tmp_path / "out"
-    plan = quantize_checkpoint(write(tmp_path / "model", made), out)
+    targets = quantize_checkpoint(write(tmp_path / "model", made), out)
     loaded = read(out)
     odd = [name for name in LINEARS if made[f"{name}.weight"].shape[1] == 40]
     assert len(odd) == 6 * LAYERS
     assert sorted(quantised(loaded)) == sorted(set(LINEARS) - set(odd))
     assert all(torch.equal(loaded[f"{name}.weight"], made[f"{name}.weight"]) for name in odd)
-    assert all(plan.kept[name] == "K = 40 is not a multiple of 16" for name in odd)
+    assert all(targets.kept[name] == "K = 40 is not a multiple of 16" for name in odd)
     assert set(odd) <= set(config_of(out)["quantization_config"]["ignore"])
 
 

@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from mixquant_sglang.recipe.modules import A_GATE, NEVER, OUTSIDE, is_outside, why_bf16
+from mixquant_sglang.recipe.modules import (
+    A_GATE,
+    NEVER,
+    OUTSIDE,
+    block_of,
+    is_draft,
+    is_never_low,
+    is_outside,
+    why_bf16,
+)
 from mixquant_sglang.tools.quantize.targets import is_target
 
 
@@ -39,3 +48,23 @@ def test_quantize_leaves_the_same_modules() -> None:
     assert is_target("model.layers.0.self_attn.q_proj", 2)
     for name in ("vpm.layers.0.self_attn.q_proj", "model.mtp.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"):
         assert not is_target(name, 2)
+
+
+def test_draft_layers_and_blocks() -> None:
+    assert is_draft("mtp.layers.0.mlp.up_proj") and is_draft("model.mtp_layers.0.self_attn.q_proj.weight")
+    assert not is_draft("model.layers.0.self_attn.q_proj") and not is_draft("model.mtp_norm.weight")
+    assert block_of("model.layers.12.mlp.up_proj") == 12 and block_of("layers.3.weight") == 3
+    assert block_of("model.norm.weight") is None and block_of("model.mtp_layers.0.weight") is None
+
+
+def test_what_no_linear_takes() -> None:
+    for name in (
+        "lm_head",
+        "model.embed_tokens",
+        "model.layers.0.mlp.experts.7.up_proj",
+        "mtp.fc",
+        "visual.blocks.0.fc",
+    ):
+        assert is_never_low(name), name
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.shared_expert.up_proj", "model.experts"):
+        assert not is_never_low(name), name
