@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support.commands import command_of, provide
+
+provide()
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +33,7 @@ def tiny_model() -> Path:
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3 of random weights in one file, with a head of its own, from scripts/make_tiny_model."""
     out = tmp_path_factory.mktemp("model") / "random"
-    subprocess.run([sys.executable, ROOT / "scripts" / "make_tiny_model.py", out], check=True, timeout=300)
+    subprocess.run([*command_of("make_tiny_model"), out], check=True, timeout=300)
     return out
 
 
