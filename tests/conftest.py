@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,23 @@ from tests.support.commands import command_of, provide
 provide()
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+LEFT_OUT = pytest.StashKey[Counter[str]]()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Counts by the first of these markers that a test has."""
+    for item in items:
+        left_out = item.config.stash.setdefault(LEFT_OUT, Counter())
+        left_out[next((name for name in ("gpu", "server", "slow") if name in item.keywords), "other")] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    left_out = config.stash.get(LEFT_OUT, None)
+    if left_out:
+        each = ", ".join(f"{count} {name}" for name, count in sorted(left_out.items()))
+        terminalreporter.write_line(f"left out by -m or -k: {left_out.total()} tests ({each})")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +41,69 @@ def test_arms_of_a_benchmark_take_turns() -> None:
     assert orders[1] == ["b", "c", "d", "a"] and orders[4] == ["d", "c", "b", "a"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(f"scripts/{name}" for name in ("install", "demo", "test", "make_tiny_model", "bench_prefill", "bench_agent")),
-        "scripts/measure_formats",
-        ".ci/run",
-    ],
-)
+WRAPPERS = sorted(p.name for p in SCRIPTS.iterdir() if p.is_file() and not p.suffix)
+COMMANDS: dict[str, str] = runpy.run_path(str(SCRIPTS / "__main__.py"))["COMMANDS"]
+
+
+@pytest.mark.parametrize("name", [*(f"scripts/{name}" for name in WRAPPERS), ".ci/run"])
 def test_shell_scripts_parse_and_have_the_run_bit(name: str) -> None:
     script = ROOT / name
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_each_command_has_a_wrapper_and_python_lies_in_folders() -> None:
+    assert sorted([*COMMANDS, "install", "test"]) == WRAPPERS
+    assert {p.name for p in SCRIPTS.glob("*.py")} == {"__init__.py", "__main__.py"}
+    assert {p.name: n for p in SCRIPTS.rglob("*.py") if (n := len(p.read_text().splitlines())) > 350} == {}
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_wrapper_runs_its_command_from_anywhere(name: str, tmp_path: Path) -> None:
+    """In a copy, whose ``install`` and Python only say how they are called."""
+    copy, elsewhere = tmp_path / "checkout" / "scripts", tmp_path / "elsewhere"
+    copy.mkdir(parents=True)
+    elsewhere.mkdir()
+    for file in (name, "env.sh"):
+        shutil.copy(SCRIPTS / file, copy)
+    python = copy.parent / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    says = 'printf "%s\\n" "$PWD" "$PYTHONSAFEPATH" "$@"'
+    for stub, text in ((python, says), (copy / "install", "true")):
+        stub.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        stub.chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if key not in ("SGLANG", "PYTHONSAFEPATH")}
+    command = [copy / name, "--help", "two words"]
+    run = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [str(elsewhere), "1", str(copy / "__main__.py"), name, "--help", "two words"]
+
+
+def test_each_command_answers_help_from_anywhere(tmp_path: Path) -> None:
+    """As the wrappers start them, but all in one process: most of the time goes into importing torch."""
+    code = """
+import contextlib, io, runpy, sys
+main, *names = sys.argv[1:]
+for name in names:
+    said = io.StringIO()
+    sys.argv = [main, name, "--help"]
+    with contextlib.redirect_stdout(said):
+        try:
+            runpy.run_path(main, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, (name, end.code)
+    print(said.getvalue().splitlines()[0])
+assert not {"bench", "eval", "models", "public", "tools"} & {*sys.modules}
+"""
+    env = {**os.environ, "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", code, str(SCRIPTS / "__main__.py"), *COMMANDS]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[:2] for line in run.stdout.splitlines()] == [["usage:", name] for name in COMMANDS]
+
+
+def test_what_is_no_command_is_refused() -> None:
+    run = subprocess.run([*command_of("bench"), "--help"], capture_output=True, text=True, check=False)
+    assert run.returncode == 1 and run.stderr.startswith("usage: ") and "bench_agent" in run.stderr
 
 
 @pytest.mark.parametrize("pins", PINS, ids=lambda path: path.stem)
