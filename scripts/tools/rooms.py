@@ -1,4 +1,4 @@
-"""Draws docs/rooms.svg, the picture of docs/design.md: the package's rooms and what they import, read off the imports."""
+"""Draws docs/rooms.svg, the picture of docs/design.md: the package's rooms and what they import, read off the code."""
 
 from __future__ import annotations
 
