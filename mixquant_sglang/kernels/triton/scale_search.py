@@ -4,6 +4,8 @@ The same bits as the plain torch there, which states the arithmetic and the orde
 multiply-add. A thread has a block of 16 to itself, in registers, so the sum needs no other thread and no layout of
 Triton's can change its order. Bound by instructions, some 12 for each weight and candidate; each weight is read once.
 
+SGLang's ``nvfp4_online`` packs experts with FlashInfer's quantiser, two scales to choose from: ``docs/kernels.md``.
+
 Refused (ValueError): tensors whose shapes or dtypes do not fit. NaN and infinity are the caller's to refuse.
 """
 

@@ -4,6 +4,8 @@ Bit for bit the numbers of ``formats/nvfp4.py`` (its docstring has the maths). D
 format in an FP32 of minimal exponent and multiplies by a power of two, which makes the small format's subnormals right
 as well. Bound by memory: 2.5625 bytes for each weight.
 
+FlashInfer's ``mm_bf16_fp4`` and SGLang's Marlin unpack within the GEMM: ``docs/kernels.md``.
+
 Refused (ValueError): other dtypes, tensors that are not contiguous CUDA tensors, K not a multiple of 16.
 """
 
