@@ -40,8 +40,8 @@ from safetensors.torch import load_file, save_file
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.recipe.select import Device, select
-from mixquant_sglang.tools.quantize.command import quantize_checkpoint
-from mixquant_sglang.weights.ready_made import PrefillWeights
+from mixquant_sglang.tools.quantize.checkpoint import quantize_checkpoint
+from mixquant_sglang.weights.ready_made import ReadyMadeWeights
 
 VALID = {"prefill": "bf16"}
 LONG, CUT = 0, 599
@@ -194,7 +194,7 @@ def headers(rng: random.Random, folder: Path) -> str:
     broken_header(rng, model / "model.safetensors")
     try:
         if ready:
-            PrefillWeights.open(str(model), "recipe.yaml:2 prefill.weights")
+            ReadyMadeWeights.open(str(model), "recipe.yaml:2 prefill.weights")
             return "ready-made taken"
         quantize_checkpoint(model, out)
     except MixQuantError as error:

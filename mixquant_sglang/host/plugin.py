@@ -12,7 +12,7 @@ import logging
 import sys
 
 from mixquant_sglang.errors import MixQuantError, refusing
-from mixquant_sglang.host.hooks import launcher, table
+from mixquant_sglang.host.hooks import launcher, registry
 from mixquant_sglang.versions import machine
 
 logger = logging.getLogger(__name__)
@@ -23,11 +23,11 @@ def register() -> None:
     if machine.is_scheduler_process():
         with refusing():
             machine.allow_cpu()
-            table.register_hooks(table.hooks_of("asked", "scheduler"))
+            registry.register_hooks(registry.hooks_of("asked", "scheduler"))
             launcher.register_config()
         return
     try:
-        table.register_hooks(table.hooks_of("launcher"))
+        registry.register_hooks(registry.hooks_of("launcher"))
     except MixQuantError as error:
         if any(machine.NAME in argument for argument in sys.argv[1:]):
             raise SystemExit(f"mixquant: {error}") from None

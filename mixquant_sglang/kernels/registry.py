@@ -12,21 +12,20 @@ from typing import TYPE_CHECKING
 
 from mixquant_sglang.kernels.limits import BLOCK
 from mixquant_sglang.recipe.capabilities import NATIVE_FROM
+from mixquant_sglang.recipe.roles import Kind
 
 if TYPE_CHECKING:
     from mixquant_sglang.kernels.linear.base import PackedLinear
 
-LINEAR = "linear"
-
 
 @dataclass(frozen=True)
 class Kernel:
-    """``operator`` and ``kernel``: "linear"; "native" or "emulated".  ``capability``: the least (major, minor) of CUDA,
+    """``kernel``: "native" or "emulated".  ``capability``: the least (major, minor) of CUDA,
     None where it runs on any machine.  A weight [N, K] must have multiples of ``n`` and ``k``, and K > 0; ``refusal``
     is formatted with ``n`` and ``k`` of one that has not.  ``path``: module and class."""
 
     precision: str
-    operator: str
+    kind: Kind
     kernel: str
     capability: tuple[int, int] | None
     n: int
@@ -47,34 +46,34 @@ class Kernel:
 _HERE = "mixquant_sglang.kernels.linear"
 KERNELS = (
     Kernel(
-        *("nvfp4", LINEAR, "native", NATIVE_FROM["nvfp4"]),
+        *("nvfp4", Kind.LINEAR, "native", NATIVE_FROM["nvfp4"]),
         *(1, BLOCK, f"K = {{k}} is not a multiple of the block size {BLOCK}"),
         f"{_HERE}.native_nvfp4.NativeNVFP4",
     ),
     Kernel(
-        *("nvfp4", LINEAR, "emulated", None),
+        *("nvfp4", Kind.LINEAR, "emulated", None),
         *(1, BLOCK, f"K = {{k}} is not a multiple of the block size {BLOCK}"),
         f"{_HERE}.emulated_nvfp4.EmulatedNVFP4",
     ),
     Kernel(  # CUTLASS wants rows of a multiple of 16 bytes
-        *("fp8", LINEAR, "native", NATIVE_FROM["fp8"]),
+        *("fp8", Kind.LINEAR, "native", NATIVE_FROM["fp8"]),
         *(16, 16, "[{n}, {k}] is not a multiple of 16 in both sizes"),
         f"{_HERE}.native_fp8.NativeFP8",
     ),
     Kernel(  # few_rows.py, which computes the protected rows on a GPU, takes no other K; a CPU says the same
-        *("fp8", LINEAR, "emulated", None),
+        *("fp8", Kind.LINEAR, "emulated", None),
         *(1, BLOCK, f"K = {{k}} is not a multiple of {BLOCK}"),
         f"{_HERE}.emulated_fp8.EmulatedFP8",
     ),
 )
 
 
-def find(precision: str, kernel: str, operator: str = LINEAR) -> Kernel:
+def find(precision: str, kernel: str, kind: Kind = Kind.LINEAR) -> Kernel:
     """The row; ``LookupError`` if there is none."""
     for row in KERNELS:
-        if (row.precision, row.kernel, row.operator) == (precision, kernel, operator):
+        if (row.precision, row.kernel, row.kind) == (precision, kernel, kind):
             return row
-    raise LookupError(f"no {kernel} kernel for {operator} in {precision}")
+    raise LookupError(f"no {kernel} kernel for {kind.value} in {precision}")
 
 
 def refusal(precision: str, kernel: str, n: int, k: int) -> str | None:

@@ -18,7 +18,7 @@ from mixquant_sglang.kernels.registry import packed_linear
 from mixquant_sglang.kernels.verify import Pair
 from mixquant_sglang.recipe.roles import Role, by_role
 from mixquant_sglang.versions.dialect import dialect
-from mixquant_sglang.weights.ready_linear import ReadyLinear, Share
+from mixquant_sglang.weights.ready_made_linear import ReadyMadeLinear, Share
 from mixquant_sglang.weights.refresh import fingerprint
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ class Server(Protocol):
 
 
 class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
-    def __init__(self, runtime: Server, name: str, prefill: str, decode: str, ready: ReadyLinear | None = None) -> None:
+    def __init__(
+        self, runtime: Server, name: str, prefill: str, decode: str, ready: ReadyMadeLinear | None = None
+    ) -> None:
         """``ready``: where the NVFP4 copy comes from instead of the master."""
         super().__init__()
         self.name = name

@@ -14,7 +14,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from mixquant_sglang import recipe
 from mixquant_sglang.host import config
 from mixquant_sglang.host.hooks import bypasses as hooks
-from mixquant_sglang.host.hooks import table
+from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.kernels.rows import EagerRows
 from mixquant_sglang.layers import bypasses
@@ -188,7 +188,7 @@ def test_min_tokens_needs_bf16_decode_in_all_layers(
     file = tmp_path / "recipe.yaml"
     file.write_text(f"version: 1\nprefill: {{precision: nvfp4, min_tokens: 9}}\n{text}\n")
     monkeypatch.setenv(recipe.RECIPE_ENV, str(file))
-    monkeypatch.setattr(table, "check_hooks_took_effect", lambda *_: None)
+    monkeypatch.setattr(registry, "check_hooks_took_effect", lambda *_: None)
     who = "some" if name == "a rule" else "them"
     with pytest.raises(SystemExit, match=rf"prefill.min_tokens.* the recipe decodes {who} in nvfp4"):
         config.MixQuantConfig()

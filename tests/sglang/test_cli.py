@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixquant_sglang import recipe
-from mixquant_sglang.host.hooks import table
+from mixquant_sglang.host.hooks import registry, table
 from mixquant_sglang.recipe.select import Device
 from mixquant_sglang.tools.cli import main
 from mixquant_sglang.versions import machine
@@ -17,7 +17,7 @@ from mixquant_sglang.versions import machine
 @pytest.fixture(autouse=True)
 def without_the_http_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once 0.5.23's is imported among all that pytest has, this process crashes as it ends."""
-    monkeypatch.setattr(table, "HOOKS", tuple(hook for hook in table.HOOKS if hook.process != "http"))
+    monkeypatch.setattr(registry, "HOOKS", tuple(hook for hook in table.HOOKS if hook.process != "http"))
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +26,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     out = done.stdout
     assert done.returncode == 0, done.stderr
-    assert f"hooks              {len(table.hooks_of())} of {len(table.hooks_of())} targets exist" in out
+    assert f"hooks              {len(registry.hooks_of())} of {len(registry.hooks_of())} targets exist" in out
     assert "plugin             found by SGLang\n" in out and out.endswith(
         "=> --quantization mixquant will start here\n"
     )

@@ -17,7 +17,7 @@ from mixquant_sglang import recipe
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.host import runtime
-from mixquant_sglang.host.hooks import table
+from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.passes.running import DECODE_PASS, Pass, scope
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Device
@@ -30,7 +30,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(table, "check_hooks_took_effect", lambda *_: None)
+    monkeypatch.setattr(registry, "check_hooks_took_effect", lambda *_: None)
     monkeypatch.setattr(machine, "device", lambda: Device("this CPU", None))
     monkeypatch.setattr(runtime, "_runtime", None)
     yield
@@ -278,8 +278,8 @@ def test_another_model_is_refused_before_anything_loads(tmp_path: Path, monkeypa
     folder = save(tmp_path / "ready", *tiny.compressed_tensors(bf16_tensors()))
     file = tmp_path / "mine.yaml"
     file.write_text(f"version: 1\nprefill: {{precision: nvfp4, weights: {folder}}}")
-    monkeypatch.setattr(launcher, "_recipe", recipe.load(str(file)))
-    monkeypatch.setattr(launcher, "_command_line", False)
+    monkeypatch.setattr(launcher.asked, "recipe", recipe.load(str(file)))
+    monkeypatch.setattr(launcher.asked, "command_line", False)
     for size in (HIDDEN, 128):
         config = SimpleNamespace(**{**CONFIG, "hidden_size": size}, dtype=torch.bfloat16)
         asked = SimpleNamespace(

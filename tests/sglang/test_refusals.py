@@ -12,7 +12,7 @@ import pytest
 from sglang.srt import server_args as sglang_args
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.host import refusals
+from mixquant_sglang.host import refusals, refused
 from mixquant_sglang.versions import environment, machine
 from mixquant_sglang.versions.dialect import dialect
 
@@ -61,14 +61,14 @@ def plain() -> Any:
     return SimpleNamespace(tokenizer_worker_num=1, disaggregation_mode="null", torchao_config="", device="cuda")
 
 
-@pytest.mark.parametrize("field", sorted({r.field.partition(".")[0] for r in refusals.REFUSALS} | {*refusals.WATCHING}))
+@pytest.mark.parametrize("field", sorted({r.field.partition(".")[0] for r in refused.REFUSALS} | {*refusals.WATCHING}))
 def test_the_fields_exist(field: str) -> None:
     assert machine.sglang_version() in machine.TESTED, "say in ONLY what this version lacks"
     assert (field in fields()) == (ONLY.get(field, machine.sglang_version()) == machine.sglang_version())
 
 
-@pytest.mark.parametrize("refusal", refusals.REFUSALS, ids=lambda refusal: refusal.flag)
-def test_each_is_refused_with_reason_and_way_out(refusal: refusals.Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refusal", refused.REFUSALS, ids=lambda refusal: refusal.flag)
+def test_each_is_refused_with_reason_and_way_out(refusal: refused.Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     refusals.check_server_args(plain())
     monkeypatch.setattr(dialect(), "stored_pages_are_named", lambda: False)  # as in 0.5.17
     monkeypatch.setattr(dialect(), "tree_ignores_keys", lambda: True)
@@ -188,7 +188,7 @@ def test_nothing_is_fused_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_document_lists_the_refusals() -> None:
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", SUPPORT.read_text(), re.MULTILINE)
-    listed = [row for row in rows if row[0].startswith("`") or row[0] in {f"{r.flag}" for r in refusals.REFUSALS}]
+    listed = [row for row in rows if row[0].startswith("`") or row[0] in {f"{r.flag}" for r in refused.REFUSALS}]
     assert [tuple(cell.replace("`", "") for cell in row) for row in listed] == [
-        (r.flag, r.why, r.instead) for r in refusals.REFUSALS
+        (r.flag, r.why, r.instead) for r in refused.REFUSALS
     ]

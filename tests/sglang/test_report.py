@@ -14,7 +14,7 @@ import torch
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host import probe, report, runtime, stock
-from mixquant_sglang.host.hooks import architecture, launcher, observe, table
+from mixquant_sglang.host.hooks import architecture, launcher, observe, registry
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.recipe import LayerRule
 from mixquant_sglang.recipe.matching import RuleMatcher
@@ -29,7 +29,7 @@ B200 = Device("B200", (10, 0))
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(table, "check_hooks_took_effect", lambda *_: None)
+    monkeypatch.setattr(registry, "check_hooks_took_effect", lambda *_: None)
     monkeypatch.setattr(machine, "device", lambda: CPU)
     monkeypatch.setattr(runtime, "_runtime", None)
     yield

@@ -52,7 +52,7 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     """As in a scheduler of a server with the recipe nvfp4: the hook is on ``Req.__init__``."""
     run = running()
     monkeypatch.setattr(runtime, "_runtime", run)
-    monkeypatch.setattr(launcher, "_recipe", run.recipe)
+    monkeypatch.setattr(launcher.asked, "recipe", run.recipe)
     monkeypatch.setattr(Req, "__init__", _wrap_fn(Req.__init__, requests.namespace_request, HookType.AFTER))
     monkeypatch.setattr(schedule_batch, "get_parallel", lambda: SimpleNamespace(tp_rank=1))
     yield run
@@ -407,7 +407,7 @@ def test_a_web_socket_with_a_policy_is_closed() -> None:
 # Imported into pytest, 0.5.23's HTTP server ends it with a segmentation fault when Python exits.
 _SERVER = """
 import json
-from mixquant_sglang.host.hooks import http, table
+from mixquant_sglang.host.hooks import http, registry
 from sglang.srt.entrypoints.http_server import app
 
 def walk(routes):
@@ -416,7 +416,7 @@ def walk(routes):
             yield route.path, sorted(getattr(route, "methods", None) or [type(route).__name__])
         yield from walk(getattr(getattr(route, "original_router", route), "routes", None) or ())
 
-targets = [table.target_of(hook) in hook.targets for hook in table.hooks_of("http")]
+targets = [registry.target_of(hook) in hook.targets for hook in registry.hooks_of("http")]
 before = [layer.cls.__name__ for layer in app.user_middleware]
 http.read_policies()
 http.read_policies()

@@ -145,14 +145,14 @@ def main() -> None:
     from sglang.benchmark import one_batch
 
     from mixquant_sglang.host import plugin
-    from mixquant_sglang.host.hooks import table
+    from mixquant_sglang.host.hooks import registry
     from mixquant_sglang.versions import machine
 
     torch.set_num_threads(1)
     logging.getLogger("mixquant_sglang").setLevel(logging.INFO)
     os.environ["MIXQUANT_ACTIVE"] = "1"
     plugin.register()
-    table.apply_hooks()
+    registry.apply_hooks()
     plugin.offer_name()
     machine.allow_cpu()
     one_batch.get_tokenizer = lambda *_args, **_kwargs: None

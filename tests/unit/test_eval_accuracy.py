@@ -112,8 +112,9 @@ def test_the_recipes_are_what_the_arms_are_called(tmp_path: Path) -> None:
 
     from mixquant_sglang.recipe import load
     from mixquant_sglang.recipe.matching import RuleMatcher
-    from mixquant_sglang.tools.plan.command import FUSED, find_model
-    from mixquant_sglang.tools.plan.cost import linear_shapes
+    from mixquant_sglang.recipe.modules import FUSED
+    from mixquant_sglang.tools.plan.models import find_model
+    from mixquant_sglang.tools.plan.shapes import linear_shapes
 
     found = {Path(file).stem: load(file) for file in write_recipes(tmp_path, list(RECIPES), layers=8)}
     shipped = {"mix": "nvfp4", "mix-fp8": "fp8", "everywhere": "nvfp4-everywhere", "bf16": "bf16"}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mixquant_sglang.host import runtime
-from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.passes.running import MASTER_PASS, Pass, role_of, scope
 from mixquant_sglang.passes.schedule import ScheduledPass
 from mixquant_sglang.recipe.roles import Role

@@ -9,7 +9,7 @@ import torch
 
 from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks.forward import scheduled_of
-from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.passes.running import scope
 from mixquant_sglang.versions.graphs import add_prefill_graph, prefill_graph_of
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks import http, launcher
-from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.recipe import policy
 from mixquant_sglang.recipe.policy import PolicyError
 from mixquant_sglang.versions import storage
