@@ -9,3 +9,8 @@ PINS=$ROOT/scripts/pins/sglang-$SGLANG.txt
 
 say() { printf '%s\n' "$*"; }
 die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
+# What an environment is made from; scripts/install leaves a copy in it.
+made_from() { cat "$ROOT/pyproject.toml"; [ ! -f "$PINS" ] || cat "$PINS"; }
+# run PYTHON NAME ...: the command of that name from scripts/__main__.py, from any working directory. The folder of a script
+# stays off sys.path (Python 3.11 and later), or bench, eval, models, ... would be modules there.
+run() { PYTHONSAFEPATH=1 exec "$1" "$ROOT/scripts/__main__.py" "${@:2}"; }

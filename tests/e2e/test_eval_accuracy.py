@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.commands import command_of
 from tests.support.server import ON_GPU
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1200)]
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "eval_accuracy.py"
 CPU = ["--device", "cpu", "--attention-backend", "torch_native", "--disable-cuda-graph", "--sleep-on-idle"]
 SMALL = "--arms everywhere mix --tasks find text --lengths 400 --n 4 --samples 2 --answer-tokens 48 --kv-tokens 20000"
 
@@ -23,8 +22,7 @@ SMALL = "--arms everywhere mix --tasks find text --lengths 400 --n 4 --samples 2
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     out = tmp_path_factory.mktemp("eval")
     command = [
-        sys.executable,
-        SCRIPT,
+        *command_of("eval_accuracy"),
         "--model",
         tiny_model,
         "--out",
@@ -32,7 +30,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         *SMALL.split(),
         *([] if ON_GPU else ["--", *CPU]),
     ]
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"} | {"OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     lines = []
     for _ in range(2):  # the second only reads what the first has measured
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)

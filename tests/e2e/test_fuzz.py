@@ -1,4 +1,4 @@
-"""``scripts/fuzz.py``, briefly, on the servers that are up: the long run is by hand."""
+"""``scripts/fuzz``, briefly, on the servers that are up: the long run is by hand."""
 
 from __future__ import annotations
 
@@ -10,18 +10,12 @@ from tests.support.servers import Servers
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(2400)]
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
 # steps of each part; always the same seeds
 STEPS = {"recipes": 400, "headers": 100, "policies": 40, "bodies": 10, "namespaces": 20, "updates": 12}
 
 
-def test_everything_has_its_one_right_answer(
-    servers: Servers, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import fuzz
+def test_everything_has_its_one_right_answer(servers: Servers, tiny_model: Path) -> None:
+    from scripts.tools import fuzz
 
     seen: dict[str, int] = {}
     for part, steps in STEPS.items():

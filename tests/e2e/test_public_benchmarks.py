@@ -6,14 +6,13 @@ Its answers are noise, so this is about the machinery: requests that SGLang take
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.commands import command_of
 from tests.support.server import Server
 from tests.support.servers import LOW_RECIPE, Servers
 
@@ -28,9 +27,8 @@ def server(servers: Servers) -> Server:
 
 
 def call(name: str, server: Server, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPTS / f"eval_{name}.py", "--base-url", server.url, "--out", out, *map(str, more)]
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}  # the script imports its parts
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    command = [*command_of(f"eval_{name}"), "--base-url", server.url, "--out", out, *map(str, more)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def run(name: str, server: Server, out: Path, *more: object) -> tuple[str, dict[str, Any]]:

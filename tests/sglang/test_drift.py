@@ -1,20 +1,15 @@
-"""``scripts/drift.py`` reads SGLang's source as Python would import it."""
+"""``scripts/drift`` reads SGLang's source as Python would import it."""
 
 from __future__ import annotations
 
 from importlib.metadata import files
 from pathlib import Path
 
-import pytest
-
 from mixquant_sglang.host.hooks import registry, table
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
-
-def test_what_is_there_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import drift
+def test_what_is_there_and_what_is_not() -> None:
+    from scripts.tools import drift
 
     init = next(file for file in files("sglang") or [] if str(file) == "sglang/__init__.py")
     site = Path(str(init.locate())).parents[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import yaml
 
 from mixquant_sglang import recipe
 from mixquant_sglang.recipe.select import Device, select
+from tests.support.commands import command_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (".", "docs", "patches", "tests/models", ".github", ".github/ISSUE_TEMPLATE")
@@ -19,7 +19,7 @@ PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md
 
 
 def test_the_picture_is_what_the_script_draws(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, ROOT / "scripts" / "draw_overview.py", tmp_path / "out.svg"], check=True)
+    subprocess.run([*command_of("draw_overview"), tmp_path / "out.svg"], check=True)
     assert (tmp_path / "out.svg").read_text() == (ROOT / "docs" / "overview.svg").read_text()
 
 

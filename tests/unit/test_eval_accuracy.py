@@ -23,19 +23,11 @@ SCRIPTS = ROOT / "scripts"
 LINES = [f"value_{i} = compute_{i}(first, second)" for i in range(200)]
 
 
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer of single bytes and a config; no weights."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        from tiny_text import SPECIAL, _byte_letters
-    finally:
-        sys.path.remove(str(SCRIPTS))
+    from scripts.models.tiny_text import SPECIAL, _byte_letters
+
     folder = tmp_path_factory.mktemp("model")
     vocab = {token: i for i, token in enumerate([*SPECIAL, *_byte_letters().values()])}
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocab, "merges": []}}))
@@ -53,7 +45,7 @@ def params(steps: list[int], **more: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("token", [5, 40, 63])
 def test_replay_forces_a_token_and_its_distribution_comes_back(token: int) -> None:
-    from eval_processor import SPARE, Replay, distribution
+    from scripts.eval.processor import SPARE, Replay, distribution
 
     logits = 6 * torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
     logits[1, token] = logits[1].max() + 9
@@ -72,7 +64,7 @@ def test_replay_forces_a_token_and_its_distribution_comes_back(token: int) -> No
 
 
 def test_samples_depend_on_seed_and_step_and_follow_the_distribution() -> None:
-    from eval_processor import Sample
+    from scripts.eval.processor import Sample
 
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     more = {"temperature": 0.6, "top_p": 0.9}
@@ -93,14 +85,17 @@ def test_samples_depend_on_seed_and_step_and_follow_the_distribution() -> None:
     assert sum(a == b for a, b in zip(by_step, again, strict=True)) > 35  # the noise belongs to the token, not its rank
 
 
-def test_a_server_finds_the_processor_by_its_module_alone(tmp_path: Path) -> None:
-    from eval_processor import Replay, to_str
+def test_a_server_finds_the_processor_by_its_module_alone() -> None:
+    from scripts.eval.processor import Replay, to_str
+    from scripts.eval.run import processor_on_path
 
     code = "import json, pickle, sys; print(pickle.loads(bytes.fromhex(json.loads(sys.argv[1])['callable'])).__name__)"
-    (tmp_path / "eval_processor.py").write_text((SCRIPTS / "eval_processor.py").read_text())
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    out = subprocess.run([sys.executable, "-c", code, to_str(Replay)], env=env, capture_output=True, text=True)
-    assert (out.stdout.strip(), out.stderr) == ("Replay", "")
+    code += "; print(sorted(name for name in sys.modules if name.startswith('scripts')))"
+    with processor_on_path():
+        command = [sys.executable, "-c", code, to_str(Replay)]
+        out = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    modules = ["scripts", "scripts.eval", "scripts.eval.processor"]
+    assert (out.stdout.splitlines(), out.stderr) == (["Replay", str(modules)], "")
 
 
 # -- arms --------------------------------------------------------------------------------------------------------------
@@ -108,13 +103,12 @@ def test_a_server_finds_the_processor_by_its_module_alone(tmp_path: Path) -> Non
 
 def test_the_recipes_are_what_the_arms_are_called(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
-    from eval_arms import ABLATIONS, RECIPES, write_recipes
-
     from mixquant_sglang.recipe import load
     from mixquant_sglang.recipe.matching import RuleMatcher
     from mixquant_sglang.recipe.modules import FUSED
     from mixquant_sglang.tools.plan.models import find_model
     from mixquant_sglang.tools.plan.shapes import linear_shapes
+    from scripts.eval.arms import ABLATIONS, RECIPES, write_recipes
 
     found = {Path(file).stem: load(file) for file in write_recipes(tmp_path, list(RECIPES), layers=8)}
     shipped = {"mix": "nvfp4", "mix-fp8": "fp8", "everywhere": "nvfp4-everywhere", "bf16": "bf16"}
@@ -183,9 +177,9 @@ class FakeArm:
 
 
 def made(model: Path, task: str, n: int = 3) -> tuple[list[Any], Any]:
-    from eval_cells import problems, text_problems
-    from tiny_tasks import examples
-    from tiny_text import Tokenizer
+    from scripts.eval.cells import problems, text_problems
+    from scripts.models.tiny_tasks import examples
+    from scripts.models.tiny_text import Tokenizer
 
     tokenizer = Tokenizer(model / "tokenizer.json")
     if task == "text":
@@ -194,16 +188,16 @@ def made(model: Path, task: str, n: int = 3) -> tuple[list[Any], Any]:
     return problems(examples(task, "eval", n, level=0, length=400, lines=LINES), tokenizer), tokenizer
 
 
-def plan(**more: Any) -> Any:
-    from eval_cells import Plan
+def settings(**more: Any) -> Any:
+    from scripts.eval.cells import Settings
 
     fixed = {"samples": 2, "temperature": 0.6, "top_p": 0.95, "answer_tokens": 4096, "seed": 0, "kv_tokens": 10**6}
-    return Plan(**{**fixed, "wave": 100, **more})
+    return Settings(**{**fixed, "wave": 100, **more})
 
 
 @pytest.mark.parametrize("task", ["find", "agent", "quote"])
 def test_a_problem_is_the_rendered_conversation_in_tokens(task: str, model: Path) -> None:
-    from tiny_tasks import segments
+    from scripts.models.tiny_tasks import segments
 
     every, tokenizer = made(model, task)
     for problem in every:
@@ -219,13 +213,13 @@ def test_a_problem_is_the_rendered_conversation_in_tokens(task: str, model: Path
 
 @pytest.mark.parametrize("task", ["find", "agent"])
 def test_conversations_become_figures(task: str, model: Path) -> None:
-    from eval_arms import Client
-    from eval_cells import figures, measure
+    from scripts.eval.arms import Client
+    from scripts.eval.cells import figures, measure
 
     every, tokenizer = made(model, task)
     good, bad = FakeArm(every), FakeArm(every, wrong={1})
-    reference = measure(Client(good, 2), every, plan(), tokenizer)  # type: ignore[arg-type]
-    raw = measure(Client(bad, 2), every, plan(), tokenizer)  # type: ignore[arg-type]
+    reference = measure(Client(good, 2), every, settings(), tokenizer)  # type: ignore[arg-type]
+    raw = measure(Client(bad, 2), every, settings(), tokenizer)  # type: ignore[arg-type]
     same, found = figures(reference, reference), figures(raw, reference)
     turns = len(every[0].said)
     assert same["accuracy"] == same["sampled"] == same["identical"] == [1, 1, 1]
@@ -247,8 +241,8 @@ def test_conversations_become_figures(task: str, model: Path) -> None:
 
 
 def test_text_is_held_out_windows_that_do_not_share_answers(model: Path) -> None:
-    from eval_arms import Client
-    from eval_cells import figures, measure, text_problems
+    from scripts.eval.arms import Client
+    from scripts.eval.cells import figures, measure, text_problems
 
     corpus = [0 if i % 50 == 0 else 3 + i for i in range(3000)]
     windows = text_problems(corpus, 8, 400, 20)
@@ -262,15 +256,15 @@ def test_text_is_held_out_windows_that_do_not_share_answers(model: Path) -> None
 
     every, tokenizer = made(model, "text")
     arm = FakeArm(every, wrong={2})
-    raw = measure(Client(arm, 2), every, plan(), tokenizer)  # type: ignore[arg-type]
-    found = figures(raw, raw, plan())
+    raw = measure(Client(arm, 2), every, settings(), tokenizer)  # type: ignore[arg-type]
+    found = figures(raw, raw, settings())
     assert len(arm.asked) == 2  # no samples
     assert found["accuracy"] == [1, 1, 1]  # -2 is more than the other token's -3
     assert found["sampled"] == pytest.approx([1, 1, np.exp(-2 / 0.6) / (np.exp(-2 / 0.6) + np.exp(-3 / 0.6))])
 
 
 def test_the_probability_of_a_draw() -> None:
-    from eval_statistics import drawn_probability
+    from scripts.eval.statistics import drawn_probability
 
     logp = np.log(np.array([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0.3, 0.5, 0.2]]))
     assert drawn_probability(logp, 1.0, 1.0) == pytest.approx([0.2, 0.5, 0.2])
@@ -279,29 +273,29 @@ def test_the_probability_of_a_draw() -> None:
 
 
 def test_the_cache_is_flushed_between_turns_or_must_be_there(model: Path) -> None:
-    from eval_arms import Client
-    from eval_cells import measure
+    from scripts.eval.arms import Client
+    from scripts.eval.cells import measure
 
     every, tokenizer = made(model, "agent")
     turns = len(every[0].said)
     arm = FakeArm(every, cached=0)
-    measure(Client(arm, 2), every, plan(), tokenizer, flushed=True)  # type: ignore[arg-type]
+    measure(Client(arm, 2), every, settings(), tokenizer, flushed=True)  # type: ignore[arg-type]
     assert arm.flushes == 1 + 3 * turns
     with pytest.raises(SystemExit, match="more --kv-tokens"):
-        measure(Client(arm, 2), every, plan(), tokenizer)  # type: ignore[arg-type]
+        measure(Client(arm, 2), every, settings(), tokenizer)  # type: ignore[arg-type]
 
 
 def test_groups_fit_into_the_pool(model: Path) -> None:
-    from eval_cells import groups
+    from scripts.eval.cells import groups
 
     every, _ = made(model, "find", 7)
-    assert [len(group) for group in groups(every, plan(wave=3))] == [3, 3, 1]
+    assert [len(group) for group in groups(every, settings(wave=3))] == [3, 3, 1]
     room = len(every[0].prompt) + 3 * (every[0].room - len(every[0].prompt))
-    assert [len(group) for group in groups(every, plan(kv_tokens=int(2.5 * room)))] == [2, 2, 2, 1]
+    assert [len(group) for group in groups(every, settings(kv_tokens=int(2.5 * room)))] == [2, 2, 2, 1]
 
 
 def test_a_server_that_fails_ends_in_a_line(model: Path) -> None:
-    from eval_arms import Client
+    from scripts.eval.arms import Client
 
     every, _ = made(model, "find", 1)
     arm = FakeArm(every)
@@ -326,7 +320,7 @@ def test_a_server_that_fails_ends_in_a_line(model: Path) -> None:
 
 
 def test_divergence_is_exact_over_all_tokens_and_a_bound_over_some() -> None:
-    from eval_statistics import divergence
+    from scripts.eval.statistics import divergence
 
     generator = torch.Generator().manual_seed(0)
     p, q = torch.log_softmax(2 * torch.randn(2, 5, 40, generator=generator, dtype=torch.float64), dim=-1)
@@ -343,7 +337,7 @@ def test_divergence_is_exact_over_all_tokens_and_a_bound_over_some() -> None:
 
 @pytest.mark.parametrize("tokens, expected", [([1, 2, 3], 3), ([1, 2], 2), ([1, 9, 3], 1), ([], 0), ([1, 2, 3, 4], 3)])
 def test_agreement_counts_up_to_the_first_difference(tokens: list[int], expected: int) -> None:
-    from eval_statistics import agreement
+    from scripts.eval.statistics import agreement
 
     assert agreement(tokens, [1, 2, 3]) == expected
 
@@ -361,7 +355,7 @@ def cells_of(n: int = 400) -> Any:
 
 
 def test_intervals_are_paired_and_repeat() -> None:
-    from eval_statistics import analyse
+    from scripts.eval.statistics import analyse
 
     arguments = (cells_of(), [("everywhere", "bf16"), ("mix", "bf16")], ("bf16", "everywhere"), 0, 2000)
     results = analyse(*arguments)
@@ -379,9 +373,9 @@ def test_intervals_are_paired_and_repeat() -> None:
 
 
 def test_a_report_shows_every_figure_with_its_interval(tmp_path: Path) -> None:
-    from eval_cells import MEASURES
-    from eval_report import TITLES, plot, tables
-    from eval_statistics import analyse
+    from scripts.eval.cells import MEASURES
+    from scripts.eval.report import TITLES, plot, tables
+    from scripts.eval.statistics import analyse
 
     assert tuple(TITLES) == MEASURES
     cells = {key: {arm: dict.fromkeys(MEASURES, v["m"]) for arm, v in row.items()} for key, row in cells_of(20).items()}
@@ -415,7 +409,7 @@ def test_the_wrapper_parses_and_has_the_run_bit() -> None:
 def test_what_cannot_be_measured_is_refused(
     wrong: str, reason: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from eval_accuracy import parse
+    from scripts.eval.accuracy import parse
 
     with pytest.raises(SystemExit):
         parse(["--model", str(model), "--out", str(tmp_path), *wrong.split()])
@@ -426,7 +420,7 @@ def test_what_cannot_be_measured_is_refused(
 def test_a_tokenizer_that_lacks_tokens_is_refused(
     vocab: Any, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from eval_accuracy import parse
+    from scripts.eval.accuracy import parse
 
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 64, "num_hidden_layers": 1}')
     if vocab:
@@ -437,9 +431,9 @@ def test_a_tokenizer_that_lacks_tokens_is_refused(
 
 
 def test_the_defaults_leave_nothing_out(model: Path, tmp_path: Path) -> None:
-    from eval_accuracy import parse
-    from eval_arms import ABLATIONS, MAIN
-    from tiny_tasks import LENGTHS, TASKS
+    from scripts.eval.accuracy import parse
+    from scripts.eval.arms import ABLATIONS, MAIN
+    from scripts.models.tiny_tasks import LENGTHS, TASKS
 
     args, cells = parse(["--model", str(model), "--out", str(tmp_path), "--arms", "mix"])
     assert args.arms == ["bf16", "mix"]
@@ -454,8 +448,8 @@ def test_the_defaults_leave_nothing_out(model: Path, tmp_path: Path) -> None:
 
 
 def test_an_ablation_shows_quality_beside_speed() -> None:
-    from eval_ablation import speeds, tradeoff
-    from eval_arms import ABLATIONS
+    from scripts.eval.ablation import speeds, tradeoff
+    from scripts.eval.arms import ABLATIONS
 
     arms = ["bf16", "everywhere", "mix", *ABLATIONS]
     fast = speeds(arms)
@@ -471,10 +465,10 @@ def test_an_ablation_shows_quality_beside_speed() -> None:
 def test_a_run_is_reported_from_its_files_and_goes_on(
     multi_turn: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import eval_accuracy
-    import eval_run
-    from eval_accuracy import parse
-    from eval_run import Run
+    from scripts.eval import accuracy as eval_accuracy
+    from scripts.eval import run as eval_run
+    from scripts.eval.accuracy import parse
+    from scripts.eval.run import Run
 
     monkeypatch.setattr(eval_run, "default_lines", lambda split: LINES)
     monkeypatch.setattr(

@@ -6,6 +6,7 @@ A stub over HTTP plays the server; the scripts run as they do for a user, in thi
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import re
@@ -33,11 +34,6 @@ MATH = [
     {"problem": "1+2?", "answer": "3", "unique_id": "b", "level": 2},
     {"problem": "1/2?", "answer": "\\frac{1}{2}", "unique_id": "c", "level": 2},
 ]
-
-
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
 
 
 class Stub:
@@ -114,9 +110,9 @@ def math(tmp_path: Path) -> Path:
 
 
 def run(name: str, stub: Stub, out: Path, *more: object) -> None:
-    from public_run import start
+    from scripts.public.run import start
 
-    module = __import__(f"eval_{name}")
+    module = importlib.import_module(f"scripts.public.{name}")
     start(module.main, ["--base-url", stub.url, "--out", str(out), "--concurrency", "1", *map(str, more)])
 
 
@@ -151,7 +147,7 @@ def one_line(capsys: pytest.CaptureFixture[str], stopped: pytest.ExceptionInfo[S
     ],
 )
 def test_answers_to_mathematics(text: str, found: str | None) -> None:
-    from public_grading import math_answer
+    from scripts.public.grading import math_answer
 
     assert math_answer(text) == found
 
@@ -174,7 +170,7 @@ def test_answers_to_mathematics(text: str, found: str | None) -> None:
     ],
 )
 def test_equal_in_mathematics(answer: str, reference: str, same: bool) -> None:
-    from public_grading import math_grader, same_plain
+    from scripts.public.grading import math_grader, same_plain
 
     assert same_plain(answer, reference) is same
     assert math_grader()[1](answer, reference) is same
@@ -182,7 +178,7 @@ def test_equal_in_mathematics(answer: str, reference: str, same: bool) -> None:
 
 def test_math_verify_is_used_where_it_is() -> None:
     pytest.importorskip("math_verify")
-    from public_grading import math_grader
+    from scripts.public.grading import math_grader
 
     name, same = math_grader()
     assert name == "math-verify" and same("\\sqrt{8}", "2\\sqrt{2}") and not same("\\sqrt{8}", "2\\sqrt{3}")
@@ -201,7 +197,7 @@ def test_math_verify_is_used_where_it_is() -> None:
     ],
 )
 def test_choices(text: str, strict: str | None, lenient: str | None) -> None:
-    from public_grading import choice
+    from scripts.public.grading import choice
 
     assert choice(text, lenient=False) == strict
     assert choice(text, lenient=True) == lenient
@@ -237,7 +233,7 @@ REAL_CHOICES = [
 
 @pytest.mark.parametrize(("text", "found"), REAL_CHOICES)
 def test_choices_of_real_answers(text: str, found: str | None) -> None:
-    from public_grading import choice
+    from scripts.public.grading import choice
 
     assert choice(text, lenient=True) == found
 
@@ -266,7 +262,7 @@ REAL_NUMBERS = [
 
 @pytest.mark.parametrize(("text", "reference"), REAL_NUMBERS)
 def test_numbers_of_real_answers(text: str, reference: str) -> None:
-    from public_grading import math_answer, same_plain
+    from scripts.public.grading import math_answer, same_plain
 
     found = math_answer(text)
     assert found is not None and same_plain(found, reference), found
@@ -274,7 +270,7 @@ def test_numbers_of_real_answers(text: str, reference: str) -> None:
 
 
 def test_tokens_are_counted_without_a_tokenize_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
-    from public_server import Stop, Tokenizer
+    from scripts.public.server import Stop, Tokenizer
 
     asked = []
 
@@ -434,8 +430,8 @@ def test_a_wrong_key_is_one_line(
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from public_data import from_hub
-    from public_server import Stop
+    from scripts.public.data import from_hub
+    from scripts.public.server import Stop
 
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("Couldn't reach 'a/b' on the Hub\nsecond line")
@@ -455,8 +451,9 @@ def test_wrappers_parse_and_have_the_run_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_says_how(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = importlib.import_module(f"scripts.public.{name.removeprefix('eval_')}")
     with pytest.raises(SystemExit) as stopped:
-        __import__(name).parse(["--help"])
+        module.parse(["--help"])
     assert stopped.value.code == 0 and f"scripts/{name} --out" in capsys.readouterr().out
 
 
@@ -471,7 +468,7 @@ def test_thoughts_that_a_parser_took_apart_are_put_back(stub: Stub, math: Path, 
 def test_parquet_is_read(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     pandas = pytest.importorskip("pandas")
-    from public_data import rows_of
+    from scripts.public.data import rows_of
 
     pandas.DataFrame(MATH).to_parquet(tmp_path / "math.parquet")
     assert rows_of(tmp_path / "math.parquet", ("problem", "answer")) == MATH
@@ -605,7 +602,7 @@ def test_longmemeval_looks_for_the_judge_first(
 
 @pytest.fixture
 def source() -> Any:
-    from ruler_tasks import Material, Questions, syllable_words
+    from scripts.public.ruler_tasks import Material, Questions, syllable_words
 
     found = Questions([f"text {n}" for n in range(9)], [("Who?", ["text 3", "he"], [3]), ("When?", ["text 4"], [4])])
     essay = [f"word{n}{'.' if n % 9 == 8 else ''}" for n in range(400)]
@@ -618,7 +615,7 @@ def source() -> Any:
     ("qa_1", 2), ("qa_2", 2),
 ])  # fmt: skip
 def test_ruler_prompts_hold_their_answers_and_are_the_same_again(name: str, answers: int, source: Any) -> None:
-    from ruler_tasks import make, score
+    from scripts.public.ruler_tasks import make, score
 
     question, prefix, references = make(name, 120, 4096, 0, 1, source)
     assert (question, prefix, references) == make(name, 120, 4096, 0, 1, source)
@@ -635,7 +632,7 @@ def test_ruler_prompts_hold_their_answers_and_are_the_same_again(name: str, answ
 def test_ruler_counts_and_chains(source: Any) -> None:
     from collections import Counter
 
-    from ruler_tasks import make
+    from scripts.public.ruler_tasks import make
 
     question, _, names = make("vt", 40, 4096, 0, 1, source)
     chain = question[question.index("\n\nMemorize") :]
@@ -650,7 +647,7 @@ def test_ruler_counts_and_chains(source: Any) -> None:
 
 
 def test_fit_finds_the_largest_size() -> None:
-    from ruler_tasks import fit
+    from scripts.public.ruler_tasks import fit
 
     assert fit(100, 1, lambda size: 3 * size) == 33
     assert fit(2, 1, lambda size: 3 * size) is None
@@ -659,8 +656,8 @@ def test_fit_finds_the_largest_size() -> None:
 
 
 def test_ruler_files_of_questions(tmp_path: Path) -> None:
-    from public_server import Stop
-    from ruler_tasks import material
+    from scripts.public.ruler_tasks import material
+    from scripts.public.server import Stop
 
     squad, hotpotqa = tmp_path / "squad.json", tmp_path / "hotpot.json"
     asked = {"question": "Who?", "answers": [{"text": "he"}], "is_impossible": False}
@@ -706,14 +703,14 @@ def test_ruler_fits_its_length_and_begins_the_answer(
 
 
 def test_syllable_words_are_different_words() -> None:
-    from ruler_tasks import syllable_words
+    from scripts.public.ruler_tasks import syllable_words
 
     words = syllable_words(20_000)
     assert len({*words}) == 20_000 and words[:5] == syllable_words(5) and Random(0).choice(words).isalpha()
 
 
 def test_a_server_that_goes_away_is_one_line(stub: Stub, tmp_path: Path) -> None:
-    from public_server import Sampling, Server, Stop
+    from scripts.public.server import Sampling, Server, Stop
 
     server = Server(stub.url, None, None)
     server.root = "http://127.0.0.1:9"

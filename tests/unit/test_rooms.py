@@ -2,54 +2,28 @@
 
 from __future__ import annotations
 
-import ast
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import mixquant_sglang
+from scripts.tools import rooms
+from scripts.tools.rooms import ROOMS
 
-PACKAGE = Path(mixquant_sglang.__file__).parent
 NAME = "mixquant_sglang"
-# Low to high: a room imports those before it, also where the import is lazy or for types alone.
-ROOMS = ("errors", "recipe", "formats", "kernels", "passes", "weights", "versions", "layers", "host", "tools")
 OUTSIDE = {"__init__", "__main__"}
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name below the package -> file."""
-    found = {}
-    for file in sorted(PACKAGE.rglob("*.py")):
-        parts = file.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = file
-    return found
-
-
-def imports(file: Path, known: dict[str, Path]) -> Iterator[str]:
-    """Modules of the package that ``file`` imports, anywhere in it."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            if not name.startswith(f"{NAME}."):
-                continue
-            inner = name.removeprefix(f"{NAME}.")
-            while inner and inner not in known:
-                inner = inner.rpartition(".")[0]
-            if inner:
-                yield inner
+    """Of the package that is tested."""
+    return rooms.modules(Path(mixquant_sglang.__file__).parent)
 
 
 def graph() -> dict[str, set[str]]:
-    known = modules()
-    return {name: set(imports(file, known)) - {name} for name, file in known.items()}
+    return rooms.graph(modules())
 
 
 def backwards(edges: dict[str, set[str]]) -> list[str]:
@@ -102,9 +76,8 @@ def test_the_checks_see_what_they_look_for() -> None:
     assert backwards({"formats.fp8": {"layers.linear"}}) == ["formats.fp8 -> layers.linear"]
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     edges = graph()
-    assert "kernels.registry" in edges["layers.linear"] and "versions" in {
-        n.partition(".")[0] for n in edges["layers.linear"]
-    }
+    assert "kernels.registry" in edges["layers.packed"]
+    assert "versions.dialect" in edges["layers.packed"]
     assert len(edges) > 80
 
 
@@ -131,13 +104,11 @@ def test_what_is_cheap_to_import(names: tuple[str, ...], absent: tuple[str, ...]
 
 @pytest.mark.parametrize("room", ["recipe", "formats", "kernels", "passes", "weights"])
 def test_rooms_below_versions_know_nothing_of_sglang(room: str) -> None:
-    for name, file in modules().items():
-        if name.partition(".")[0] != room:
-            continue
-        for node in ast.walk(ast.parse(file.read_text())):
-            found = []
-            if isinstance(node, ast.Import):
-                found = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                found = [node.module or ""]
-            assert not any(module.partition(".")[0] == "sglang" for module in found), name
+    files = {name: file for name, file in modules().items() if name.partition(".")[0] == room}
+    assert files
+    for name, file in files.items():
+        assert not any(target.partition(".")[0] == "sglang" for target in rooms.imported(file)), name
+
+
+def test_the_picture_is_that_of_the_imports() -> None:
+    assert rooms.draw() == rooms.OUT.read_text(), "scripts/draw_rooms draws it anew"

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.commands import command_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -27,9 +31,8 @@ MESSAGES = [
 ]
 
 
-def test_arms_of_a_benchmark_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    from bench_servers import in_turn
+def test_arms_of_a_benchmark_take_turns() -> None:
+    from scripts.bench.servers import in_turn
 
     arms = ["a", "b", "c", "d"]
     orders = [in_turn(arms, i) for i in range(8)]
@@ -38,18 +41,69 @@ def test_arms_of_a_benchmark_take_turns(monkeypatch: pytest.MonkeyPatch) -> None
     assert orders[1] == ["b", "c", "d", "a"] and orders[4] == ["d", "c", "b", "a"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(f"scripts/{name}" for name in ("install", "demo", "test", "make_tiny_model", "bench_prefill", "bench_agent")),
-        "scripts/measure_formats",
-        ".ci/run",
-    ],
-)
+WRAPPERS = sorted(p.name for p in SCRIPTS.iterdir() if p.is_file() and not p.suffix)
+COMMANDS: dict[str, str] = runpy.run_path(str(SCRIPTS / "__main__.py"))["COMMANDS"]
+
+
+@pytest.mark.parametrize("name", [*(f"scripts/{name}" for name in WRAPPERS), ".ci/run"])
 def test_shell_scripts_parse_and_have_the_run_bit(name: str) -> None:
     script = ROOT / name
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_each_command_has_a_wrapper_and_python_lies_in_folders() -> None:
+    assert sorted([*COMMANDS, "install", "test"]) == WRAPPERS
+    assert {p.name for p in SCRIPTS.glob("*.py")} == {"__init__.py", "__main__.py"}
+    assert {p.name: n for p in SCRIPTS.rglob("*.py") if (n := len(p.read_text().splitlines())) > 350} == {}
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_wrapper_runs_its_command_from_anywhere(name: str, tmp_path: Path) -> None:
+    """In a copy, whose ``install`` and Python only say how they are called."""
+    copy, elsewhere = tmp_path / "checkout" / "scripts", tmp_path / "elsewhere"
+    copy.mkdir(parents=True)
+    elsewhere.mkdir()
+    for file in (name, "env.sh"):
+        shutil.copy(SCRIPTS / file, copy)
+    python = copy.parent / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    says = 'printf "%s\\n" "$PWD" "$PYTHONSAFEPATH" "$@"'
+    for stub, text in ((python, says), (copy / "install", "true")):
+        stub.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        stub.chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if key not in ("SGLANG", "PYTHONSAFEPATH")}
+    command = [copy / name, "--help", "two words"]
+    run = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [str(elsewhere), "1", str(copy / "__main__.py"), name, "--help", "two words"]
+
+
+def test_each_command_answers_help_from_anywhere(tmp_path: Path) -> None:
+    """As the wrappers start them, but all in one process: most of the time goes into importing torch."""
+    code = """
+import contextlib, io, runpy, sys
+main, *names = sys.argv[1:]
+for name in names:
+    said = io.StringIO()
+    sys.argv = [main, name, "--help"]
+    with contextlib.redirect_stdout(said):
+        try:
+            runpy.run_path(main, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, (name, end.code)
+    print(said.getvalue().splitlines()[0])
+assert not {"bench", "eval", "models", "public", "tools"} & {*sys.modules}
+"""
+    env = {**os.environ, "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", code, str(SCRIPTS / "__main__.py"), *COMMANDS]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[:2] for line in run.stdout.splitlines()] == [["usage:", name] for name in COMMANDS]
+
+
+def test_what_is_no_command_is_refused() -> None:
+    run = subprocess.run([*command_of("bench"), "--help"], capture_output=True, text=True, check=False)
+    assert run.returncode == 1 and run.stderr.startswith("usage: ") and "bench_agent" in run.stderr
 
 
 @pytest.mark.parametrize("pins", PINS, ids=lambda path: path.stem)
@@ -73,11 +127,11 @@ def test_env_names_one_environment_per_sglang(version: str | None, folder: str, 
 
 
 @pytest.fixture
-def template(monkeypatch: pytest.MonkeyPatch) -> Any:
+def template() -> Any:
     """The chat template of the tiny model, compiled as transformers does it (its tojson does not escape HTML)."""
-    monkeypatch.syspath_prepend(SCRIPTS)
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from make_tiny_model import CHAT_TEMPLATE
+
+    from scripts.models.make_tiny_model import CHAT_TEMPLATE
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = json.dumps
@@ -108,9 +162,7 @@ def test_each_turn_extends_the_prompt_before_it(template: Any) -> None:
 
 def test_make_tiny_model_spares_a_folder_that_is_none_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    run = subprocess.run(
-        [sys.executable, SCRIPTS / "make_tiny_model.py", tmp_path], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([*command_of("make_tiny_model"), tmp_path], capture_output=True, text=True, check=False)
     assert run.returncode != 0
     assert "no checkpoint" in run.stderr
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -119,20 +171,14 @@ def test_make_tiny_model_spares_a_folder_that_is_none_of_its_own(tmp_path: Path)
 # -- the benchmarks ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Siblings in scripts/ can be imported, as they can import each other."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-
-
 def event(ids: list[int], completion: int, cached: int = 4) -> bytes:
     """A chunk of /generate as SGLang streams it."""
     meta = {"prompt_tokens": 10, "completion_tokens": completion, "cached_tokens": cached}
     return b"data: " + json.dumps({"output_ids": ids, "meta_info": meta}).encode() + b"\n\n"
 
 
-def test_a_workload_depends_on_its_seed_only(scripts: None) -> None:
-    from bench_agent import Shape, make_workload, workload_of
+def test_a_workload_depends_on_its_seed_only() -> None:
+    from scripts.bench.agent import Shape, make_workload, workload_of
 
     shape = Shape(agents=3, turns=2, system_tokens=7, tool_tokens=(5, 9), output_tokens=(2, 4), vocab=50)
     work = make_workload(shape, "a")
@@ -149,16 +195,16 @@ def test_a_workload_depends_on_its_seed_only(scripts: None) -> None:
 
 
 @pytest.mark.parametrize("percent, expected", [(0, 1), (50, 2.5), (95, 3.85), (100, 4)])
-def test_percentiles_lie_between_ranks(scripts: None, percent: float, expected: float) -> None:
-    from bench_agent import percentile
+def test_percentiles_lie_between_ranks(percent: float, expected: float) -> None:
+    from scripts.bench.agent import percentile
 
     assert percentile([4, 1, 3, 2], percent) == pytest.approx(expected)
     assert percentile([5.0], percent) == 5
 
 
 @pytest.mark.parametrize("incremental", [False, True])
-def test_a_stream_is_read_whichever_way_it_counts(scripts: None, incremental: bool) -> None:
-    from bench_agent import read_stream
+def test_a_stream_is_read_whichever_way_it_counts(incremental: bool) -> None:
+    from scripts.bench.agent import read_stream
 
     chunks = [event([7], 1), event([8, 9], 3), event([6], 4)]
     if not incremental:
@@ -173,8 +219,8 @@ def test_a_stream_is_read_whichever_way_it_counts(scripts: None, incremental: bo
     assert (answer.prompt_tokens, answer.cached_tokens) == (10, 4)
 
 
-def test_a_stream_that_is_an_error_says_so(scripts: None) -> None:
-    from bench_agent import read_stream
+def test_a_stream_that_is_an_error_says_so() -> None:
+    from scripts.bench.agent import read_stream
 
     with pytest.raises(RuntimeError, match="too long"):
         read_stream(0.0, [(1.0, b'data: {"error": {"message": "too long"}}\n\ndata: [DONE]\n\n')])
@@ -182,8 +228,8 @@ def test_a_stream_that_is_an_error_says_so(scripts: None) -> None:
         read_stream(0.0, [(1.0, b"data: [DONE]\n\n")])
 
 
-def test_measures_weigh_gaps_by_tokens(scripts: None) -> None:
-    from bench_agent import Answer, summarise, table
+def test_measures_weigh_gaps_by_tokens() -> None:
+    from scripts.bench.agent import Answer, summarise, table
 
     answers = [
         Answer([1, 2, 3, 4], 10, 0, ttft=0.1, latency=0.5, gaps=[(0.3, 3)]),
@@ -213,17 +259,17 @@ def test_measures_weigh_gaps_by_tokens(scripts: None) -> None:
     ],
 )
 def test_bench_agent_refuses_what_it_cannot_measure(
-    scripts: None, wrong: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wrong: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bench_agent import parse
+    from scripts.bench.agent import parse
 
     with pytest.raises(SystemExit):
         parse(["--logs", str(tmp_path), *wrong.split()])
     assert reason in capsys.readouterr().err
 
 
-def test_bench_agent_fills_in_levels(scripts: None, tmp_path: Path) -> None:
-    from bench_agent import parse
+def test_bench_agent_fills_in_levels(tmp_path: Path) -> None:
+    from scripts.bench.agent import parse
 
     args, shapes = parse(["--logs", str(tmp_path), "--rounds", "1", "--concurrency", "4", "1"])
     assert {n: shape.agents for n, shape in shapes.items()} == {1: 4, 4: 8}
@@ -232,14 +278,15 @@ def test_bench_agent_fills_in_levels(scripts: None, tmp_path: Path) -> None:
 
 
 def test_the_pass_timer_is_found_as_a_plugin_and_writes_what_is_read(
-    scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from importlib.metadata import entry_points
     from types import SimpleNamespace
 
-    import bench_passes
     import torch
-    from bench_servers import Arm, make_plugin, parse_passes
+
+    from scripts.bench import passes as bench_passes
+    from scripts.bench.servers import Arm, make_plugin, parse_passes
 
     monkeypatch.syspath_prepend(make_plugin(tmp_path / "plugin"))
     (entry,) = entry_points(group="sglang.srt.plugins", name="bench_passes")
@@ -265,7 +312,7 @@ def test_the_pass_timer_is_found_as_a_plugin_and_writes_what_is_read(
 
 def test_measure_formats_gives_the_reasons_for_the_defaults() -> None:
     pytest.importorskip("torch")
-    command = [sys.executable, str(SCRIPTS / "measure_formats.py"), "--tokens", "64", "--outputs", "64"]
+    command = [*command_of("measure_formats"), "--tokens", "64", "--outputs", "64"]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     errors = json.loads(out[-1])["errors"]
     assert len(errors) == 7 + 2 + 6 and all(len(row) == 5 for row in errors.values())

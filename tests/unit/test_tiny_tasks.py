@@ -6,32 +6,21 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "scripts"
 TASKS = ("find", "hops", "order", "agent", "quote")
 LINES = [f"return self.member_{i % 7}(argument_{i}, other[{i * 37 % 101}])" for i in range(400)]
 SHAPE = {"vocab_size": 700, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def scripts() -> Iterator[None]:
-    """Siblings in scripts/ can be imported, as they can import each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        yield
-
-
 @pytest.fixture(scope="module")
-def data(scripts: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from train_tiny_model import prepare
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from scripts.models.training_data import prepare
 
     out = tmp_path_factory.mktemp("tiny") / "data"
     prepare(out, vocab=SHAPE["vocab_size"], most=12)
@@ -39,7 +28,7 @@ def data(scripts: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(data: Path, out: Path, *flags: str) -> int:
-    from train_tiny_model import main
+    from scripts.models.train_tiny_model import main
 
     small = ["--shape", json.dumps(SHAPE), "--batch-tokens", "1024", "--longest", "256", "--ramp", "1"]
     small += ["--warmup", "5", "--workers", "0", "--n", "0", "--state", f"{out}.pt"]
@@ -58,7 +47,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_examples_depend_on_their_arguments_only(task: str) -> None:
-    from tiny_tasks import examples
+    from scripts.models.tiny_tasks import examples
 
     made = examples(task, "eval", 3, 7, lines=LINES)
     assert made == examples(task, "eval", 3, 7, lines=LINES)
@@ -71,7 +60,7 @@ def test_examples_depend_on_their_arguments_only(task: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_right_answer_is_correct_and_another_is_not(task: str) -> None:
-    from tiny_tasks import correct, examples
+    from scripts.models.tiny_tasks import correct, examples
 
     first, second = examples(task, "eval", 2, lines=LINES)
     assert correct(task, first.answer, first.answer)
@@ -81,7 +70,7 @@ def test_the_right_answer_is_correct_and_another_is_not(task: str) -> None:
 
 
 def test_what_is_not_there_is_refused() -> None:
-    from tiny_tasks import examples
+    from scripts.models.tiny_tasks import examples
 
     with pytest.raises(ValueError, match="allowed are find, hops"):
         examples("sort", "eval", 1)
@@ -91,7 +80,7 @@ def test_what_is_not_there_is_refused() -> None:
 
 @pytest.mark.parametrize("level", range(3))
 def test_find_has_each_key_once_and_near_ones(level: int) -> None:
-    from tiny_tasks import LEVELS, examples
+    from scripts.models.tiny_tasks import LEVELS, examples
 
     (example,) = examples("find", "eval", 1, level=level, lines=LINES)
     records, question = example.messages[0]["content"].split("\n\n")
@@ -105,7 +94,7 @@ def test_find_has_each_key_once_and_near_ones(level: int) -> None:
 
 @pytest.mark.parametrize("level", range(3))
 def test_find_crowds_the_asked_key(level: int) -> None:
-    from tiny_tasks import LENGTHS, LEVELS, examples
+    from scripts.models.tiny_tasks import LENGTHS, LEVELS, examples
 
     for length in LENGTHS:
         (example,) = examples("find", "eval", 1, level=level, length=length, lines=LINES)
@@ -119,7 +108,7 @@ def test_find_crowds_the_asked_key(level: int) -> None:
 
 
 def test_hops_follow_the_graph() -> None:
-    from tiny_tasks import LEVELS, examples
+    from scripts.models.tiny_tasks import LEVELS, examples
 
     (example,) = examples("hops", "eval", 1, level=2, lines=LINES)
     graph, question = example.messages[0]["content"].split("\n\n")
@@ -134,7 +123,7 @@ def test_hops_follow_the_graph() -> None:
 
 
 def test_orders_add_up_with_every_carry_written() -> None:
-    from tiny_tasks import examples
+    from scripts.models.tiny_tasks import examples
 
     for example in examples("order", "eval", 20, level=2, lines=LINES):
         prices, question = example.messages[0]["content"].split("\n\n")
@@ -156,7 +145,7 @@ def test_orders_add_up_with_every_carry_written() -> None:
 
 
 def test_an_agent_is_answered_by_pages_that_depend_on_its_calls() -> None:
-    from tiny_tasks import call, examples
+    from scripts.models.tiny_tasks import call, examples
 
     (example,) = examples("agent", "eval", 1, level=0, lines=LINES)
     calls = 0
@@ -172,8 +161,9 @@ def test_an_agent_is_answered_by_pages_that_depend_on_its_calls() -> None:
 
 
 def test_the_agents_system_message_is_what_the_template_makes_of_its_tool(data: Path) -> None:
-    from tiny_tasks import SYSTEM, TOOL
     from transformers import AutoTokenizer
+
+    from scripts.models.tiny_tasks import SYSTEM, TOOL
 
     library = AutoTokenizer.from_pretrained(data / "tokenizer")
     user = [{"role": "user", "content": "x"}]
@@ -182,7 +172,7 @@ def test_the_agents_system_message_is_what_the_template_makes_of_its_tool(data: 
 
 
 def test_quotes_name_a_version_that_differs_from_the_others() -> None:
-    from tiny_tasks import LEVELS, examples
+    from scripts.models.tiny_tasks import LEVELS, examples
 
     for example in examples("quote", "eval", 5, level=0, lines=LINES):
         versions = example.messages[0]["content"].split("\n\n")[:-1]
@@ -195,9 +185,10 @@ def test_quotes_name_a_version_that_differs_from_the_others() -> None:
 
 
 def test_plain_python_tokens_are_the_librarys(data: Path) -> None:
-    from tiny_tasks import examples
-    from tiny_text import Tokenizer, stdlib_files
     from transformers import AutoTokenizer
+
+    from scripts.models.tiny_tasks import examples
+    from scripts.models.tiny_text import Tokenizer, stdlib_files
 
     library = AutoTokenizer.from_pretrained(data / "tokenizer")
     ours = Tokenizer(data / "tokenizer" / "tokenizer.json")
@@ -214,9 +205,10 @@ def test_plain_python_tokens_are_the_librarys(data: Path) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_segments_are_what_the_chat_template_renders(task: str, data: Path) -> None:
-    from tiny_tasks import segments, training_example
-    from tiny_text import Tokenizer
     from transformers import AutoTokenizer
+
+    from scripts.models.tiny_tasks import segments, training_example
+    from scripts.models.tiny_text import Tokenizer
 
     library = AutoTokenizer.from_pretrained(data / "tokenizer")
     ours = Tokenizer(data / "tokenizer" / "tokenizer.json")
@@ -237,7 +229,7 @@ def test_segments_are_what_the_chat_template_renders(task: str, data: Path) -> N
 
 
 def test_a_batch_is_a_function_of_seed_and_step(data: Path) -> None:
-    from train_tiny_model import KINDS, SHARES, Data
+    from scripts.models.training_data import KINDS, SHARES, Data
 
     source = Data(data)
     one, same, other = (source.batch(1, step, 4096, 512) for step in (3, 3, 4))
@@ -253,7 +245,8 @@ def test_a_batch_is_a_function_of_seed_and_step(data: Path) -> None:
 
 
 def test_rates_and_lengths_by_step() -> None:
-    from train_tiny_model import limit_at, rate_at
+    from scripts.models.training import rate_at
+    from scripts.models.training_data import limit_at
 
     assert [limit_at(step, 100, 8192) for step in (0, 10, 25, 50, 99, 100)] == [512, 1024, 2048, 4096, 4096, 8192]
     assert limit_at(99, 100, 700) == 700
@@ -262,7 +255,7 @@ def test_rates_and_lengths_by_step() -> None:
 
 
 def test_muon_makes_singular_values_alike() -> None:
-    from train_tiny_model import orthogonalised
+    from scripts.models.optimizer import orthogonalised
 
     torch.manual_seed(0)
     for size in ((3, 40, 24), (2, 24, 40)):
@@ -274,7 +267,8 @@ def test_muon_makes_singular_values_alike() -> None:
 
 
 def test_the_default_shape_fits_what_is_shipped(tmp_path: Path) -> None:
-    from tiny_model import SHARD_BYTES, Shape, initial, read_checkpoint, write_checkpoint
+    from scripts.models.checkpoint import SHARD_BYTES, read_checkpoint, write_checkpoint
+    from scripts.models.tiny_model import Shape, initial
 
     shape = Shape()
     assert all(k % 64 == 0 for k in (shape.hidden_size, shape.intermediate_size, shape.q_size))
@@ -289,8 +283,10 @@ def test_the_default_shape_fits_what_is_shipped(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("default")  # transformers' own
 def test_transformers_computes_the_same(trained: Path, data: Path) -> None:
-    from tiny_model import Model, generate, read_checkpoint
     from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+    from scripts.models.checkpoint import read_checkpoint
+    from scripts.models.tiny_model import Model, generate
 
     shape, weights = read_checkpoint(trained)
     tokenizer = AutoTokenizer.from_pretrained(trained)
@@ -349,11 +345,12 @@ def test_resume_needs_a_state(data: Path, tmp_path: Path, capsys: pytest.Capture
 def test_a_model_that_is_always_right_gets_all_points(
     trained: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import train_tiny_model
-    from tiny_model import Model, read_checkpoint
-    from tiny_tasks import examples, segments
+    from scripts.models import evaluation
+    from scripts.models.checkpoint import read_checkpoint
+    from scripts.models.tiny_model import Model
+    from scripts.models.tiny_tasks import examples, segments
 
-    source = train_tiny_model.Data(data, "eval")
+    source = evaluation.Data(data, "eval")
     encode, right = source.tokenizer.encode, {}
     for task in TASKS:
         for example in examples(task, "eval", 3, level=1, length=512, lines=source.lines):
@@ -371,15 +368,15 @@ def test_a_model_that_is_always_right_gets_all_points(
         assert max(map(len, answers)) < max_new
         return answers
 
-    monkeypatch.setattr(train_tiny_model, "generate", oracle)
+    monkeypatch.setattr(evaluation, "generate", oracle)
     model = Model(*read_checkpoint(trained))
     for task in TASKS:
-        assert train_tiny_model.accuracy(model, source, task, 1, 512, 3, {}) == 1.0
+        assert evaluation.accuracy(model, source, task, 1, 512, 3, {}) == 1.0
 
 
 @pytest.mark.parametrize("task", ["find", "agent"])
 def test_every_arm_is_measured(task: str, trained: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from train_tiny_model import main
+    from scripts.models.train_tiny_model import main
 
     flags = ["--evaluate", "--arms", "bf16", "nvfp4", "mixed", "--tasks", task, "--levels", "0", "--lengths", "512"]
     assert main([str(data), str(trained), *flags, "--n", "2"]) == 0

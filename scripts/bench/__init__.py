@@ -1,0 +1,1 @@
+"""Benchmarks: servers side by side, and kernels against memory bandwidth."""

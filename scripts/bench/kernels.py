@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""The kernels that quantise activations, against memory bandwidth and against what SGLang runs instead of them.
+
+All are bound by memory, so the figure is the share of copy bandwidth: the bytes that a kernel must move, over its time,
+over the best that copies reach on the same machine (1 GiB by ``copy_``, and 8192 rows as an arm), and over what a copy
+of the same [M, K] reaches: the start and end of a kernel weigh more in a short one.  Each arm works on rotating sets of
+random data, inputs and outputs together several times the L2 cache; its calls are captured in one CUDA graph, and the
+time of a call is the median over replays, divided by the number of sets.  Arms of two kernels count the bytes of one
+fused kernel: their share is that of the work, and can be compared.
+
+SGLang's own SiLU kernel is compiled by nvcc at first use; it takes part with --jit, sgl_kernel's always.
+Prints a table; the last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from mixquant_sglang.kernels.triton import activations
+from scripts.bench.servers import machine
+
+EPS = 1e-6
+# bytes for each element of what the format makes, scales of rows left out
+WRITTEN = {"fp8": 1, "nvfp4": 0.5 + 1 / 16, "qdq": 2}
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    m: int
+    k: int
+    bytes_per_element: float  # of the K columns that come out
+    make: Callable[[], Call]  # fresh data, and the call that works on it
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
+
+
+def per_token_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), 1, dtype=torch.float32)
+    torch.ops.sgl_kernel.sgl_per_token_quant_fp8.default(x, codes, scales)
+    return codes, scales
+
+
+def sgl_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Overwrites ``x`` with the norm, so ``x`` grows no further over the replays than a norm is large."""
+    torch.ops.sgl_kernel.fused_add_rmsnorm.default(x, residual, weight, EPS, False)
+    return x
+
+
+def sgl_silu(gate_up: torch.Tensor) -> torch.Tensor:
+    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    torch.ops.sgl_kernel.silu_and_mul.default(out, gate_up)
+    return out
+
+
+def jit_silu(gate_up: torch.Tensor) -> torch.Tensor:
+    from sglang.kernels.ops.activation.activation import silu_and_mul
+
+    return silu_and_mul(gate_up)  # type: ignore[no-any-return]
+
+
+def arms_of_rows(m: int, k: int) -> Iterator[Arm]:
+    """On plain rows [M, K]."""
+
+    def over(function: Callable[[torch.Tensor], Any]) -> Callable[[], Call]:
+        def make() -> Call:
+            x = randn(m, k)
+            return lambda: function(x)
+
+        return make
+
+    yield Arm("copy", m, k, 4, over(torch.clone))
+    for fmt, written in WRITTEN.items():
+
+        def quantize(x: torch.Tensor, fmt: str = fmt) -> Any:
+            return activations.quantize(x, fmt)
+
+        yield Arm(f"quantize {fmt}", m, k, 2 + written, over(quantize))
+    yield Arm("sgl per_token_quant_fp8", m, k, 3, over(per_token_fp8))
+
+
+def arms_of_norm(m: int, k: int) -> Iterator[Arm]:
+    """On rows [M, K] with a residual."""
+    weight = randn(k)
+
+    def over(function: Callable[[torch.Tensor, torch.Tensor], Any]) -> Callable[[], Call]:
+        def make() -> Call:
+            x, residual = randn(m, k), randn(m, k)
+            return lambda: function(x, residual)
+
+        return make
+
+    for fmt, written in WRITTEN.items():
+
+        def fused(x: torch.Tensor, residual: torch.Tensor, fmt: str = fmt) -> Any:
+            return activations.rmsnorm(x, weight, EPS, fmt, residual=residual)
+
+        yield Arm(f"rmsnorm {fmt}", m, k, 6 + written, over(fused))
+    yield Arm("sgl rmsnorm", m, k, 8, over(lambda x, residual: sgl_norm(x, residual, weight)))
+    yield Arm("sgl rmsnorm, then fp8", m, k, 7, over(lambda x, residual: per_token_fp8(sgl_norm(x, residual, weight))))
+
+
+def arms_of_silu(m: int, k: int, jit: bool) -> Iterator[Arm]:
+    """On gate and up [M, 2*K]."""
+
+    def over(function: Callable[[torch.Tensor], Any]) -> Callable[[], Call]:
+        def make() -> Call:
+            gate_up = randn(m, 2 * k)
+            return lambda: function(gate_up)
+
+        return make
+
+    for fmt, written in WRITTEN.items():
+
+        def fused(x: torch.Tensor, fmt: str = fmt) -> Any:
+            return activations.silu_mul(x, fmt)
+
+        yield Arm(f"silu_mul {fmt}", m, k, 4 + written, over(fused))
+    for name, silu in [("sgl silu", sgl_silu)] + [("sglang jit silu", jit_silu)] * jit:
+
+        def apart(x: torch.Tensor, silu: Callable[[torch.Tensor], torch.Tensor] = silu) -> Any:
+            return per_token_fp8(silu(x))
+
+        yield Arm(name, m, k, 6, over(silu))
+        yield Arm(f"{name}, then fp8", m, k, 5, over(apart))
+
+
+def event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def microseconds(arm: Arm, working_set: int, replays: int) -> float:
+    calls = [arm.make() for _ in range(max(2, -(-working_set // int(arm.m * arm.k * arm.bytes_per_element))))]
+    calls[0]()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [call() for call in calls]  # all alive at once, so that each has memory of its own
+    times: list[float] = []
+    for _ in range(replays + 3):
+        began, ended = (event() for _ in range(2))
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(1e3 * began.elapsed_time(ended) / len(calls))
+    del results
+    return statistics.median(times[3:])
+
+
+def copy_bandwidth(working_set: int, replays: int) -> float:
+    """GB/s, read and written."""
+    source = randn(1 << 29)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(replays + 3):
+        began, ended = (event() for _ in range(2))
+        began.record()
+        target.copy_(source)
+        ended.record()
+        ended.synchronize()
+        best = max(best, 2 * source.nbytes / began.elapsed_time(ended) / 1e6)
+    arm = next(arms_of_rows(8192, 12288))
+    return max(best, arm.m * arm.k * arm.bytes_per_element / microseconds(arm, working_set, replays) / 1e3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", type=int, default=[512, 2048, 8192])
+    parser.add_argument("--hidden", type=int, default=4096, help="K of the norms")
+    parser.add_argument("--intermediate", type=int, default=12288, help="K of the SiLU")
+    parser.add_argument("--only", nargs="+", default=[""], help="arms whose name contains one of these, 'nvfp4' say")
+    parser.add_argument("--jit", action="store_true", help="SGLang's own SiLU kernel too")
+    parser.add_argument("--replays", type=int, default=30)
+    parser.add_argument(
+        "--working-set", type=int, default=256 << 20, help="bytes that the sets of an arm have at least"
+    )
+    args = parser.parse_args()
+    import sgl_kernel  # noqa: F401 - registers its operators
+
+    torch.manual_seed(0)
+    copy = copy_bandwidth(args.working_set, args.replays)
+    print(f"copy bandwidth {copy:.0f} GB/s")
+    print(f"{'kernel':<26}{'M':>7}{'K':>7}{'us':>9}{'MB':>8}{'GB/s':>7}{'share':>7}{'of same size':>14}")
+    rows = []
+    same: dict[tuple[int, int], float] = {}
+    for m in args.rows:
+        arms = [
+            *arms_of_rows(m, args.hidden),
+            *arms_of_norm(m, args.hidden),
+            *arms_of_rows(m, args.intermediate),
+            *arms_of_silu(m, args.intermediate, args.jit),
+        ]
+        for arm in arms:
+            if arm.name != "copy" and not any(part in arm.name for part in args.only):
+                continue
+            us = microseconds(arm, args.working_set, args.replays)
+            moved = arm.m * arm.k * arm.bytes_per_element
+            gbs = moved / us / 1e3
+            if arm.name == "copy":
+                same[arm.m, arm.k] = gbs
+            share, of_same = gbs / copy, gbs / same[arm.m, arm.k]
+            print(
+                f"{arm.name:<26}{arm.m:>7}{arm.k:>7}{us:>9.1f}{moved / 1e6:>8.1f}{gbs:>7.0f}{share:>7.0%}"
+                f"{of_same:>14.0%}",
+                flush=True,
+            )
+            row = {"kernel": arm.name, "m": arm.m, "k": arm.k, "us": us, "bytes": moved}
+            rows.append({**row, "share": share, "share_of_same_size": of_same})
+    print(json.dumps({**machine(), "triton": triton.__version__, "copy_gbs": copy, "arms": rows}))
+
+
+def command() -> None:
+    main()

@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Prefill time and decode step of several servers, side by side on one GPU.
+
+Every arm is a real SGLang server; all of them are up at once (with a bounded KV pool) and each round takes them in
+another order, so that a slow moment of the machine hits every arm.  Before each prompt the GPU rests: an arm's
+place in the order was worth up to 5% without.  Prompts are random token ids, new for every request, so that nothing is
+cached.  Medians over the rounds:
+
+    prefill  client: seconds until the first token of a prompt of L tokens, batch 1, HTTP included
+    pass     server: seconds of the forward passes (chunks) of that same prompt, without HTTP and scheduling; taken by
+             CUDA events around the model runner, see passes.py
+    decode   client: (time of 136 tokens - time of 8 tokens) / 128 after the same prompt, batch B
+
+Arms: stock-bf16 and stock-fp8 (SGLang without mixquant), or the name or file of a recipe.
+Prints a table; the last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+
+from scripts.bench.servers import Arm, add_arguments, in_turn, machine, prepare, serving
+
+
+def measure(arms: list[Arm], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Medians in milliseconds: ``{arm: {"prefill_8192": ..., "pass_8192": ..., "decode_b1_512": ...}}``."""
+    rng = random.Random(args.seed)
+    times: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in arms}
+
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(10, args.vocab) for _ in range(length)]
+
+    for round_number in range(args.rounds + 1):  # the first round warms up
+        order = in_turn(arms, round_number)
+        for length in args.lengths:
+            for arm in order:
+                time.sleep(args.rest)
+                mark = arm.mark()
+                spent, (meta,) = arm.generate([prompt(length)], 1)
+                passes = arm.pass_seconds(mark, meta["prompt_tokens"] - meta["cached_tokens"])
+                if round_number:
+                    times[arm.name].setdefault(f"prefill_{length}", []).append(spent)
+                    times[arm.name].setdefault(f"pass_{length}", []).append(passes)
+        for batch in args.batches:
+            prompts = [prompt(args.decode_context) for _ in range(batch)]
+            for arm in order:
+                arm.generate(prompts, 1)
+                few, many = arm.generate(prompts, 8)[0], arm.generate(prompts, 136)[0]
+                if round_number:
+                    key = f"decode_b{batch}_{args.decode_context}"
+                    times[arm.name].setdefault(key, []).append((many - few) / 128)
+    return {name: {key: 1e3 * statistics.median(v) for key, v in found.items()} for name, found in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[2048, 8192, 32768], help="prompts (default: %(default)s)"
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="for decode (default: %(default)s)")
+    parser.add_argument("--decode-context", type=int, default=512, help="tokens before decode (default: %(default)s)")
+    parser.add_argument(
+        "--rest", type=float, default=0.2, help="seconds without work before each prompt (default: %(default)s)"
+    )
+    add_arguments(parser, rounds=6, kv_tokens=70000)
+    args = parser.parse_args()
+    prepare(args, parser)
+    with serving(args, timed=True) as arms:
+        results = measure(arms, args)
+    columns = [*next(iter(results.values()))]
+    print(f"{'arm (ms)':<18}" + "".join(f"{column:>18}" for column in columns))
+    first = results[args.arms[0]]
+    for name, found in results.items():
+        cells = (f"{found[c]:9.2f} ({first[c] / found[c]:.3f}x)" for c in columns)
+        print(f"{name:<18}" + "".join(f"{cell:>18}" for cell in cells))
+    print(json.dumps({**machine(), "rounds": args.rounds, "baseline": args.arms[0], "ms": results}))
+
+
+def command() -> None:
+    main()

@@ -1,0 +1,1 @@
+"""Quality of recipes on the trained tiny model, paired, with intervals."""

@@ -1,0 +1,1 @@
+"""Public benchmarks against a server that is already running."""

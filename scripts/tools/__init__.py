@@ -1,0 +1,1 @@
+"""The demo, the fuzzer, and what checks or draws things."""
