@@ -5,6 +5,7 @@
 E4M3 values are exact in BF16, both scales are applied to the FP32 sum.  On the CPU the GEMM runs in FP32, which is the
 reference.  Rounding happens in the accumulation alone, hence equality with the native kernels up to accumulation order.
 Nothing here is faster than BF16: it is for accuracy work and for machines without a GPU.
+SGLang's Marlin FP8 leaves activations in BF16: ``docs/kernels.md``.
 """
 
 from __future__ import annotations

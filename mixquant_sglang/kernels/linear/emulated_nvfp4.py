@@ -14,6 +14,7 @@ Refuses weights whose K is not a multiple of 16.
 
 Rounding happens in the accumulation alone, hence equality with the native kernels up to accumulation order.
 Nothing here is faster than BF16: it is for accuracy work and for machines without a GPU.
+SGLang's Marlin FP4 and FlashInfer's ``mm_bf16_fp4`` leave activations in BF16: ``docs/kernels.md``.
 """
 
 from __future__ import annotations

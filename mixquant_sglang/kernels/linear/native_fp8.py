@@ -3,6 +3,7 @@
     y[m, n] = sx[m] * sw[n] * sum_k xq[m, k] wq[n, k],   xq, wq in E4M3
 
 Scales are dynamic per token and fixed per output channel, as in SGLang's ``w8a8_fp8``: no row depends on another.
+What the libraries have beside: ``docs/kernels.md``.
 """
 
 from __future__ import annotations

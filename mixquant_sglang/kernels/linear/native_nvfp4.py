@@ -23,6 +23,7 @@ Which is faster was not measured: ours saves writing and reading BF16 and the pa
 Refuses GPUs below SM100 (flashinfer's FP4 quantiser runs there without an error and writes nothing valid; SGLang's own
 FP4 method would fall back to Marlin, which leaves activations unquantised) and K that is no multiple of 16.
 This kernel has not run on a Blackwell GPU: what is tested are the bytes, layouts, shapes and refusals.
+Per-row alpha in FlashInfer's ``mm_fp4`` (0.7.2), and its quantiser with a scale for each token: ``docs/kernels.md``.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ saves 1.6 us a linear and takes 2; within a kernel that runs there anyway it mig
 FP32 accumulation along K in steps that depend on the weight's shape alone, one rounding to BF16: no row depends on the
 others. Used row numbers must come first in ``index`` and must differ.
 
+FlashInfer's ``tinygemm_bf16`` is for a known number of rows, ideally 1 to 8: ``docs/kernels.md``.
+
 Refused (ValueError): shapes and dtypes that do not fit together, more than 64 slots, K not a multiple of 16, tensors
 that are not row major. CUDA only.
 """

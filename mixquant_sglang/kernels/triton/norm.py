@@ -1,4 +1,7 @@
-"""RMSNorm of a row, with a residual added before it: see ``activations.rmsnorm``."""
+"""RMSNorm of a row, with a residual added before it: see ``activations.rmsnorm``.
+
+FlashInfer's ``rmsnorm_quant`` and ``rmsnorm_fp4quant`` take one scale for the tensor: ``docs/kernels.md``.
+"""
 
 import triton
 import triton.language as tl

@@ -3,6 +3,7 @@
 A captured prefill graph has a fixed number of slots for protected rows; which rows they are changes with every replay.
 So the row numbers live in an index buffer on the device, -1 marks a slot that is not in use, and nothing here looks at
 their values on the host. Torch's own ``index_select`` and ``index_copy_`` have no -1.
+``sgl_kernel.shuffle_rows``, and per-row alpha in FlashInfer's ``mm_fp4``: ``docs/kernels.md``.
 
 Row numbers are not checked against the number of rows: the caller fills the buffer. Refused (ValueError): tensors that
 are not matrices with contiguous rows, shapes and dtypes that do not fit together, an index that is not int32 or int64.

@@ -4,6 +4,8 @@ The same bits as the plain torch there, which states the arithmetic and the orde
 multiply-add. A thread has a block of 16 to itself, in registers, so the sum needs no other thread and no layout of
 Triton's can change its order. Bound by instructions, some 12 for each weight and candidate; each weight is read once.
 
+SGLang's ``nvfp4_online`` packs experts with FlashInfer's quantiser, two scales to choose from: ``docs/kernels.md``.
+
 Refused (ValueError): tensors whose shapes or dtypes do not fit. NaN and infinity are the caller's to refuse.
 """
 
@@ -13,6 +15,7 @@ import triton.language as tl
 
 from mixquant_sglang.formats.blocks import f32
 from mixquant_sglang.formats.scale_search import SEARCH_GAIN, SEARCH_OFFSETS
+from mixquant_sglang.kernels.limits import BLOCK
 from mixquant_sglang.kernels.triton.grid import e2m1_code, e4m3_code, e4m3_value, encode_scale, to_e2m1, to_e4m3
 
 _BLOCKS = 128  # of 16 weights, for each program: one for each thread
@@ -37,7 +40,7 @@ def quantize_(
         (block_scales, "block_scales", (n, k // 16), torch.float8_e4m3fn),
         *([] if weights is None else [(weights, "weights", (k,), torch.float32)]),
     ):
-        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or k % 16:
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or k % BLOCK:
             raise ValueError(
                 f"{name} must be contiguous {dtype} {list(shape)}, K a multiple of 16, for x {list(x.shape)}; "
                 f"got {tensor.dtype} {list(tensor.shape)}"

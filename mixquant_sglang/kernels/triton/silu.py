@@ -1,4 +1,7 @@
-"""SiLU(gate) x up of a row: see ``activations.silu_mul``."""
+"""SiLU(gate) x up of a row: see ``activations.silu_mul``.
+
+FlashInfer's ``silu_and_mul_nvfp4_quantize`` (0.7.2) takes one scale for the tensor: ``docs/kernels.md``.
+"""
 
 import triton
 import triton.language as tl

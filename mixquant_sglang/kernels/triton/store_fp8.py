@@ -1,4 +1,7 @@
-"""A row to FP8: ``formats.fp8.quantize_activations``."""
+"""A row to FP8: ``formats.fp8.quantize_activations``.
+
+``sgl_kernel.sgl_per_token_quant_fp8`` does this for plain rows alone: ``docs/kernels.md``.
+"""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,7 @@
-"""A row to NVFP4: ``formats.nvfp4.quantize_activations``."""
+"""A row to NVFP4: ``formats.nvfp4.quantize_activations``.
+
+FlashInfer's ``nvfp4_quantize(per_token_activation=True)`` has scales that are no powers of two: ``docs/kernels.md``.
+"""
 
 import triton
 import triton.language as tl

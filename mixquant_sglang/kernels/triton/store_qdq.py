@@ -1,4 +1,7 @@
-"""A row to the BF16 values of NVFP4: ``formats.nvfp4.quantize_activations(x).dequantize()``."""
+"""A row to the BF16 values of NVFP4: ``formats.nvfp4.quantize_activations(x).dequantize()``.
+
+Neither SGLang nor FlashInfer has one: ``docs/kernels.md``.
+"""
 
 import triton
 import triton.language as tl

@@ -4,6 +4,8 @@ Bit for bit the numbers of ``formats/nvfp4.py`` (its docstring has the maths). D
 format in an FP32 of minimal exponent and multiplies by a power of two, which makes the small format's subnormals right
 as well. Bound by memory: 2.5625 bytes for each weight.
 
+FlashInfer's ``mm_bf16_fp4`` and SGLang's Marlin unpack within the GEMM: ``docs/kernels.md``.
+
 Refused (ValueError): other dtypes, tensors that are not contiguous CUDA tensors, K not a multiple of 16.
 """
 
@@ -11,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mixquant_sglang.kernels.limits import BLOCK
 from mixquant_sglang.kernels.triton.checks import require
 from mixquant_sglang.kernels.triton.grid import e4m3_value
 
@@ -25,7 +28,7 @@ def unscaled(packed: torch.Tensor, block_scales: torch.Tensor, out: torch.Tensor
     require(packed, "packed", ("N", "K/2"), torch.uint8)
     require(block_scales, "block_scales", ("N", "K/16"), torch.float8_e4m3fn)
     n, k = packed.shape[0], packed.shape[1] * 2
-    if k % 16 or block_scales.shape != (n, k // 16):
+    if k % BLOCK or block_scales.shape != (n, k // BLOCK):
         raise ValueError(
             f"packed {list(packed.shape)} needs block_scales [{n}, {k}/16], got {list(block_scales.shape)}"
         )
