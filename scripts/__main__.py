@@ -18,6 +18,7 @@ COMMANDS = {
     "bench_prefill": "bench.prefill",
     "demo": "tools.demo",
     "draw_overview": "tools.overview",
+    "draw_rooms": "tools.rooms",
     "drift": "tools.drift",
     "eval_accuracy": "eval.accuracy",
     "eval_longbench_v2": "public.longbench_v2",

@@ -1,1 +1,3 @@
 """The number formats, in plain torch: quantise, dequantise, pack, scale layouts. No SGLang, no kernels."""
+
+BLOCK = 16  # numbers along K that share a scale in NVFP4

@@ -1,8 +1,5 @@
 """NVFP4 in plain torch: the numbers that every kernel of this package has to reproduce, on a CPU or a GPU.
 
-One thing here is not plain torch: on a GPU of SM80 or newer ``quantize(scales="search")`` runs
-``kernels/triton/scale_search.py``, which makes the same choice to the bit.
-
 A value is ``e2m1 * block_scale * outer_scale``: 4-bit E2M1 elements {0, .5, 1, 1.5, 2, 3, 4, 6} with a sign in bit 3,
 two to a byte with the even element in the low nibble; one E4M3 scale for each 16 elements along K; one FP32 outer
 scale. ``e2m1 * block_scale`` has at most 6 significant bits and lies in [2^-10, 2688]: exact in BF16 and in FP16.
@@ -13,10 +10,7 @@ FLT_MAX)`` or 0 where a = 0, ``code = e2m1(x * o)``; both roundings to nearest e
 small for the least E4M3 scale gets scale 0: its codes are whatever the formula says and its values are 0. -0.0 keeps
 its sign.
 
-The search tries E4M3 codes around that of s, s itself first, then from the smallest. With d = (value
-of the code) * scale - |x| * g, the error is the sum of ``d * d`` (``* w`` of the column, if weighted), each product
-rounded to FP32, added in halves: 0 to 7 with 8 to 15, then 0 to 3 with 4 to 7, and so on. A candidate wins if its error
-is under (1 - 2^-14) of the best so far. Nothing depends on the device or on a library's order of summation.
+The search tries E4M3 codes around that of s, s itself first, then from the smallest: ``scale_search.py``.
 
 Weights have one outer scale for the matrix. Activations have one power of two for each token, so that no row depends on
 another, and so that it changes no rounding wherever it is applied: to the BF16 operand or to the BF16 product.
@@ -44,28 +38,20 @@ no other row.
 """
 
 import math
-import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-BLOCK = 16
-E2M1_MAX = 6.0
-E4M3_MAX = 448.0
+from mixquant_sglang.formats import BLOCK
+from mixquant_sglang.formats.blocks import E2M1_MAX, E4M3_MAX, encode_scale, f32, round_e2m1
+from mixquant_sglang.formats.scale_layout import swizzle_scales
+from mixquant_sglang.formats.scale_search import search as search_scales
+
 SCALE_MODES = ("absmax", "search")
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FLT_MAX = torch.finfo(torch.float32).max
 _FLT_TINY = torch.finfo(torch.float32).tiny
-# E4M3 codes around the absmax one that "search" tries, after absmax: eight codes are a factor of two, so -2 lets the
-# largest element saturate, and +4 or +5 is absmax/4. Against all 126 scales this costs at most 0.1 % of the error
-# (uniform data), 0 on Gaussian, Laplace and Student-t. With column weights a scale far below absmax can be best, but
-# then it gives up the columns that calibration found quiet: scripts/measure_formats has both errors.
-SEARCH_OFFSETS = range(-2, 7)
-# a candidate has to win by more than FP32 noise in the error, so that none makes a block worse
-SEARCH_GAIN = 1 - 2.0**-14
-_E4M3_LAST = 126  # the code of 448
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +82,7 @@ class NVFP4Tensor:
         return _rescaled(self.packed, self.block_scales, self.tensor_scale, dtype)
 
     def swizzled_scales(self) -> torch.Tensor:
-        """Block scales in the layout of ``swizzle_scales``."""
+        """Block scales in the layout of ``scale_layout.swizzle_scales``."""
         return swizzle_scales(self.block_scales)
 
 
@@ -115,12 +101,17 @@ class NVFP4Activations:
         return _rescaled(self.packed, self.block_scales, self.row_scales[:, None], dtype)
 
 
+# (packed, block_scales, x, encode scale g, column weights), filling the first two
+Search = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, "torch.Tensor | None"], None]
+
+
 def quantize(
     x: torch.Tensor,
     *,
     scales: str = "absmax",
     tensor_scale: float | torch.Tensor | None = None,
     column_weights: torch.Tensor | None = None,
+    kernel: Search | None = None,
 ) -> NVFP4Tensor:
     """Quantise a weight ``x`` [N, K]: float32, bfloat16 or float16, any strides; the arithmetic is at this file's top.
 
@@ -133,7 +124,8 @@ def quantize(
     ``tensor_scale`` is amax/(448*6) unless given, in both modes; it is at least 2^-126, and 1 for an all-zero ``x``, so
     that nothing is NaN. Data whose block maxima all lie close to the tensor's (uniform, say) gain from amax/(256*6)
     with "search": the largest blocks can then take amax/4 as well. Works through ``x`` in chunks of rows; synchronises
-    with the device. ValueError: see this file's top.
+    with the device. ``kernel`` takes the place of the search, and gives the same bits (``kernels/packing.py``).
+    ValueError: see this file's top.
     """
     if scales not in SCALE_MODES:
         raise ValueError(f"scales={scales!r}: allowed are {', '.join(map(repr, SCALE_MODES))}")
@@ -142,10 +134,8 @@ def quantize(
     x = x.detach()
     outer = _outer_scale(x, tensor_scale)
     packed, block_scales = _empty_codes(x)
-    if scales == "search" and _has_kernel(x.device):
-        from mixquant_sglang.kernels.triton import scale_search
-
-        scale_search.quantize_(packed, block_scales, x, f32(1 / outer), weights)
+    if scales == "search" and kernel is not None:
+        kernel(packed, block_scales, x, f32(1 / outer), weights)
     else:
         for rows in _chunks(x):
             packed[rows], block_scales[rows] = _quantize_blocks(
@@ -185,34 +175,7 @@ def nearest(x: torch.Tensor, scaled: NVFP4Tensor) -> torch.Tensor:
     """``x`` [N, K] rounded to nearest with the scales of ``scaled`` [N, K]: float32, zero where a scale is zero."""
     step = (scaled.block_scales.float() * scaled.tensor_scale).repeat_interleave(BLOCK, dim=1)
     magnitude = (x.float().abs() / step).masked_fill_(step == 0, 0.0).clamp_(max=E2M1_MAX)
-    return (_round_e2m1(magnitude) * step).copysign(x)
-
-
-def swizzle_scales(block_scales: torch.Tensor) -> torch.Tensor:
-    """Block scales [M, K/16] in the 128x4 layout of the Blackwell GEMMs (cuBLAS, CUTLASS, FlashInfer).
-
-    float8_e4m3fn [ceil(M/128)*128, ceil(K/16/4)*4]; the scale of row m and block b lies at the flat offset
-    ``((m//128) * ceil(KB/4) + b//4)*512 + (m%32)*16 + (m%128//32)*4 + b%4``, KB = K/16; padding is zero.
-    """
-    m, blocks = block_scales.shape
-    rows, cols = _padded(m, blocks)
-    linear = torch.zeros((rows, cols), dtype=torch.uint8, device=block_scales.device)
-    linear[:m, :blocks] = block_scales.view(torch.uint8)
-    tiles = linear.view(rows // 128, 4, 32, cols // 4, 4).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(rows, cols).view(torch.float8_e4m3fn)
-
-
-def unswizzle_scales(swizzled: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """Undo ``swizzle_scales``: [n, k/16] from a 1-byte tensor of any shape with the padded number of
-    scales."""
-    rows, cols = _padded(n, k // BLOCK)
-    if k % BLOCK or swizzled.element_size() != 1 or swizzled.numel() != rows * cols:
-        raise ValueError(
-            f"128x4 scales of an [{n}, {k}] weight are {rows * cols} bytes (K a multiple of {BLOCK}); "
-            f"got {swizzled.numel()} elements of {swizzled.dtype}"
-        )
-    tiles = swizzled.contiguous().view(torch.uint8).view(rows // 128, cols // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(rows, cols)[:n, : k // BLOCK].contiguous().view(swizzled.dtype)
+    return (round_e2m1(magnitude) * step).copysign(x)
 
 
 def _quantize_blocks(
@@ -225,61 +188,13 @@ def _quantize_blocks(
     amax = blocks.abs().amax(dim=-1)
     scales = (amax * f32(g * f32(1 / 6))).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
     if search:
-        scales = _search(blocks.abs().permute(2, 0, 1).contiguous(), amax, scales, g, weights)
-    scaled = blocks * _encode_scale(amax, scales, g)[..., None]
-    value = _round_e2m1(scaled.abs().clamp_(max=E2M1_MAX))
+        scales = search_scales(blocks.abs().permute(2, 0, 1).contiguous(), amax, scales, g, weights)
+    scaled = blocks * encode_scale(amax, scales, g)[..., None]
+    value = round_e2m1(scaled.abs().clamp_(max=E2M1_MAX))
     # on the E2M1 grid the code is a concave piecewise linear function of the magnitude
     code = torch.minimum(torch.minimum(value * 2, value + 2), value * 0.5 + 4).to(torch.uint8)
     code = (code | (scaled.signbit().to(torch.uint8) << 3)).reshape(x.shape[0], -1)
     return code[:, ::2] | (code[:, 1::2] << 4), scales
-
-
-def _search(
-    magnitude: torch.Tensor,
-    amax: torch.Tensor,
-    absmax: torch.Tensor,
-    g: float,
-    weights: torch.Tensor | None = None,
-    offsets: range = SEARCH_OFFSETS,
-) -> torch.Tensor:
-    """The E4M3 scale [r, K/16] with the least squared error for each block of ``magnitude`` [16, r, K/16]; errors are
-    in units of the outer scale, and weighted by ``weights`` [K] if given.
-
-    The arithmetic is at this file's top; elements come first so that each step runs over contiguous memory.
-    """
-    target = magnitude * g
-    weights = weights if weights is None else weights.view(-1, BLOCK).t()[:, None]
-
-    def error(scales: torch.Tensor) -> torch.Tensor:
-        value = _round_e2m1((magnitude * _encode_scale(amax, scales, g)).clamp_(max=E2M1_MAX))
-        terms = value.mul_(scales.float()).sub_(target).square_()
-        terms = terms if weights is None else terms.mul_(weights)
-        for half in (8, 4, 2, 1):
-            terms = terms[:half].add_(terms[half:])
-        return terms[0]
-
-    first = absmax.view(torch.uint8).to(torch.int16)
-    best, best_error = absmax.view(torch.uint8).clone(), error(absmax)
-    for offset in filter(None, offsets):
-        candidate = (first + offset).clamp_(0, _E4M3_LAST).to(torch.uint8)
-        candidate_error = error(candidate.view(torch.float8_e4m3fn))
-        better = candidate_error < best_error * SEARCH_GAIN
-        best, best_error = torch.where(better, candidate, best), torch.where(better, candidate_error, best_error)
-    return best.view(torch.float8_e4m3fn)
-
-
-def _encode_scale(amax: torch.Tensor, scales: torch.Tensor, g: float) -> torch.Tensor:
-    o = (scales.float() * f32(1 / g)).reciprocal_().clamp_(max=_FLT_MAX)
-    return o.masked_fill_(amax == 0, 0.0)
-
-
-def _round_e2m1(magnitude: torch.Tensor) -> torch.Tensor:
-    """Round FP32 magnitudes <= 6 to E2M1 in place, to nearest even: adding 1.5 * 2^23 grid steps leaves no bits below a
-    step. The step is .5, 1 or 2 for magnitudes in [0, 2), [2, 4), [4, 6]: half of the power of two below it, and at
-    least .5."""
-    power = (magnitude.view(torch.int32) & 0x7F800000).clamp_(min=0x3F800000).view(torch.float32)
-    shift = power.mul_(0.75 * 2**23)
-    return magnitude.add_(shift).sub_(shift)
 
 
 def _unscaled(packed: torch.Tensor, block_scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -307,10 +222,6 @@ def _check(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         raise ValueError(f"NVFP4 needs a matrix whose K is a positive multiple of {BLOCK}, got shape {list(x.shape)}")
     if x.dtype not in dtypes:
         raise ValueError(f"NVFP4 quantises {', '.join(map(str, dtypes))} here, got {x.dtype}")
-
-
-def _has_kernel(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _ratios(column_weights: torch.Tensor, scales: str, x: torch.Tensor) -> torch.Tensor:
@@ -342,17 +253,7 @@ def _empty_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return packed, torch.empty((n, k // BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
 
 
-def _padded(n: int, blocks: int) -> tuple[int, int]:
-    return -(-n // 128) * 128, -(-blocks // 4) * 4
-
-
 def _chunks(x: torch.Tensor) -> Iterator[slice]:
     """Slices of rows: 64 MiB for each FP32 temporary on a GPU; 4 MiB on a CPU, near the size of its cache."""
     step = max(1, (2**24 if x.is_cuda else 2**20) // x.shape[1])
     return (slice(start, start + step) for start in range(0, x.shape[0], step))
-
-
-def f32(value: float) -> float:
-    """``value`` rounded to FP32. For one product or quotient of two FP32 numbers, float64 in between changes
-    nothing."""
-    return float(struct.unpack("f", struct.pack("f", value))[0])

@@ -12,8 +12,8 @@ from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import FUSED, NEVER, why_bf16
 from mixquant_sglang.recipe.schema import LayerRule, Recipe
 from mixquant_sglang.recipe.select import Selection
-from mixquant_sglang.weights.ready_linear import ReadyLinear
-from mixquant_sglang.weights.ready_made import PrefillWeights
+from mixquant_sglang.weights.ready_made import ReadyMadeWeights
+from mixquant_sglang.weights.ready_made_linear import ReadyMadeLinear
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Assigned:
     prefill: str
     decode: str
     why: str
-    ready: ReadyLinear | None = None
+    ready: ReadyMadeLinear | None = None
 
     @property
     def bf16(self) -> bool:
@@ -33,7 +33,7 @@ class Assigned:
 class Assignment:
     """Of one model that SGLang builds."""
 
-    def __init__(self, recipe: Recipe, selection: Selection, ready: PrefillWeights | None) -> None:
+    def __init__(self, recipe: Recipe, selection: Selection, ready: ReadyMadeWeights | None) -> None:
         self.names: dict[str, None] = {}  # that SGLang asked about, in its order
         self.left: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()  # to SGLang, and why
         self.ready = ready

@@ -18,13 +18,14 @@ from mixquant_sglang import __version__, recipe
 from mixquant_sglang.errors import refusing
 from mixquant_sglang.host import refusals, runtime
 from mixquant_sglang.host.assignment import Assignment
-from mixquant_sglang.host.hooks import table
+from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.lifecycle import LoadSteps
 from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.kernels.environment import NOTHING
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.recipe.select import select
-from mixquant_sglang.versions import compat
-from mixquant_sglang.weights.ready_made import PrefillWeights
+from mixquant_sglang.versions import fp4, machine
+from mixquant_sglang.weights.ready_made import ReadyMadeWeights
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +37,17 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        ready: PrefillWeights | None = None
+        ready: ReadyMadeWeights | None = None
         with refusing():
-            table.check_hooks_took_effect()
+            registry.check_hooks_took_effect()
             self._recipe = recipe.load(recipe.requested())
-            selection = select(self._recipe, compat.device())
+            selection = select(self._recipe, machine.device())
             refusals.check_recipe(self._recipe, selection)
+            environment = NOTHING
             if selection.kernels.get("nvfp4") == "native":
-                compat.provide_fp4_linear_method(own_quantizer=self._recipe.fuse)
+                environment = fp4.environment(own_quantizer=self._recipe.fuse)
             if self._recipe.prefill_weights:
-                ready = PrefillWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
+                ready = ReadyMadeWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
         known = runtime.current()
         if known is None or known.recipe != self._recipe:
             # SGLang builds the config more than once per load; only the first time is news.
@@ -57,7 +59,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 selection.reason,
             )
             identity = ready.identity() if ready is not None else ""
-            runtime.start(Runtime(self._recipe, selection, ready_made=identity))
+            runtime.start(Runtime(self._recipe, selection, ready_made=identity, environment=environment))
         current = runtime.current()
         assert current is not None
         self._runtime = current
@@ -102,8 +104,8 @@ def register() -> None:
     """Lets SGLang's model config and loader find ``MixQuantConfig`` under the name."""
     from sglang.srt.layers import quantization
 
-    compat.hush_unknown_method_warning()
-    quantization.QUANTIZATION_METHODS[compat.NAME] = MixQuantConfig
+    machine.hush_unknown_method_warning()
+    quantization.QUANTIZATION_METHODS[machine.NAME] = MixQuantConfig
     cpu_methods = getattr(quantization, "CPU_QUANTIZATION_METHODS", None)
     if cpu_methods is not None:
-        cpu_methods[compat.NAME] = MixQuantConfig
+        cpu_methods[machine.NAME] = MixQuantConfig

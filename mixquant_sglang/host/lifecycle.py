@@ -14,13 +14,14 @@ from mixquant_sglang.host import probe, refusals, report
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.ranks import check_same
 from mixquant_sglang.host.runtime import Runtime
-from mixquant_sglang.kernels.tuning import fp4_gemm, fp8_gemm
+from mixquant_sglang.kernels.tuning import fp4_gemm, fp8_cache, fp8_gemm
 from mixquant_sglang.kernels.verify import verify
-from mixquant_sglang.layers import bypasses, fused
+from mixquant_sglang.layers import attention, bypasses, fused, last_layer
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.layers.warm_up import warm_up
 from mixquant_sglang.recipe.text import show, some
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import batches, fp4, machine
+from mixquant_sglang.versions.groups import agree, rank_group, tensor_parallel_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class LoadSteps:
         """Completes what ``_fuse`` began, each time that the model's attention back end was built."""
         if self._pruned is None or model_runner.model is not self._pruned:
             return
-        reason = fused.prune_last_attention(model_runner.model, model_runner.attn_backend)
+        reason = attention.prune_last_attention(model_runner.model, model_runner.attn_backend)
         self._run.schedule.prunes_attention = not reason
         if reason:
             logger.info("mixquant: the last layer's attention computes all rows: %s", reason)
@@ -79,9 +80,9 @@ class LoadSteps:
     def _finish_weights(self, model: torch.nn.Module) -> None:
         run = self._run
         words = f"mixquant {__version__}, recipe {run.recipe.name} -> {run.selection.describe()}"
-        check_same(run.fingerprint, words, compat.rank_group())
-        run.weights.agree = compat.agree
-        run.known.add_parameters(model, ranks=compat.tensor_parallel_ranks())
+        check_same(run.fingerprint, words, rank_group())
+        run.weights.agree = agree
+        run.known.add_parameters(model, ranks=tensor_parallel_ranks())
         run.weights.keep(module.quant_method for module in model.modules() if hasattr(module, "quant_method"))
         run.weights.finish_load()
 
@@ -145,9 +146,9 @@ class LoadSteps:
 
     def _tune_fp4(self, model_runner: Any, packed: Sequence[MixQuantLinearMethod]) -> None:
         methods = [m for m in packed if m.runs("nvfp4", "native")]
-        measuring = compat.fp4_gemm_measuring(model_runner) if methods else None
+        measuring = fp4.fp4_gemm_measuring(model_runner) if methods else None
         if measuring is not None:
-            most = compat.most_prefill_rows(model_runner)
+            most = batches.most_prefill_rows(model_runner)
             tuned = fp4_gemm.tune([m.copy_in("nvfp4") for m in methods], most, measuring)
             logger.info("mixquant: %s", tuned)
 
@@ -181,7 +182,7 @@ class LoadSteps:
             return
         done = fused.fuse(model_runner.model)
         if schedule.split and model_runner.is_generation:
-            schedule.prunes = fused.prune_last_layer(model_runner.model)
+            schedule.prunes = last_layer.prune_last_layer(model_runner.model)
         if schedule.prunes:
             self._pruned = model_runner.model
         if done or schedule.prunes:
@@ -193,7 +194,7 @@ class LoadSteps:
         shapes = {shape for m in packed if m.runs("fp8", "native") for shape in m.gemm_shapes}
         if not shapes:
             return
-        most = fp8_gemm.bucket(compat.most_prefill_rows(model_runner))
+        most = fp8_gemm.bucket(batches.most_prefill_rows(model_runner))
         with refusing():
             rows = [2**e for e in range(8, max(most.bit_length(), 9))]
-            fp8_gemm.use(fp8_gemm.load_or_tune(sorted(shapes), rows, device, compat.kernel_versions()))
+            fp8_gemm.use(fp8_cache.load_or_tune(sorted(shapes), rows, device, machine.kernel_versions()))

@@ -12,24 +12,24 @@ import logging
 import sys
 
 from mixquant_sglang.errors import MixQuantError, refusing
-from mixquant_sglang.host.hooks import launcher, table
-from mixquant_sglang.versions import compat
+from mixquant_sglang.host.hooks import launcher, registry
+from mixquant_sglang.versions import machine
 
 logger = logging.getLogger(__name__)
 
 
 def register() -> None:
     """Called by SGLang's ``load_plugins``, once per process, before server arguments are parsed."""
-    if compat.is_scheduler_process():
+    if machine.is_scheduler_process():
         with refusing():
-            compat.allow_cpu()
-            table.register_hooks(table.hooks_of("asked", "scheduler"))
+            machine.allow_cpu()
+            registry.register_hooks(registry.hooks_of("asked", "scheduler"))
             launcher.register_config()
         return
     try:
-        table.register_hooks(table.hooks_of("launcher"))
+        registry.register_hooks(registry.hooks_of("launcher"))
     except MixQuantError as error:
-        if any(compat.NAME in argument for argument in sys.argv[1:]):
+        if any(machine.NAME in argument for argument in sys.argv[1:]):
             raise SystemExit(f"mixquant: {error}") from None
         logger.warning("mixquant is not available: %s", error)
         return
@@ -40,5 +40,5 @@ def offer_name() -> None:
     """Makes ``mixquant`` a choice of ``--quantization``."""
     from sglang.srt import server_args
 
-    if compat.NAME not in server_args.QUANTIZATION_CHOICES:
-        server_args.add_quantization_method_choices([compat.NAME])
+    if machine.NAME not in server_args.QUANTIZATION_CHOICES:
+        server_args.add_quantization_method_choices([machine.NAME])

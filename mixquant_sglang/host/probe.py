@@ -30,7 +30,7 @@ from mixquant_sglang.passes.counters import PassCounters
 from mixquant_sglang.passes.running import current
 from mixquant_sglang.recipe import show
 from mixquant_sglang.recipe.roles import Role
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import batches
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def _correct(
                     "not run it through its linear method: it multiplies by the weight itself, or no prompt of text "
                     "reaches it; leave it out of the rule, or mark the rule 'optional: true'"
                 )
-            if method.prunes:
+            if method.read_rows is not None:
                 run.schedule.prunes = run.schedule.prunes_attention = False
             method.stay_bf16(report.MULTIPLIED)
             missed = True
@@ -210,10 +210,10 @@ def _runnable(model_runner: Any, eager_runner: Any) -> Iterator[None]:
 
 
 def _run(model_runner: Any, record: Record) -> None:
-    pools = compat.Pools(model_runner)
+    pools = batches.Pools(model_runner)
     sizes = [FEW]
     room = min(
-        compat.most_prefill_rows(model_runner), pools.free_tokens // 4, model_runner.model_config.context_len // 2
+        batches.most_prefill_rows(model_runner), pools.free_tokens // 4, model_runner.model_config.context_len // 2
     )
     many = min(MANY.get(torch.device(model_runner.device).type, MANY["cpu"]), room)
     if room < FEW:
@@ -225,7 +225,7 @@ def _run(model_runner: Any, record: Record) -> None:
             with record.during(f"{rows} rows"):
                 _forward(model_runner, forward_batch)
             if rows == sizes[-1] and model_runner.is_generation:
-                forward_batch = _build(partial(compat.decode_batch, batch, model_runner))
+                forward_batch = _build(partial(batches.decode_batch, batch, model_runner))
                 with record.during(DECODE):
                     _forward(model_runner, forward_batch)
 
@@ -244,7 +244,7 @@ def _prefill(model_runner: Any, rows: int) -> tuple[Any, Any]:
     vocab = model_runner.model_config.vocab_size
     # ids that are not those of special tokens, which models number from either end
     prompts = [(array("q", ((100 + i % 100) % vocab for i in range(n))), new) for n, new in lengths]
-    return compat.prefill_batch(prompts, model_runner)
+    return batches.prefill_batch(prompts, model_runner)
 
 
 def _forward(model_runner: Any, forward_batch: Any) -> None:

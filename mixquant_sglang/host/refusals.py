@@ -1,4 +1,4 @@
-"""What mixquant refuses of SGLang's flags, and how a refusal ends a process: one line that says why.
+"""What mixquant refuses of SGLang's flags, asked before anything starts and again of what SGLang made of the flags.
 
 Asked of the resolved arguments, since a flag may set others (``--rl-on-policy-target`` turns deterministic inference
 on) and a model its own.  ``docs/support.md`` has the same list, and what was looked at and let through.
@@ -6,329 +6,14 @@ on) and a model its own.  ``docs/support.md`` has the same list, and what was lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.host.refused import REFUSALS, is_set
 from mixquant_sglang.recipe import Recipe, takes_ready_made
 from mixquant_sglang.recipe.select import Selection
-from mixquant_sglang.versions import compat
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """``field`` of ``ServerArgs`` (dots go on into what it holds), how much of it is refused, why, and the way out.
-
-    ``devices``: of which ``--device`` alone this is asked; empty for all.  ``unless``: fields that, if one is set, give
-    ``field`` another meaning."""
-
-    field: str
-    flag: str
-    refused: Callable[[Any], bool]
-    why: str
-    instead: str
-    devices: tuple[str, ...] = ()
-    unless: tuple[str, ...] = ()
-
-
-def _set(value: Any) -> bool:
-    return value not in (None, "", "none", "null", "off", False, 0)
-
-
-def _several(value: Any) -> bool:
-    return bool(value > 1)
-
-
-def _unnamed(value: Any) -> bool:
-    return _set(value) and not compat.stored_pages_are_named()
-
-
-def _whole_graph(value: Any) -> bool:
-    return value in ("full", "tc_piecewise")
-
-
-_REPLICAS = "start one server per replica behind SGLang's router"
-_TP = "use --tp-size"
-_LEAVE_OUT = "leave it out"
-_CP = "context parallelism splits and reorders the rows of a pass"
-_RANKS = "the linears of some layers get other rows than those of the pass"
-_BREAKABLE = "use 'breakable' (SGLang's default on CUDA) or 'disabled'"
-_GRAPHS = "row protection is tested with breakable prefill graphs and without"
-_CHECKPOINT = "serve the plain BF16 checkpoint"
-
-# Those whose loader fills the weights first and then calls process_weights_after_loading (model_loader/loader.py):
-# sharded_state, presharded and remote call it before, layered, remote_instance and ipc_cache never.
-LOAD_FORMATS = (
-    "auto", "safetensors", "pt", "npcache", "dummy", "mistral", "fastsafetensors", "instanttensor", "runai_streamer",
-)  # fmt: skip
-
-# What is not here was seen working or does not touch us: docs/support.md.
-REFUSALS: tuple[Refusal, ...] = (
-    # processes
-    Refusal(
-        "tokenizer_worker_num",
-        "--tokenizer-worker-num > 1",
-        _several,
-        "SGLang does not load plugins in its tokenizer workers",
-        "use one",
-    ),
-    Refusal(
-        "port",
-        "SGLANG_RUST_SERVER",
-        lambda _: compat.serves_by_rust(),
-        "that server reads requests where no plugin is, so a request's BF16 prefill would be ignored",
-        "unset it",
-    ),
-    Refusal(
-        "grpc_port",
-        "--grpc-port",
-        _set,
-        "that server drops custom_params of embeddings, scores and reranking, so a BF16 prefill would be ignored",
-        "use HTTP",
-        unless=("smg_grpc_mode", "grpc_mode"),
-    ),
-    Refusal("use_ray", "--use-ray", _set, "SGLang does not load plugins in Ray actors", _LEAVE_OUT),
-    Refusal(
-        "device",
-        "--device other than cuda and cpu",
-        lambda v: _set(v) and str(v).partition(":")[0] not in ("cuda", "cpu"),
-        "nothing here has run on it",
-        "use an NVIDIA GPU or the CPU",
-    ),
-    # the rows of a pass
-    Refusal(
-        "enable_dp_attention",
-        "--enable-dp-attention",
-        _set,
-        "it turns decode passes into prefill passes and mixes the rows of several ranks",
-        _TP,
-    ),
-    Refusal("attn_dp_size", "--attn-dp-size > 1", _several, "it mixes the rows of several ranks", _TP),
-    Refusal("dp_size", "--dp-size > 1", _several, "it has not been tested", _REPLICAS),
-    Refusal("pp_size", "--pp-size > 1", _several, "pipeline parallelism has not been tested", _TP),
-    Refusal("attn_cp_size", "--attn-cp-size > 1", _several, _CP, _TP),
-    Refusal("enable_prefill_cp", "--enable-prefill-cp", _set, _CP, _TP),
-    Refusal("enable_prefill_context_parallel", "--enable-prefill-context-parallel", _set, _CP, _TP),
-    Refusal("enable_dsa_prefill_context_parallel", "--enable-dsa-prefill-context-parallel", _set, _CP, _TP),
-    Refusal("enable_cp_tp_group_sharing", "prefill context parallelism in the TP group", _set, _CP, _TP),
-    Refusal(
-        "dcp_size",
-        "--dcp-size > 1",
-        _several,
-        "the last layer's attention over some rows has not been tested with decode context parallelism",
-        _TP,
-    ),
-    Refusal(
-        "enable_layernorm_sp",
-        "--enable-layernorm-sp",
-        _set,
-        "it splits the rows of a pass over ranks, and multiplies linears itself, in BF16 and past our counters",
-        _LEAVE_OUT,
-    ),
-    Refusal(
-        "enable_attn_tp_input_scattered",
-        "--enable-attn-tp-input-scattered",
-        _set,
-        "it splits the rows of a pass over ranks",
-        _LEAVE_OUT,
-    ),
-    Refusal("moe_dense_tp_size", "--moe-dense-tp-size", _set, _RANKS, _LEAVE_OUT),
-    Refusal("moe_dp_size", "--moe-dp-size > 1", _several, _RANKS, _LEAVE_OUT),
-    Refusal("moe_a2a_backend", "--moe-a2a-backend", _set, _RANKS, "use --ep-size without it"),
-    Refusal("dwdp_size", "--dwdp-size > 1", _several, "it has not been tested", _LEAVE_OUT),
-    Refusal("enable_two_batch_overlap", "--enable-two-batch-overlap", _set, "it splits the rows of a pass", _LEAVE_OUT),
-    Refusal("enable_single_batch_overlap", "--enable-single-batch-overlap", _set, "it has not been tested", _LEAVE_OUT),
-    Refusal("enable_pdmux", "--enable-pdmux", _set, "it has not been tested", _LEAVE_OUT),
-    Refusal(
-        "enable_decoder_swa_bounded_replay",
-        "--enable-decoder-swa-bounded-replay",
-        _set,
-        "it leaves rows out of prefill, which has not been tested with row protection",
-        "pass --no-enable-decoder-swa-bounded-replay",
-    ),
-    Refusal(
-        "enable_encoder_swa_bounded_replay",
-        "--enable-encoder-swa-bounded-replay",
-        _set,
-        "it prefills cached rows again, which has not been tested with row protection",
-        _LEAVE_OUT,
-    ),
-    # what a pass is for
-    Refusal(
-        "enable_return_aux_hidden_states",
-        "--enable-return-aux-hidden-states",
-        _set,
-        "prompt rows are those of low-precision prefill, which a draft should not be trained on unasked",
-        "serve the model without the plugin for it",
-    ),
-    Refusal(
-        "speculative_algorithm",
-        "--speculative-algorithm",
-        _set,
-        "speculative decoding has not been tested",
-        _LEAVE_OUT,
-    ),
-    Refusal(
-        "decoupled_spec_role",
-        "--decoupled-spec-role",
-        _set,
-        "speculative decoding has not been tested",
-        _LEAVE_OUT,
-    ),
-    Refusal(
-        "dllm_algorithm",
-        "--dllm-algorithm",
-        _set,
-        "diffusion language models have no prefill to speak of",
-        "serve them without the plugin",
-    ),
-    Refusal(
-        "disaggregation_mode",
-        "--disaggregation-mode",
-        _set,
-        "prefill/decode disaggregation has not been tested",
-        "leave it out: one server does both phases here",
-    ),
-    Refusal("encoder_only", "--encoder-only", _set, "an encoder has no prefill", "serve it without the plugin"),
-    Refusal(
-        "enable_deterministic_inference",
-        "--enable-deterministic-inference",
-        _set,
-        "the low-precision GEMMs sum in an order that depends on the number of rows",
-        "leave it out, and --rl-on-policy-target, which turns it on",
-    ),
-    # where KV is kept
-    Refusal(
-        "hicache_storage_backend",
-        "--hicache-storage-backend",
-        _unnamed,
-        compat.UNNAMED_PAGES,
-        "leave it out: --enable-hierarchical-cache keeps KV in this process",
-    ),
-    Refusal(
-        "disaggregation_decode_enable_offload_kvcache",
-        "--disaggregation-decode-enable-offload-kvcache",
-        _unnamed,
-        compat.UNNAMED_PAGES,
-        _LEAVE_OUT,
-    ),
-    Refusal(
-        "enable_lmcache",
-        "--enable-lmcache",
-        _set,
-        "how LMCache names pages has not been seen to tell KV of one recipe from that of another",
-        "use --enable-hierarchical-cache",
-    ),
-    Refusal(
-        "enable_flexkv",
-        "--enable-flexkv",
-        _set,
-        "FlexKV names pages by their tokens alone, so KV of other recipes would be read",
-        "use --enable-hierarchical-cache",
-    ),
-    Refusal(
-        "radix_cache_backend",
-        "--radix-cache-backend",
-        _set,
-        "whether it tells KV of one recipe from that of another is not known",
-        _LEAVE_OUT,
-    ),
-    Refusal(
-        "disable_radix_cache",
-        "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
-        lambda v: not v and compat.tree_ignores_keys(),
-        "that tree looks at tokens alone, so a request's BF16 prefill would reuse low-precision KV",
-        "unset it",
-    ),
-    # what replaces the forward pass
-    Refusal(
-        "enable_nvidia_megakernel",
-        "--enable-nvidia-megakernel",
-        _set,
-        "it replaces the model's forward pass, which has not been tested",
-        _LEAVE_OUT,
-    ),
-    Refusal(
-        "enable_amd_monokernel",
-        "--enable-amd-monokernel",
-        _set,
-        "it replaces the model's forward pass, which has not been tested",
-        _LEAVE_OUT,
-    ),
-    Refusal("cuda_graph_backend_prefill", "--cuda-graph-backend-prefill full", _whole_graph, _GRAPHS, _BREAKABLE),
-    Refusal(
-        "cuda_graph_config.prefill.backend",
-        "a prefill CUDA graph backend full or tc_piecewise (--cuda-graph-config, or the model's default)",
-        _whole_graph,
-        _GRAPHS,
-        "pass --cuda-graph-backend-prefill breakable or --disable-prefill-cuda-graph",
-        ("cuda",),
-    ),
-    # weights
-    Refusal("enable_lora", "--enable-lora", _set, "LoRA has not been tested", "merge the adapter into the checkpoint"),
-    Refusal("lora_paths", "--lora-paths", _set, "LoRA has not been tested", "merge the adapter into the checkpoint"),
-    Refusal("cpu_offload_gb", "--cpu-offload-gb", _set, "packed weights would stay on the GPU", _LEAVE_OUT),
-    Refusal(
-        "offload_group_size",
-        "--offload-group-size",
-        lambda v: v is not None and v > 0,
-        "it has not been tested",
-        _LEAVE_OUT,
-    ),
-    Refusal(
-        "torchao_config",
-        "--torchao-config",
-        _set,
-        "it quantises the BF16 weights that decode runs and the packed ones come from",
-        "serve torchao without the plugin",
-    ),
-    Refusal("modelopt_quant", "--modelopt-quant", _set, "it quantises the model at load", _CHECKPOINT),
-    Refusal("quantize_and_serve", "--quantize-and-serve", _set, "it quantises the model at load", _CHECKPOINT),
-    Refusal("rl_quant_profile", "--rl-quant-profile", _set, "it quantises the model at load", _CHECKPOINT),
-    Refusal(
-        "load_format",
-        "--load-format other than " + ", ".join(LOAD_FORMATS),
-        lambda v: v not in LOAD_FORMATS,
-        "it quantises, or weights arrive after process_weights_after_loading, where the packed ones are made",
-        "load from files in one of these",
-    ),
-    Refusal(
-        "weight_cache_mode",
-        "--weight-cache-mode",
-        _set,
-        "its weights arrive past process_weights_after_loading, where the packed ones are made",
-        "load from files",
-    ),
-    Refusal(
-        "enable_eplb",
-        "--enable-eplb",
-        _set,
-        "it moves experts between ranks while serving, which has not been tested",
-        _LEAVE_OUT,
-    ),
-    Refusal(
-        "elastic_ep_backend",
-        "--elastic-ep-backend",
-        _set,
-        "ranks that join later have not been tested",
-        _LEAVE_OUT,
-    ),
-    Refusal(
-        "kt_weight_path",
-        "--kt-weight-path",
-        _set,
-        "KTransformers wraps quantization methods, which has not been tested with ours",
-        _LEAVE_OUT,
-    ),
-    Refusal(
-        "model_impl",
-        "--model-impl transformers or mindspore",
-        lambda v: v in ("transformers", "mindspore"),
-        "layer names and rows of models that are not SGLang's own have not been tested",
-        "use 'auto' or 'sglang'",
-    ),
-)
+from mixquant_sglang.versions import environment, machine
+from mixquant_sglang.versions.dialect import dialect
 
 # Flags with which somebody looks at what modules return.  Fused modules hand over quantised activations, and rows that
 # nobody reads are left out, which a dump would show as values: so nothing is fused and nothing left out.
@@ -341,19 +26,19 @@ WATCHING = (
 
 def check_server_args(server_args: Any) -> None:
     """Raises ``MixQuantError`` for a flag that mixquant refuses, as given or as resolved so far."""
-    resolved = compat.resolved(server_args)
+    resolved = dialect().resolved(server_args)
     device = str(getattr(resolved, "device", None) or "").partition(":")[0]
     for refusal in REFUSALS:
         if refusal.devices and device not in refusal.devices:
             continue
         # as given too: SGLang resolves --enable-dp-attention to --attn-dp-size and False
         for args in (server_args, resolved):
-            if any(_set(_value(args, field)) for field in refusal.unless):
+            if any(is_set(_value(args, field)) for field in refusal.unless):
                 continue
             value = _value(args, refusal.field)
             if value is not None and refusal.refused(value):
                 raise MixQuantError(
-                    f"--quantization {compat.NAME} does not go with {refusal.flag}: {refusal.why}; {refusal.instead}"
+                    f"--quantization {machine.NAME} does not go with {refusal.flag}: {refusal.why}; {refusal.instead}"
                 )
 
 
@@ -381,6 +66,6 @@ def _value(args: Any, field: str) -> Any:
 
 def watching(server_args: Any) -> list[str]:
     """The flags among ``WATCHING`` that this server has, and the environment's dumper."""
-    resolved = compat.resolved(server_args)
-    flags = [f"--{field.replace('_', '-')}" for field in WATCHING if _set(getattr(resolved, field, None))]
-    return [*flags, "DUMPER_ENABLE"] if compat.dumps_modules() else flags
+    resolved = dialect().resolved(server_args)
+    flags = [f"--{field.replace('_', '-')}" for field in WATCHING if is_set(getattr(resolved, field, None))]
+    return [*flags, "DUMPER_ENABLE"] if environment.dumps_modules() else flags

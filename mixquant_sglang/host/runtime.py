@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any, Protocol
 
 from mixquant_sglang import __version__
+from mixquant_sglang.kernels.environment import NOTHING, Environment
 from mixquant_sglang.passes.counters import PassCounters
 from mixquant_sglang.passes.graphs import Graphs
 from mixquant_sglang.passes.schedule import Schedule, ScheduledPass
@@ -17,6 +18,7 @@ from mixquant_sglang.recipe.roles import Kind, Role
 from mixquant_sglang.recipe.schema import Recipe
 from mixquant_sglang.recipe.select import Selection
 from mixquant_sglang.recipe.text import some
+from mixquant_sglang.weights.arriving import Arriving
 from mixquant_sglang.weights.incoming import Known
 from mixquant_sglang.weights.refresh import Layer, Weights
 
@@ -40,9 +42,12 @@ class Lifecycle(Protocol):
 
 
 class Runtime:
-    def __init__(self, recipe: Recipe, selection: Selection, *, ready_made: str = "") -> None:
-        """``ready_made``: ``PrefillWeights.identity``."""
+    def __init__(
+        self, recipe: Recipe, selection: Selection, *, ready_made: str = "", environment: Environment = NOTHING
+    ) -> None:
+        """``ready_made``: ``ReadyMadeWeights.identity``; ``environment``: what kernels need of the server."""
         self.recipe = recipe
+        self.environment = environment
         self.fingerprint = fingerprint(recipe, selection, ready_made=ready_made)
         self.selection = selection
         self.counters = PassCounters()
@@ -51,7 +56,7 @@ class Runtime:
         self.graphs = Graphs(self.schedule, self.weights)
         self.lifecycle: Lifecycle | None = None
         self.known = Known()  # of the checkpoint that was loaded at start
-        self.sent_since_disk = False  # whether the weights are not those of any checkpoint on disk
+        self.arriving = Arriving()  # the weight update that SGLang carries out
         self.precisions: Counter[str] = Counter()  # linears by the precision of prompt rows
         self.experts: Counter[str] = Counter()  # MoE layers by that of prompt rows
         self.unproven: str | None = None  # why the probe could not run

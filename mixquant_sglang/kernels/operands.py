@@ -5,7 +5,7 @@ One format serves all kernels of a precision:
 | format | operand |
 |---|---|
 | "fp8" | codes float8_e4m3fn [M, K], scales float32 [M, 1] |
-| "nvfp4" | codes uint8 [M, K/2], scales float8_e4m3fn as ``formats.nvfp4.swizzle_scales``, row scales float32 [M] |
+| "nvfp4" | codes uint8 [M, K/2], scales float8_e4m3fn as ``formats/scale_layout.py`` says, row scales float32 [M] |
 | "qdq" | NVFP4 values as bfloat16 [M, K] (``formats.nvfp4.quantize_activations(x).dequantize()``) |
 
 On CUDA our Triton kernels make them, alone or fused with the RMSNorm or SiLU x up before them; elsewhere plain torch
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from mixquant_sglang.formats import fp8, nvfp4
+from mixquant_sglang.formats import fp8, nvfp4, scale_layout
 
 if TYPE_CHECKING:
     from mixquant_sglang.kernels.rows import Rows
@@ -89,8 +89,8 @@ def gather(x: QuantizedActivations, rows: Rows) -> tuple[torch.Tensor, ...]:
     if x.fmt != "nvfp4":
         return tuple(_gather(tensor, rows) for tensor in x.operand)
     packed, swizzled, row_scales = x.operand
-    block_scales = _gather(nvfp4.unswizzle_scales(swizzled, *x.shape), rows)
-    return _gather(packed, rows), nvfp4.swizzle_scales(block_scales), _gather(row_scales[:, None], rows)[:, 0]
+    block_scales = _gather(scale_layout.unswizzle_scales(swizzled, *x.shape), rows)
+    return _gather(packed, rows), scale_layout.swizzle_scales(block_scales), _gather(row_scales[:, None], rows)[:, 0]
 
 
 def _gather(matrix: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -111,7 +111,7 @@ def _reference(x: torch.Tensor, fmt: str) -> tuple[torch.Tensor, ...]:
         return packed.data, packed.scales[:, None]
     if fmt == "nvfp4":
         q = nvfp4.quantize_activations(x)
-        return q.packed, nvfp4.swizzle_scales(q.block_scales), q.row_scales
+        return q.packed, scale_layout.swizzle_scales(q.block_scales), q.row_scales
     if fmt == "qdq":
         return (nvfp4.quantize_activations(x).dequantize(),)
     raise ValueError(f"unknown activation format {fmt!r}")

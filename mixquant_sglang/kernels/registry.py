@@ -1,23 +1,86 @@
-"""Which class runs a precision with a kernel."""
+"""Which class runs a precision: one row for each kernel, with what it needs and what it refuses.  No torch.
+
+A new kernel is a class in a file of its own, a row here and a test.  The planner and the tools ask the same rows as the
+server, so nobody has a list of refused shapes of his own.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING
+
+from mixquant_sglang.kernels.limits import BLOCK
+from mixquant_sglang.recipe.capabilities import NATIVE_FROM
+from mixquant_sglang.recipe.roles import Kind
 
 if TYPE_CHECKING:
     from mixquant_sglang.kernels.linear.base import PackedLinear
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """``kernel``: "native" or "emulated".  ``capability``: the least (major, minor) of CUDA,
+    None where it runs on any machine.  A weight [N, K] must have multiples of ``n`` and ``k``, and K > 0; ``refusal``
+    is formatted with ``n`` and ``k`` of one that has not.  ``path``: module and class."""
+
+    precision: str
+    kind: Kind
+    kernel: str
+    capability: tuple[int, int] | None
+    n: int
+    k: int
+    refusal: str
+    path: str
+
+    def refuses(self, n: int, k: int) -> str | None:
+        """Why no [n, k] weight can be packed, or None if it can."""
+        return self.refusal.format(n=n, k=k) if n % self.n or k % self.k or not k else None
+
+    def load(self) -> type[PackedLinear]:
+        module, _, name = self.path.rpartition(".")
+        found: type[PackedLinear] = getattr(import_module(module), name)
+        return found
+
+
+_HERE = "mixquant_sglang.kernels.linear"
+KERNELS = (
+    Kernel(
+        *("nvfp4", Kind.LINEAR, "native", NATIVE_FROM["nvfp4"]),
+        *(1, BLOCK, f"K = {{k}} is not a multiple of the block size {BLOCK}"),
+        f"{_HERE}.native_nvfp4.NativeNVFP4",
+    ),
+    Kernel(
+        *("nvfp4", Kind.LINEAR, "emulated", None),
+        *(1, BLOCK, f"K = {{k}} is not a multiple of the block size {BLOCK}"),
+        f"{_HERE}.emulated_nvfp4.EmulatedNVFP4",
+    ),
+    Kernel(  # CUTLASS wants rows of a multiple of 16 bytes
+        *("fp8", Kind.LINEAR, "native", NATIVE_FROM["fp8"]),
+        *(16, 16, "[{n}, {k}] is not a multiple of 16 in both sizes"),
+        f"{_HERE}.native_fp8.NativeFP8",
+    ),
+    Kernel(  # few_rows.py, which computes the protected rows on a GPU, takes no other K; a CPU says the same
+        *("fp8", Kind.LINEAR, "emulated", None),
+        *(1, BLOCK, f"K = {{k}} is not a multiple of {BLOCK}"),
+        f"{_HERE}.emulated_fp8.EmulatedFP8",
+    ),
+)
+
+
+def find(precision: str, kernel: str, kind: Kind = Kind.LINEAR) -> Kernel:
+    """The row; ``LookupError`` if there is none."""
+    for row in KERNELS:
+        if (row.precision, row.kernel, row.kind) == (precision, kernel, kind):
+            return row
+    raise LookupError(f"no {kernel} kernel for {kind.value} in {precision}")
+
+
+def refusal(precision: str, kernel: str, n: int, k: int) -> str | None:
+    """Why ``kernel`` packs no [n, k] weight in ``precision``, or None if it does."""
+    return find(precision, kernel).refuses(n, k)
+
+
 def packed_linear(precision: str, kernel: str) -> type[PackedLinear]:
     """The class that packs weights in ``precision`` for ``kernel``."""
-    if kernel == "emulated":
-        from mixquant_sglang.kernels.linear.emulated import EmulatedFP8, EmulatedNVFP4
-
-        return EmulatedNVFP4 if precision == "nvfp4" else EmulatedFP8
-    if precision == "nvfp4":
-        from mixquant_sglang.kernels.linear.native_nvfp4 import NativeNVFP4
-
-        return NativeNVFP4
-    from mixquant_sglang.kernels.linear.native_fp8 import NativeFP8
-
-    return NativeFP8
+    return find(precision, kernel).load()

@@ -36,7 +36,7 @@ def warm_up(model: torch.nn.Module, methods: Sequence[MixQuantLinearMethod], dev
             if fmt and new("rows", fmt, k, method.split):
                 kernels.quantise("rows", k, fmt, device, protects=method.split)
         if method.split and method.precision[Role.PROTECTED] == "bf16":
-            for cut in {0, method.apart}:
+            for cut in {0, method.split_product.columns if method.split_product else 0}:
                 if new("few", n, k, cut, bias is not None):
                     kernels.few(method.master, bias, cut)
     for module in model.modules():

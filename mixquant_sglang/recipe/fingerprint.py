@@ -37,7 +37,7 @@ _LEFT_OUT: dict[type, frozenset[str]] = {
 def fingerprint(recipe: Recipe, selection: Selection, *, ready_made: str = "") -> str:
     """16 hexadecimal digits, or ``policy.BF16`` where no layer has a low precision in either phase.
 
-    ``ready_made``: the identity of ready-made prefill weights (``PrefillWeights.identity``)."""
+    ``ready_made``: the identity of ready-made prefill weights (``ReadyMadeWeights.identity``)."""
     if not selection.kernels:
         return policy.BF16
     facts = {"version": __version__, "recipe": _plain(recipe), "selection": _plain(selection), "ready": ready_made}

@@ -1,5 +1,5 @@
 """Which modules of a model no recipe makes low, by their names, and what SGLang fuses: facts that the server, the
-planner, ``mixquant quantize`` and ready-made weights share.
+planner, ``mixquant quantize``, weight updates and ready-made weights share.
 
 A name says enough where every model that uses it means the same.  What names cannot say is found at load: by the tree
 of modules (``host/report.py``) and by running the model (``host/probe.py``).
@@ -7,8 +7,13 @@ of modules (``host/report.py``) and by running the model (``host/probe.py``).
 
 from __future__ import annotations
 
+import re
+
 # What SGLang fuses in its dense models; a model's own packed_modules_mapping is added to it.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Linears that some engine has in one GEMM, which so share a tensor scale in a checkpoint; beside SGLang's dense models
+# those of Mixtral's experts and of DeepSeek's latent attention.
+SCALE_GROUPS = (*FUSED.values(), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
 
 NEVER = "never quantised"
 A_GATE = "never quantised: a gate, whose errors add up or change what is picked"
@@ -41,6 +46,12 @@ _TOWERS = frozenset(
     }
 )
 
+# What speculation adds behind the blocks of the model, and the tables of tokens.
+_DRAFT = frozenset({"mtp", "mtp_layers"})
+_TABLES = frozenset({"lm_head", "embed_tokens"})
+
+_BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
 
 def why_bf16(name: str) -> str | None:
     """Why the module ``name`` is BF16 whatever the recipe says; None if its name does not say so."""
@@ -55,3 +66,21 @@ def why_bf16(name: str) -> str | None:
 def is_outside(name: str) -> bool:
     """Whether ``name`` lies below a tower or a projector."""
     return not _TOWERS.isdisjoint(name.split(".")[:-1])
+
+
+def is_draft(name: str) -> bool:
+    """Whether ``name`` lies below the draft layers that a checkpoint brings for speculation."""
+    return not _DRAFT.isdisjoint(name.split(".")[:-1])
+
+
+def block_of(name: str) -> int | None:
+    """The number of the block that ``name`` lies in; those from ``num_hidden_layers`` on are draft layers."""
+    found = _BLOCK.search(name)
+    return int(found[1]) if found else None
+
+
+def is_never_low(name: str) -> bool:
+    """Whether no linear of SGLang that a recipe makes low can be the checkpoint's module ``name``: tables of tokens,
+    experts, draft layers, and what lies outside of the language model."""
+    *path, leaf = name.split(".")
+    return leaf in _TABLES or "experts" in path or is_draft(name) or is_outside(name)

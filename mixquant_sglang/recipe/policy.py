@@ -6,7 +6,8 @@ low precision.
 
 A cached prefix is named by what made it: ``mixquant:FINGERPRINT`` (``recipe/fingerprint.py``) for the server's own
 prefill, ``mixquant:bf16`` for BF16, and behind it, after a ``|``, whatever key the client or SGLang gave the request.
-None of these names is the beginning of another up to that ``|``, so no client text makes KV of one prefill pass for another's.
+None of these names is the beginning of another up to that ``|``, so no client text makes KV of one prefill pass for
+another's.
 
 No torch, no sglang: the HTTP side, the scheduler and tests ask the same functions.
 """

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.recipe.capabilities import NATIVE_FROM, is_native
 from mixquant_sglang.recipe.schema import Recipe
 
 
@@ -70,19 +71,15 @@ def select(recipe: Recipe, device: Device) -> Selection:
 def _auto(device: Device) -> tuple[str, str]:
     if device.capability is None:
         return "nvfp4", "there is no NVIDIA GPU, so NVFP4 is emulated"
-    if device.capability >= (10, 0):
+    if is_native("nvfp4", device.capability):
         return "nvfp4", f"{device} has NVFP4 tensor cores"
-    if device.capability >= (8, 9):
+    if is_native("fp8", device.capability):
         return "fp8", f"{device} has FP8 tensor cores but none for NVFP4"
     return "nvfp4", f"{device} has neither NVFP4 nor FP8 tensor cores, so NVFP4 is emulated"
 
 
-_NATIVE_FROM = {"nvfp4": (10, 0), "fp8": (8, 9)}
-
-
 def _kernel(precision: str, recipe: Recipe, device: Device) -> str:
-    needed = _NATIVE_FROM[precision]
-    can_native = device.capability is not None and device.capability >= needed
+    needed, can_native = NATIVE_FROM[precision], is_native(precision, device.capability)
     if recipe.kernel == "native" and not can_native:
         raise MixQuantError(
             f"{recipe.source} kernel: native {precision} needs an NVIDIA GPU of SM{needed[0]}{needed[1]} or newer, "

@@ -1,0 +1,1 @@
+"""The commands of ``mixquant``: what a user runs beside a server. Nothing else imports this room."""

@@ -1,1 +1,1 @@
-"""Ready-made NVFP4 weights (recipe key ``prefill.weights``): read from a checkpoint beside the BF16 one."""
+"""Weights as they lie in files and come in updates: checkpoints, ready-made NVFP4 weights, and packing anew."""

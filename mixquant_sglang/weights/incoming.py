@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mixquant_sglang.recipe.modules import block_of, is_draft
+
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHUNK = 2**24  # elements in flight to the device
-# Tensors that SGLang's loaders skip, and draft layers, which the served model has none of: trainers leave them out.
+# Tensors that SGLang's loaders skip. Trainers leave them out, and so they do draft layers, which no served model has.
 SKIPPED = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
-_DRAFT = re.compile(r"(?:.*\.)?mtp(?:_layers)?\..*")
-_BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\..*")
 
 
 @dataclass
@@ -69,10 +69,10 @@ class Known:
         return None
 
     def _spare(self, name: str, names: set[str]) -> bool:
-        block = _BLOCK.fullmatch(name)
+        block = block_of(name)
         return (
-            bool(SKIPPED.fullmatch(name) or _DRAFT.fullmatch(name))
-            or (block is not None and int(block[1]) >= self.blocks)
+            bool(SKIPPED.fullmatch(name) or is_draft(name))
+            or (block is not None and block >= self.blocks)
             or not names.isdisjoint(self.same.get(name, ()))
         )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.formats.nvfp4 import BLOCK
+from mixquant_sglang.formats import BLOCK
 from mixquant_sglang.weights.checkpoint import Source
 
 _COMPRESSED = "nvfp4-pack-quantized"

@@ -33,7 +33,7 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if not torch.cuda.is_available():
-        # Stock SGLang needs this on a machine without a GPU; mixquant's compat.allow_cpu says why.
+        # Stock SGLang needs this on a machine without a GPU; mixquant's versions.machine.allow_cpu says why.
         import sglang.srt.layers.rotary_embedding.base as rotary
 
         rotary._is_cpu = True

@@ -19,9 +19,11 @@ MODEL, GPU, TOKENS = "Qwen3-8B", "B200", 8192
 
 def speeds(arms: list[str]) -> dict[str, float]:
     """The predicted prefill speed-up over the recipe bf16, by arm."""
-    from mixquant_sglang.tools.plan.command import make_plan, predict
-    from mixquant_sglang.tools.plan.cost import Workload
-    from mixquant_sglang.tools.plan.data import find_gpu, find_model
+    from mixquant_sglang.tools.plan.gpus import find_gpu
+    from mixquant_sglang.tools.plan.models import find_model
+    from mixquant_sglang.tools.plan.predict import predict
+    from mixquant_sglang.tools.plan.recipes import make_plan
+    from mixquant_sglang.tools.plan.workload import Workload
 
     model, gpu = find_model(MODEL), find_gpu(GPU)
     work = Workload(input_len=TOKENS)

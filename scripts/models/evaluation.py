@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -33,10 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def nvfp4_linear(weights: Weights) -> Linear:
     """The package's NVFP4 numbers (formats/nvfp4.py) for weights and activations, for the linears of the layers."""
-    spec = importlib.util.spec_from_file_location("nvfp4", ROOT / "mixquant_sglang" / "formats" / "nvfp4.py")
-    assert spec and spec.loader
-    nvfp4 = sys.modules["nvfp4"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nvfp4)
+    from mixquant_sglang.formats import nvfp4
+
     low = {
         weight.data_ptr(): nvfp4.quantize(weight.cpu(), scales="search").dequantize().to(weight.device)
         for name, weight in weights.items()

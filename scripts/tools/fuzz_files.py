@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.recipe.select import Device, select
-from mixquant_sglang.tools.quantize.command import quantize_checkpoint
-from mixquant_sglang.weights.ready_made import PrefillWeights
+from mixquant_sglang.tools.quantize.checkpoint import quantize_checkpoint
+from mixquant_sglang.weights.ready_made import ReadyMadeWeights
 from scripts.tools.fuzz_check import NASTY, check, one_line
 
 DEVICES = [Device("a CPU", None), Device("A100", (8, 0)), Device("H200", (9, 0)), Device("B200", (10, 0))]
@@ -138,7 +138,7 @@ def headers(rng: random.Random, folder: Path) -> str:
     broken_header(rng, model / "model.safetensors")
     try:
         if ready:
-            PrefillWeights.open(str(model), "recipe.yaml:2 prefill.weights")
+            ReadyMadeWeights.open(str(model), "recipe.yaml:2 prefill.weights")
             return "ready-made taken"
         quantize_checkpoint(model, out)
     except MixQuantError as error:

@@ -23,7 +23,9 @@ from collections.abc import Callable
 
 import torch
 
-from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.formats import BLOCK, nvfp4, scale_search
+from mixquant_sglang.formats.blocks import E2M1_MAX, E4M3_MAX, encode_scale, f32, round_e2m1
+from mixquant_sglang.kernels.packing import quantize_nvfp4
 
 K = 4096
 E4M3 = torch.float8_e4m3fn
@@ -76,14 +78,14 @@ def quantised(x: torch.Tensor, outer: torch.Tensor, candidates: tuple[float, ...
     """FP32 values of ``x`` by ``outer`` scales [M, 1]: each block takes the scale amax/c with the least squared error.
 
     Arithmetic as in ``formats/nvfp4.py``, from which its parts are taken."""
-    scaled = (x.float() / outer).reshape(x.shape[0], -1, nvfp4.BLOCK)
+    scaled = (x.float() / outer).reshape(x.shape[0], -1, BLOCK)
     amax = scaled.abs().amax(-1)
     best: torch.Tensor | None = None
     best_error = torch.empty(0)
     for candidate in candidates:
-        scales = (amax * (1 / candidate)).clamp(max=nvfp4.E4M3_MAX).to(E4M3)
-        encode = nvfp4._encode_scale(amax, scales, 1.0)[..., None]
-        magnitude = nvfp4._round_e2m1((scaled.abs() * encode).clamp(max=nvfp4.E2M1_MAX))
+        scales = (amax * (1 / candidate)).clamp(max=E4M3_MAX).to(E4M3)
+        encode = encode_scale(amax, scales, 1.0)[..., None]
+        magnitude = round_e2m1((scaled.abs() * encode).clamp(max=E2M1_MAX))
         value = torch.copysign(magnitude * scales.float()[..., None], scaled)
         error = (value - scaled).square().sum(-1, keepdim=True)
         if best is None:
@@ -125,13 +127,13 @@ def choices(calibration: torch.Tensor) -> dict[str, Rule]:
 def exhaustive(weight: torch.Tensor, energy: torch.Tensor | None = None) -> torch.Tensor:
     """FP32 values of ``weight`` with the best of all E4M3 scales for each block."""
     outer = nvfp4._outer_scale(weight, None)
-    g = nvfp4.f32(1 / outer)
-    blocks = weight.float().reshape(len(weight), -1, nvfp4.BLOCK)
+    g = f32(1 / outer)
+    blocks = weight.float().reshape(len(weight), -1, BLOCK)
     amax, magnitude = blocks.abs().amax(-1), blocks.abs().permute(2, 0, 1).contiguous()
     weights = None if energy is None else nvfp4._ratios(energy, "search", weight)
-    scales = nvfp4._search(magnitude, amax, torch.zeros_like(amax).to(E4M3), g, weights, range(127))
-    encode = nvfp4._encode_scale(amax, scales, g)[..., None]
-    value = nvfp4._round_e2m1((blocks.abs() * encode).clamp(max=nvfp4.E2M1_MAX)) * scales.float()[..., None]
+    scales = scale_search.search(magnitude, amax, torch.zeros_like(amax).to(E4M3), g, weights, range(127))
+    encode = encode_scale(amax, scales, g)[..., None]
+    value = round_e2m1((blocks.abs() * encode).clamp(max=E2M1_MAX)) * scales.float()[..., None]
     return torch.copysign(value, blocks).reshape(weight.shape) * outer
 
 
@@ -145,10 +147,10 @@ def weight_errors(tokens: int, outputs: int) -> tuple[dict[str, dict[str, float]
     for name, sample in WEIGHTS.items():
         weight = (sample(outputs) * 0.02).bfloat16()
         rules = {
-            "absmax": nvfp4.quantize(weight).dequantize(torch.float32),
-            "search": nvfp4.quantize(weight, scales="search").dequantize(torch.float32),
+            "absmax": quantize_nvfp4(weight).dequantize(torch.float32),
+            "search": quantize_nvfp4(weight, scales="search").dequantize(torch.float32),
             "search all 127": exhaustive(weight),
-            "weighted": nvfp4.quantize(weight, scales="search", column_weights=energy).dequantize(torch.float32),
+            "weighted": quantize_nvfp4(weight, scales="search", column_weights=energy).dequantize(torch.float32),
             "weighted all 127": exhaustive(weight, energy),
         }
         for rule, wq in rules.items():
@@ -164,9 +166,9 @@ def quantise_seconds(outputs: int, device: str) -> dict[str, float]:
     """For 10^9 weights, the best of five runs over [outputs, K] after one to warm up, the rules in turn."""
     weight, energy = (gaussian(outputs) * 0.02).bfloat16().to(device), torch.rand(K, device=device)
     rules: dict[str, Callable[[], object]] = {
-        "absmax": lambda: nvfp4.quantize(weight),
-        "search": lambda: nvfp4.quantize(weight, scales="search"),
-        "weighted": lambda: nvfp4.quantize(weight, scales="search", column_weights=energy),
+        "absmax": lambda: quantize_nvfp4(weight),
+        "search": lambda: quantize_nvfp4(weight, scales="search"),
+        "weighted": lambda: quantize_nvfp4(weight, scales="search", column_weights=energy),
     }
     times: dict[str, list[float]] = {rule: [] for rule in rules}
     for _ in range(6):
@@ -190,8 +192,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     weight = (torch.randn(args.outputs, K) * 0.02).bfloat16()
     weights = {
-        "absmax": nvfp4.quantize(weight).dequantize(torch.float32),
-        "search": nvfp4.quantize(weight, scales="search").dequantize(torch.float32),
+        "absmax": quantize_nvfp4(weight).dequantize(torch.float32),
+        "search": quantize_nvfp4(weight, scales="search").dequantize(torch.float32),
     }
     errors: dict[str, dict[str, float]] = {}
     for name, sample in DISTRIBUTIONS.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mixquant_sglang.tools.quantize.command import quantize_checkpoint
+from mixquant_sglang.tools.quantize.checkpoint import quantize_checkpoint
 from tests.e2e.test_servers import Counted, ids, together
 from tests.support import plugins
 from tests.support.nvfp4_checkpoints import save_modelopt

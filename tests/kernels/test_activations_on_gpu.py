@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant_sglang.formats import fp8, nvfp4
+from mixquant_sglang.formats import fp8, nvfp4, scale_layout
 from mixquant_sglang.kernels.triton import activations
-from mixquant_sglang.kernels.triton.activations import FORMATS
+from mixquant_sglang.kernels.triton.launch import FORMATS
 from tests.kernels.test_triton_on_gpu import tokens
 
 pytestmark = pytest.mark.gpu
@@ -227,7 +227,7 @@ def test_rows_are_the_same_alone_and_in_company(m: int, k: int, kind: str, fmt: 
     def linear(results: Results, rows: int) -> Results:
         if fmt != "nvfp4":
             return results
-        return results[0], nvfp4.unswizzle_scales(results[1], rows, k), results[2]
+        return results[0], scale_layout.unswizzle_scales(results[1], rows, k), results[2]
 
     for produce in producers(m, k, kind).values():
         together = linear(produce(slice(None), fmt), m)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mixquant_sglang.formats import nvfp4
-from mixquant_sglang.kernels.linear.emulated import EmulatedNVFP4
-from mixquant_sglang.kernels.registry import packed_linear
+from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
+from mixquant_sglang.kernels.registry import refusal
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and torch sees none")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
@@ -46,5 +46,5 @@ def test_against_float64(m: int, n: int, k: int, kind: str, scales: str, device:
 @pytest.mark.parametrize("k", [8, 24, 40, 4100])
 def test_a_width_that_the_kernel_of_few_rows_refuses_is_refused_at_load(precision: str, kernel: str, k: int) -> None:
     """In the first prefill it would be a ValueError in a scheduler (few_rows.py)."""
-    assert f"{k}" in (packed_linear(precision, kernel).refusal(64, k) or "")
-    assert packed_linear(precision, kernel).refusal(64, k // 16 * 16 + 16) is None
+    assert f"{k}" in (refusal(precision, kernel, 64, k) or "")
+    assert refusal(precision, kernel, 64, k // 16 * 16 + 16) is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixquant_sglang.formats import fp8
-from mixquant_sglang.kernels.linear.emulated import EmulatedFP8
+from mixquant_sglang.kernels.linear.emulated_fp8 import EmulatedFP8
 from mixquant_sglang.kernels.linear.native_fp8 import NativeFP8
 
 pytestmark = pytest.mark.gpu

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixquant_sglang.kernels.tuning import fp8_gemm
+from mixquant_sglang.kernels.tuning import fp8_cache, fp8_gemm
 from mixquant_sglang.kernels.tuning.fp8_gemm import CANDIDATES, Cell, GemmTable
 
 pytestmark = pytest.mark.gpu
@@ -118,13 +118,13 @@ def test_tuning_real_shapes_takes_a_second_and_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MIXQUANT_CACHE_DIR", str(tmp_path))
-    caplog.set_level(logging.INFO, logger=fp8_gemm.logger.name)
+    caplog.set_level(logging.INFO, logger=fp8_cache.logger.name)
     import sgl_kernel  # noqa: F401  SGLang has imported it long before it loads a model
 
     numbers, held = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     begin = time.monotonic()
-    table = fp8_gemm.load_or_tune(QWEN3_8B, ROWS, torch.device("cuda"), {"sgl_kernel": "test"})
+    table = fp8_cache.load_or_tune(QWEN3_8B, ROWS, torch.device("cuda"), {"sgl_kernel": "test"})
     took = time.monotonic() - begin
     peak = torch.cuda.max_memory_allocated() - held
     print(f"{table}\ntook {took:.2f} s, at most {peak / 2**20:.0f} MiB")
@@ -138,6 +138,6 @@ def test_tuning_real_shapes_takes_a_second_and_no_memory(
         least = 2 * n * k * 16384 / 1e16 * 1e3  # no GPU of today does 10 PFLOP/s in dense FP8
         assert all(ms > least for ms in table.cells[n, k, 16384].ms.values())
     begin = time.monotonic()
-    again = fp8_gemm.load_or_tune(QWEN3_8B, ROWS, torch.device("cuda"), {"sgl_kernel": "test"})
+    again = fp8_cache.load_or_tune(QWEN3_8B, ROWS, torch.device("cuda"), {"sgl_kernel": "test"})
     assert again.cells == table.cells and time.monotonic() - begin < 0.5
     assert sum("(cached)" in record.getMessage() for record in caplog.records) == len(QWEN3_8B)

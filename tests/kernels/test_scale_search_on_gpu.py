@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.kernels.packing import has_search, quantize_nvfp4
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,9 +56,7 @@ def same(got: nvfp4.NVFP4Tensor, want: nvfp4.NVFP4Tensor) -> None:
 
 def by_torch(x: torch.Tensor, **options: object) -> nvfp4.NVFP4Tensor:
     """The plain torch of ``quantize`` on ``x``'s own device."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nvfp4, "_has_kernel", lambda device: False)
-        return nvfp4.quantize(x, scales="search", **options)
+    return nvfp4.quantize(x, scales="search", **options)
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -68,15 +67,15 @@ def test_equals_torch_on_the_cpu(kind: str, n: int, k: int, dtype: torch.dtype) 
     x = KINDS[kind](n, k).to(dtype)
     energy = (torch.randn(k) * 2).exp().square()
     energy[: k // 3] = 0
-    assert nvfp4._has_kernel(torch.device("cuda"))
+    assert has_search(torch.device("cuda"))
     for outer in (None, 0.000731, 2.0**-126, 2.0**126):
         want = by_torch(x, tensor_scale=outer)
         poison = torch.full((n, k), math.nan, device="cuda")  # the allocator hands this memory out again
         del poison
-        same(nvfp4.quantize(x.cuda(), scales="search", tensor_scale=outer), want)
+        same(quantize_nvfp4(x.cuda(), scales="search", tensor_scale=outer), want)
         same(by_torch(x.cuda(), tensor_scale=outer), want)
     weighted = by_torch(x, column_weights=energy)
-    same(nvfp4.quantize(x.cuda(), scales="search", column_weights=energy), weighted)
+    same(quantize_nvfp4(x.cuda(), scales="search", column_weights=energy), weighted)
     same(by_torch(x.cuda(), column_weights=energy), weighted)
 
 
@@ -84,7 +83,7 @@ def test_strides_and_float16() -> None:
     torch.manual_seed(0)
     x = student(96, 160).half()
     for view in (lambda x: x, lambda x: x.t(), lambda x: x[::3, 16:64], lambda x: x[:, :48].t()):
-        same(nvfp4.quantize(view(x.cuda()), scales="search"), by_torch(view(x)))
+        same(quantize_nvfp4(view(x.cuda()), scales="search"), by_torch(view(x)))
 
 
 def test_equal_at_the_edge_of_every_choice() -> None:
@@ -107,7 +106,7 @@ def test_equal_at_the_edge_of_every_choice() -> None:
         low, high = torch.where(as_low, middle, low), torch.where(as_low, high, middle)
     for step in range(-6, 7):
         energy[15::16] = (high.view(torch.int32) + step).view(torch.float32).clamp(max=1)
-        same(nvfp4.quantize(x.cuda(), scales="search", column_weights=energy), by_torch(x, column_weights=energy))
+        same(quantize_nvfp4(x.cuda(), scales="search", column_weights=energy), by_torch(x, column_weights=energy))
 
 
 def test_refusals() -> None:
@@ -145,8 +144,8 @@ def test_time_for_8b_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     times = {
         "absmax, torch": seconds(nvfp4.quantize),
         "search, torch": seconds(by_torch),
-        "search, kernel": seconds(lambda w: nvfp4.quantize(w, scales="search")),
-        "weighted, kernel": seconds(lambda w: nvfp4.quantize(w, scales="search", column_weights=energy[w.shape[1]])),
+        "search, kernel": seconds(lambda w: quantize_nvfp4(w, scales="search")),
+        "weighted, kernel": seconds(lambda w: quantize_nvfp4(w, scales="search", column_weights=energy[w.shape[1]])),
     }
     with capsys.disabled():
         name = torch.cuda.get_device_name()

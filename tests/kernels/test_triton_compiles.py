@@ -1,6 +1,10 @@
 """Our Triton kernels without a GPU: they compile for every architecture, and interpreted give the right numbers."""
 
+import ast
+import importlib
+import inspect
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +18,16 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mixquant_sglang.kernels.triton import activations, few_rows, nvfp4, rows, scale_search  # noqa: E402
+from mixquant_sglang.kernels import triton as package  # noqa: E402
+from mixquant_sglang.kernels.triton import (  # noqa: E402
+    activations,
+    few_rows,
+    launch,
+    row_kernels,
+    rows,
+    scale_search,
+    unpack,
+)
 
 Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
@@ -32,20 +45,20 @@ def activations_case(source: str, fmt: str, k: int, residual: bool = False, kept
         "rows": "i32",
         "eps": "fp32",
     }
-    warps, split = activations._shape(source, fmt, k)
+    warps, split = launch.shape_of(source, fmt, k)
     constants = {"K": k, "THREADS": 32 * warps, "SPLIT": split, "SOURCE": source, "FORMAT": fmt}
     constants |= {name: None for name, kind in types.items() if kind is None}
-    return activations._quantize_rows, {name: kind for name, kind in types.items() if kind}, constants, warps
+    return row_kernels.quantize_rows, {name: kind for name, kind in types.items() if kind}, constants, warps
 
 
 def pairs_case(k: int, kept: bool = False) -> Case:
     types = {"x_ptr": "*bf16", "out_ptr": "*i32", "scale_ptr": "*u8", "row_scale_ptr": "*fp32", "rows": "i32"}
     types |= {"slots_ptr": "*i32", "kept_ptr": "*bf16"} if kept else {}
-    warps = activations._warps_of_pairs(k)
+    warps = launch.warps_of_pairs(k)
     constants: dict[str, Any] = {"K": k, "THREADS": 32 * warps} | (
         {} if kept else {"slots_ptr": None, "kept_ptr": None}
     )
-    return activations._quantize_pairs, types, constants, warps
+    return row_kernels.quantize_pairs, types, constants, warps
 
 
 def search_case(dtype: str, weighted: bool = False, strided: bool = False) -> Case:
@@ -75,7 +88,7 @@ CASES: dict[str, Case] = {
     "scale_search_weighted": search_case("*bf16", weighted=True),
     "scale_search_float": search_case("*fp32", strided=True),
     "unpack_weights": (
-        nvfp4._unpack_weights,
+        unpack._unpack_weights,
         {"packed_ptr": "*u8", "scale_ptr": "*u8", "out_ptr": "*i32", "blocks": "i32"},
         {"BLOCKS": 256},
         4,
@@ -122,65 +135,26 @@ CASES: dict[str, Case] = {
 }
 
 
-# device functions that kernels call
-HELPERS = {
-    "_all_halves",
-    "_and",
-    "_block_maximum",
-    "_block_scale",
-    "_bytes",
-    "_clamped",
-    "_code_pair",
-    "_codes",
-    "_e2m1",
-    "_e2m1_pair",
-    "_e4m3",
-    "_eighth",
-    "_encode",
-    "_error",
-    "_four",
-    "_half_encode",
-    "_halved",
-    "_halves",
-    "_larger_pair",
-    "_largest",
-    "_largest_of",
-    "_load",
-    "_load_row",
-    "_merged",
-    "_norm",
-    "_nvfp4_blocks",
-    "_pair",
-    "_prmt",
-    "_round_to_grid",
-    "_row_scale",
-    "_rows",
-    "_sign",
-    "_scales_of",
-    "_silu",
-    "_store",
-    "_store_fp8",
-    "_store_nvfp4",
-    "_store_qdq",
-    "_store_row",
-    "_store_scales",
-    "_times",
-    "_word_ptr",
-    "_words",
-    "_zero_scales",
-}
 # exp2 and rsqrt of the SiLU and the norm flush subnormals, of which neither has one that matters
 FLUSHING = ("ex2.approx.ftz.f32", "rsqrt.approx.ftz.f32")
 
 
 def test_every_kernel_is_in_the_table() -> None:
-    kernels = {
-        name
-        for module in (activations, few_rows, nvfp4, rows, scale_search)
-        for name, value in vars(module).items()
-        if isinstance(value, triton.runtime.JITFunction) and name not in HELPERS
+    """A kernel is a jit function that no other one calls; device functions are compiled as parts of those."""
+    functions = {
+        name: value
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+        for name, value in vars(importlib.import_module(found.name)).items()
+        if isinstance(value, triton.runtime.JITFunction)
     }
-    assert {kernel.fn.__name__ for kernel, *_ in CASES.values()} == kernels
+    called = {
+        node.func.id
+        for function in functions.values()
+        for node in ast.walk(ast.parse(inspect.getsource(function.fn)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert called >= {"load_row", "store_nvfp4", "_error"}
+    assert {kernel.fn.__name__ for kernel, *_ in CASES.values()} == functions.keys() - called
 
 
 @pytest.mark.slow
@@ -225,7 +199,7 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.zeros(4, 32, dtype=torch.bfloat16), torch.ones(32, dtype=torch.bfloat16)
     slots, kept = torch.zeros(4, dtype=torch.int32), torch.zeros(9, 32, dtype=torch.bfloat16)
-    monkeypatch.setattr(activations, "_capability", lambda device: (8, 6))
+    monkeypatch.setattr(launch, "capability", lambda device: (8, 6))
     for call in (
         lambda: activations.quantize(x, "fp4"),
         lambda: activations.quantize(x.float(), "qdq"),
@@ -244,7 +218,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: activations.rmsnorm(x, weight, 1e-6, "qdq", residual=x.t()),
         lambda: activations.silu_mul(x[:, :31].contiguous(), "qdq"),
         lambda: activations.silu_mul(x[:, :16].contiguous(), "qdq"),
-        lambda: activations._empty_results("fp8", 4, 32, torch.device("cuda")),
+        lambda: launch.empty_results("fp8", 4, 32, torch.device("cuda")),
     ):
         with pytest.raises(ValueError, match=r"must|needs"):
             call()
@@ -257,7 +231,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from mixquant_sglang.formats import fp8
 from mixquant_sglang.formats import nvfp4 as reference
-from mixquant_sglang.kernels.triton import activations, nvfp4, rows
+from mixquant_sglang.kernels.triton import activations, rows, unpack
+from mixquant_sglang.kernels.triton.launch import FORMATS
 
 torch.manual_seed(0)
 TYPES = {
@@ -292,17 +267,17 @@ for m, k in ((0, 16), (1, 16), (9, 48), (5, 208), (2, 4096), (3, 11008)):
     x[4:5, 7] = float("inf")
     x[5:6, 7] = float("nan")
     x = x.bfloat16()
-    same(nvfp4.qdq_activations(x), reference.quantize_activations(x).dequantize())
+    same(activations.quantize(x, "qdq")[0], reference.quantize_activations(x).dequantize())
 
 for n, k in ((1, 16), (33, 48), (7, 1040)):
     x = torch.randn(n, k) * torch.exp2(torch.randint(-20, 6, (n, k // 16)).float()).repeat_interleave(16, 1)
     w = reference.quantize(x)
     out = torch.full((n, k), float("nan"), dtype=torch.bfloat16)
-    assert nvfp4.unscaled(w.packed, w.block_scales, out) is out
+    assert unpack.unscaled(w.packed, w.block_scales, out) is out
     same(out, w.unscaled())
 everything = torch.arange(256, dtype=torch.uint8).repeat(127, 1)
 scales = torch.arange(127, dtype=torch.uint8)[:, None].repeat(1, 32).view(torch.float8_e4m3fn)
-same(nvfp4.unscaled(everything, scales), reference.NVFP4Tensor(everything, scales, torch.tensor(1.0)).unscaled())
+same(unpack.unscaled(everything, scales), reference.NVFP4Tensor(everything, scales, torch.tensor(1.0)).unscaled())
 
 x = torch.randn(7, 2500).bfloat16()
 for dtype in (torch.int32, torch.int64):
@@ -349,7 +324,7 @@ def check(produce, exact, m, k, fmt):
     assert (kept[count:] == 7).all()
 
 
-for (m, k), fmt in itertools.product([(0, 16), (1, 16), (7, 48), (3, 1040)], activations.FORMATS):
+for (m, k), fmt in itertools.product([(0, 16), (1, 16), (7, 48), (3, 1040)], FORMATS):
     x = torch.randn(m, k) * torch.exp2(torch.linspace(-120, 120, m))[:, None]
     x[:, 3] *= 50
     x[::2, :16] = -0.0
@@ -436,6 +411,8 @@ for (n, k), slots, used in itertools.product([(96, 64), (200, 48)], [5, 16, 64],
 
 
 SEARCH = """
+from mixquant_sglang.kernels.triton.scale_search import quantize_
+
 reference._empty_codes = lambda x: (
     torch.full((x.shape[0], x.shape[1] // 2), 0xA5, dtype=torch.uint8),
     torch.full((x.shape[0], x.shape[1] // 16), float("nan")).to(torch.float8_e4m3fn),
@@ -444,9 +421,8 @@ reference._empty_codes = lambda x: (
 
 def check(x, **options):
     results = []
-    for kernel in (True, False):
-        reference._has_kernel = lambda device: kernel
-        quantised = reference.quantize(x, scales="search", **options)
+    for kernel in (quantize_, None):
+        quantised = reference.quantize(x, scales="search", kernel=kernel, **options)
         results.append((quantised.packed, quantised.block_scales.view(torch.uint8), quantised.tensor_scale))
     for got, want in zip(*results, strict=True):
         same(got, want)
@@ -487,7 +463,6 @@ low, high = torch.full((256,), 2.0**-20), torch.full((256,), 1.0)
 
 
 def choice(weight):
-    reference._has_kernel = lambda device: False
     energy[15::16] = weight
     return reference.quantize(x, scales="search", column_weights=energy).block_scales.view(torch.uint8)[0]
 

@@ -7,6 +7,7 @@ import torch
 
 from mixquant_sglang.formats import fp8
 from mixquant_sglang.formats import nvfp4 as reference
+from mixquant_sglang.kernels.packing import quantize_nvfp4
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,11 +45,15 @@ def tokens(m: int, k: int, kind: str) -> torch.Tensor:
     return x.bfloat16()
 
 
+def qdq_activations(x: torch.Tensor) -> torch.Tensor:
+    from mixquant_sglang.kernels.triton import activations
+
+    return activations.quantize(x, "qdq")[0]
+
+
 @pytest.mark.parametrize(("m", "k"), SHAPES)
 @pytest.mark.parametrize("kind", ["gaussian", "outliers", "magnitudes", "ties"])
 def test_qdq_activations(m: int, k: int, kind: str) -> None:
-    from mixquant_sglang.kernels.triton.nvfp4 import qdq_activations
-
     x = tokens(m, k, kind)
     want = reference.quantize_activations(x.cpu()).dequantize()
     same(reference.quantize_activations(x).dequantize(), want)
@@ -58,8 +63,6 @@ def test_qdq_activations(m: int, k: int, kind: str) -> None:
 
 
 def test_qdq_of_no_rows_and_of_one_row_in_a_batch() -> None:
-    from mixquant_sglang.kernels.triton.nvfp4 import qdq_activations
-
     x = tokens(300, 2560, "outliers")
     assert qdq_activations(x[:0]).shape == (0, 2560)
     whole = qdq_activations(x)
@@ -69,7 +72,7 @@ def test_qdq_of_no_rows_and_of_one_row_in_a_batch() -> None:
 
 @pytest.mark.parametrize(("n", "k"), [(1, 16), (33, 48), (4096, 4096), (1024, 11008), (7, 12288)])
 def test_unscaled(n: int, k: int) -> None:
-    from mixquant_sglang.kernels.triton.nvfp4 import unscaled
+    from mixquant_sglang.kernels.triton.unpack import unscaled
 
     torch.manual_seed(0)
     x = torch.randn(n, k // 16, 16) * torch.exp2(torch.randint(-20, 6, (n, k // 16, 1)).float())
@@ -82,7 +85,7 @@ def test_unscaled(n: int, k: int) -> None:
 
 
 def test_unscaled_of_every_code_and_scale() -> None:
-    from mixquant_sglang.kernels.triton.nvfp4 import unscaled
+    from mixquant_sglang.kernels.triton.unpack import unscaled
 
     packed = torch.arange(256, dtype=torch.uint8).repeat(127, 1)
     scales = torch.arange(127, dtype=torch.uint8)[:, None].repeat(1, 32).view(torch.float8_e4m3fn)
@@ -96,7 +99,7 @@ def test_weights_quantise_alike_on_cpu_and_gpu(scales: str, dtype: torch.dtype) 
     torch.manual_seed(0)
     x = torch.randn(130, 1040, dtype=dtype) * torch.exp2(torch.randint(-12, 3, (130, 1)).float()).to(dtype)
     x[3] = 0
-    cpu, gpu = reference.quantize(x, scales=scales), reference.quantize(x.cuda(), scales=scales)
+    cpu, gpu = reference.quantize(x, scales=scales), quantize_nvfp4(x.cuda(), scales=scales)
     same(gpu.tensor_scale, cpu.tensor_scale)
     differ = (gpu.block_scales.view(torch.uint8).cpu() != cpu.block_scales.view(torch.uint8)).float().mean()
     assert differ == 0 if scales == "absmax" else differ < 1e-3  # the order of a sum can decide between two scales
@@ -123,7 +126,6 @@ def test_fp8_rows_quantise_alike_on_cpu_and_gpu(kind: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_activations_neither_synchronise_nor_break_a_graph() -> None:
-    from mixquant_sglang.kernels.triton.nvfp4 import qdq_activations
     from mixquant_sglang.kernels.triton.rows import gather_rows, scale_rows_, scatter_rows_
 
     x = tokens(9, 256, "gaussian")
@@ -197,19 +199,19 @@ def test_scale_rows() -> None:
 
 
 def test_refusals() -> None:
-    from mixquant_sglang.kernels.triton import nvfp4, rows
+    from mixquant_sglang.kernels.triton import rows, unpack
 
     x = torch.zeros(4, 32, dtype=torch.bfloat16, device="cuda")
     scales = torch.zeros(4, 2, device="cuda").to(torch.float8_e4m3fn)
     packed = torch.zeros(4, 16, dtype=torch.uint8, device="cuda")
     for call in (
-        lambda: nvfp4.qdq_activations(x.float()),
-        lambda: nvfp4.qdq_activations(x.t()),
-        lambda: nvfp4.qdq_activations(x.cpu()),
-        lambda: nvfp4.qdq_activations(torch.zeros(2, 24, dtype=torch.bfloat16, device="cuda")),
-        lambda: nvfp4.unscaled(packed, scales[:2]),
-        lambda: nvfp4.unscaled(packed, scales, x[:2]),
-        lambda: nvfp4.unscaled(packed, scales.view(torch.uint8)),
+        lambda: qdq_activations(x.float()),
+        lambda: qdq_activations(x.t()),
+        lambda: qdq_activations(x.cpu()),
+        lambda: qdq_activations(torch.zeros(2, 24, dtype=torch.bfloat16, device="cuda")),
+        lambda: unpack.unscaled(packed, scales[:2]),
+        lambda: unpack.unscaled(packed, scales, x[:2]),
+        lambda: unpack.unscaled(packed, scales.view(torch.uint8)),
         lambda: rows.gather_rows(x.t(), torch.zeros(2, dtype=torch.int64, device="cuda")),
         lambda: rows.gather_rows(x, torch.zeros(2, device="cuda")),
         lambda: rows.gather_rows(x.cpu(), torch.zeros(2, dtype=torch.int64, device="cuda")),

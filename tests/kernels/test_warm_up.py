@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from mixquant_sglang.kernels.triton import activations, few_rows, nvfp4, warm_up  # noqa: E402
+from mixquant_sglang.kernels.limits import FEW_ROWS  # noqa: E402
+from mixquant_sglang.kernels.triton import activations, few_rows, launch, unpack, warm_up  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -40,8 +41,8 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     found: set[str] = set()
     for module, names in (
         (few_rows, ["_linear_rows"]),
-        (activations, ["_quantize_rows", "_quantize_pairs"]),
-        (nvfp4, ["_unpack_weights"]),
+        (launch, ["quantize_rows", "quantize_pairs"]),
+        (unpack, ["_unpack_weights"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
@@ -59,7 +60,7 @@ def test_few_rows(keys: set[str], n: int, k: int, cut: int, with_bias: bool) -> 
     weight, bias = bf16(n, k), bf16(n) if with_bias else None
     warm_up.few(weight, bias, cut)
     warmed = {*keys}
-    for slots in range(1, few_rows.MOST + 1):
+    for slots in range(1, FEW_ROWS + 1):
         for tokens in (1, 16, 17):
             for given in {None, bias} if bias is None else (None, bias):  # ranks but the first give no bias
                 for index in (
@@ -74,7 +75,7 @@ def test_few_rows(keys: set[str], n: int, k: int, cut: int, with_bias: bool) -> 
 
 
 @pytest.mark.parametrize("protects", [False, True])
-@pytest.mark.parametrize("fmt", activations.FORMATS)
+@pytest.mark.parametrize("fmt", launch.FORMATS)
 @pytest.mark.parametrize("source", ["rows", "norm", "silu"])
 @pytest.mark.parametrize("k", [16, 208, 4096])
 def test_quantisers(keys: set[str], source: str, fmt: str, k: int, protects: bool) -> None:
@@ -101,7 +102,7 @@ def test_every_kernel_is_warmed_or_only_runs_at_load() -> None:
     """gather and scatter run in captured graphs alone (rows.py), the scale search packs weights, and products make the
     launches of the other two, whose sizes are those of the weight."""
     assert {kernel.fn.__name__ for kernel in warm_up.KERNELS} == {
-        *("_linear_rows", "_quantize_rows", "_quantize_pairs"),
+        *("_linear_rows", "quantize_rows", "quantize_pairs"),
         *("_unpack_weights", "_scale", "_gather", "_scatter", "_search_scales"),
     }
     assert all(hasattr(kernel, "device_caches") for kernel in warm_up.KERNELS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,19 +18,19 @@ from sglang.srt.layers.quantization import modelopt_quant
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.formats import nvfp4, scale_layout
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.kernels import operands as quantized
-from mixquant_sglang.kernels.linear import native_nvfp4
-from mixquant_sglang.kernels.linear.emulated import EmulatedNVFP4
+from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
 from mixquant_sglang.kernels.linear.native_nvfp4 import NativeNVFP4
+from mixquant_sglang.kernels.registry import refusal
 from mixquant_sglang.kernels.rows import EagerRows
 from mixquant_sglang.kernels.tuning import fp4_gemm
 from mixquant_sglang.kernels.verify import ROWS, TOLERANCE, Pair, activations, verify
 from mixquant_sglang.passes.running import Pass, scope
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Selection
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import fp4
 from tests.support.blackwell import CALLS, gemm, install
 
 SHAPES = [(128, 64), (96, 48), (40, 80), (256, 256)]  # with and without padding of N to 32 and K to 32
@@ -37,18 +38,19 @@ SHAPES = [(128, 64), (96, 48), (40, 80), (256, 256)]  # with and without padding
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_nvfp4, "fp4_linear_method", None)
-    monkeypatch.setattr(native_nvfp4, "own_quantizer", None)
     monkeypatch.setenv("FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH", "1")
     install(monkeypatch.setattr)
-    compat.provide_fp4_linear_method()
     CALLS.clear()
 
 
 @pytest.fixture(params=["ours", "flashinfer"])
 def quantizer(request: pytest.FixtureRequest, stand_ins: None) -> str:
-    compat.provide_fp4_linear_method(own_quantizer=request.param == "ours")
     return str(request.param)
+
+
+def native_linear(weight: torch.Tensor, quantizer: str = "ours", **options: Any) -> NativeNVFP4:
+    environment = fp4.environment(own_quantizer=quantizer == "ours")
+    return NativeNVFP4(weight, environment=environment, **options)
 
 
 def tokens(m: int, k: int) -> torch.Tensor:
@@ -65,7 +67,7 @@ def test_native_gives_the_numbers_of_the_emulated_kernel(m: int, n: int, k: int,
     torch.manual_seed(0)
     weight = torch.randn(n, k, dtype=torch.bfloat16) * 0.03
     x, bias = tokens(m, k), torch.randn(n, dtype=torch.bfloat16)
-    native, emulated = NativeNVFP4(weight, scales="search"), EmulatedNVFP4(weight, scales="search")
+    native, emulated = native_linear(weight, quantizer, scales="search"), EmulatedNVFP4(weight, scales="search")
     assert torch.equal(native.matmul(x, None), emulated.matmul(x, None))
     assert torch.equal(native.matmul(x, bias), emulated.matmul(x, bias))
     assert set(CALLS) == ({"fp4_gemm"} if quantizer == "ours" else {"fp4_quantize", "fp4_gemm"})
@@ -75,7 +77,7 @@ def test_native_gives_the_numbers_of_the_emulated_kernel(m: int, n: int, k: int,
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_rows_do_not_depend_on_each_other(n: int, k: int, quantizer: str) -> None:
     torch.manual_seed(0)
-    native, x = NativeNVFP4(torch.randn(n, k, dtype=torch.bfloat16)), tokens(9, k)
+    native, x = native_linear(torch.randn(n, k, dtype=torch.bfloat16), quantizer), tokens(9, k)
     together = native.matmul(x, None)
     for i in range(9):
         assert torch.equal(native.matmul(x[i : i + 1], None)[0], together[i])
@@ -98,14 +100,13 @@ def test_the_activations_that_the_gemm_reads(monkeypatch: pytest.MonkeyPatch, k:
 
     monkeypatch.setattr(modelopt_quant, "fp4_gemm", spy)
     weight, x = torch.randn(96, k, dtype=torch.bfloat16), tokens(130, k)
-    for own in (True, False):
-        compat.provide_fp4_linear_method(own_quantizer=own)
-        NativeNVFP4(weight).matmul(x, None)
+    for quantizer in ("ours", "flashinfer"):
+        native_linear(weight, quantizer).matmul(x, None)
     (ours, our_scales), (theirs, their_scales) = read
     expected = nvfp4.quantize_activations(x)
     assert torch.equal(ours, theirs) and torch.equal(our_scales, their_scales)
     assert torch.equal(ours[:, : k // 2], expected.packed) and not ours[:, k // 2 :].any()
-    linear = nvfp4.unswizzle_scales(our_scales, 130, k)
+    linear = scale_layout.unswizzle_scales(our_scales, 130, k)
     assert torch.equal(linear, expected.block_scales.view(torch.uint8))
 
 
@@ -115,15 +116,15 @@ def test_swizzle_is_sglangs(n: int, k: int) -> None:
 
     scales = torch.randint(1, 127, (n, k // 16), dtype=torch.uint8).view(torch.float8_e4m3fn)
     theirs = swizzle_blockscale(scales)
-    assert torch.equal(nvfp4.swizzle_scales(scales).view(torch.uint8), theirs.view(torch.uint8))
-    assert torch.equal(nvfp4.unswizzle_scales(theirs, n, k).view(torch.uint8), scales.view(torch.uint8))
+    assert torch.equal(scale_layout.swizzle_scales(scales).view(torch.uint8), theirs.view(torch.uint8))
+    assert torch.equal(scale_layout.unswizzle_scales(theirs, n, k).view(torch.uint8), scales.view(torch.uint8))
 
 
 def test_some_rows_of_an_operand() -> None:
     """What the last layer reads (fusion.py); -1 in a captured graph gives rows that nobody reads."""
     torch.manual_seed(0)
     weight, bias = torch.randn(96, 80, dtype=torch.bfloat16), torch.randn(96, dtype=torch.bfloat16)
-    native, x = NativeNVFP4(weight), tokens(300, 80)
+    native, x = native_linear(weight), tokens(300, 80)
     rows = EagerRows(300, ((3, 4), (129, 260), (299, 300)), x.device)
     operand = quantized.gather(quantized.quantize(x, "nvfp4"), rows)
     again = quantized.quantize(x[rows.index], "nvfp4").operand
@@ -140,7 +141,7 @@ def test_the_linear_method_runs_it() -> None:
     rows = EagerRows(9, ((3, 4), (8, 9)), torch.device("cpu"))
     x, results = tokens(9, 80), []
     for kernel in ("native", "emulated"):
-        run = Runtime(asked, Selection("nvfp4", "bf16", {"nvfp4": kernel}, ""))
+        run = Runtime(asked, Selection("nvfp4", "bf16", {"nvfp4": kernel}, ""), environment=fp4.environment())
         method, layer = MixQuantLinearMethod(run, "down_proj", "nvfp4", "bf16"), torch.nn.Module()
         method.create_weights(layer, 80, [96], 80, 96, torch.bfloat16, weight_loader=None)
         torch.manual_seed(0)
@@ -162,35 +163,42 @@ def test_the_linear_method_runs_it() -> None:
 def test_the_bytes_that_the_gemm_reads(n: int, k: int) -> None:
     weight = torch.randn(n, k, dtype=torch.bfloat16)
     packed = nvfp4.quantize(weight, scales="search")
-    shadow = NativeNVFP4(weight, scales="search")._shadows[0]
+    shadow = native_linear(weight, scales="search")._shadows[0]
     rows, columns = -(-n // 32) * 32, -(-k // 32) * 32 // 2
     assert shadow.weight.shape == (rows, columns) and shadow.weight.dtype == torch.uint8
     assert torch.equal(shadow.weight[:n, : k // 2], packed.packed)
     assert not shadow.weight[n:].any() and not shadow.weight[:, k // 2 :].any()
     swizzled = shadow.weight_scale_interleaved
-    assert torch.equal(nvfp4.unswizzle_scales(swizzled, n, k).view(torch.uint8), packed.block_scales.view(torch.uint8))
+    assert torch.equal(
+        scale_layout.unswizzle_scales(swizzled, n, k).view(torch.uint8), packed.block_scales.view(torch.uint8)
+    )
     assert float(shadow.alpha) == float(packed.tensor_scale) and float(shadow.input_scale_inv) == 1.0
 
 
 def test_refresh_keeps_addresses(quantizer: str) -> None:
     weight = torch.randn(96, 48, dtype=torch.bfloat16)
     x = torch.randn(3, 48, dtype=torch.bfloat16)
-    native = NativeNVFP4(weight, scales="absmax")
+    native = native_linear(weight, quantizer, scales="absmax")
     before = [t.data_ptr() for t in native.tensors()]
     native.refresh(weight * 2)
     assert [t.data_ptr() for t in native.tensors()] == before
-    assert torch.equal(native.matmul(x, None), NativeNVFP4(weight * 2, scales="absmax").matmul(x, None))
+    assert torch.equal(native.matmul(x, None), native_linear(weight * 2, quantizer, scales="absmax").matmul(x, None))
 
 
 def test_marlin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     marlin = SimpleNamespace(is_marlin=lambda: True)
     monkeypatch.setattr("sglang.srt.layers.quantization.fp4_utils.get_fp4_gemm_runner_backend", lambda: marlin)
     with pytest.raises(MixQuantError, match="--fp4-gemm-backend marlin"):
-        compat.provide_fp4_linear_method()
+        fp4.environment()
+
+
+def test_nothing_is_packed_without_sglangs_method() -> None:
+    with pytest.raises(MixQuantError, match="SGLang's FP4 linear method, which was not provided"):
+        NativeNVFP4(torch.randn(96, 48, dtype=torch.bfloat16))
 
 
 def test_odd_k_is_refused_by_shape() -> None:
-    assert NativeNVFP4.refusal(64, 24) == "K = 24 is not a multiple of the block size 16"
+    assert refusal("nvfp4", "native", 64, 24) == "K = 24 is not a multiple of the block size 16"
 
 
 # Ready-made weights
@@ -200,11 +208,13 @@ def test_parts_with_scales_of_their_own(quantizer: str) -> None:
     torch.manual_seed(0)
     weight = torch.cat([torch.randn(n, 80, dtype=torch.bfloat16) * 4**i for i, n in enumerate((96, 40, 8))])
     ready = [nvfp4.quantize(part, scales="absmax") for part in weight.split([96, 40, 8])]
-    native, emulated = NativeNVFP4(weight, ready=ready), EmulatedNVFP4(weight, ready=ready)
+    native, emulated = native_linear(weight, quantizer, ready=ready), EmulatedNVFP4(weight, ready=ready)
     x, bias = torch.randn(5, 80, dtype=torch.bfloat16), torch.randn(144, dtype=torch.bfloat16)
     assert torch.equal(native.matmul(x, bias), emulated.matmul(x, bias))
     assert native.matmul(x[:0], bias).shape == (0, 144)
-    assert native.nbytes == sum(NativeNVFP4(part, scales="absmax").nbytes for part in weight.split([96, 40, 8]))
+    assert native.nbytes == sum(
+        native_linear(part, quantizer, scales="absmax").nbytes for part in weight.split([96, 40, 8])
+    )
     before, expected = [t.data_ptr() for t in native.tensors()], native.matmul(x, None)
     for tensor in native.tensors():
         tensor.data.fill_(0)
@@ -215,10 +225,10 @@ def test_parts_with_scales_of_their_own(quantizer: str) -> None:
 # The check at load
 
 
-def pair(n: int = 96, k: int = 80) -> Pair:
+def pair(n: int = 96, k: int = 80, quantizer: str = "ours") -> Pair:
     torch.manual_seed(1)
     weight = torch.randn(n, k, dtype=torch.bfloat16) * 0.03
-    return Pair("model.layers.0.x", n, k, NativeNVFP4(weight), EmulatedNVFP4(weight))
+    return Pair("model.layers.0.x", n, k, native_linear(weight, quantizer), EmulatedNVFP4(weight))
 
 
 @pytest.mark.parametrize("m", ROWS)
@@ -229,7 +239,7 @@ def test_quantising_does_not_change_the_activations(m: int) -> None:
 
 
 def test_kernels_that_agree(quantizer: str) -> None:
-    count, worst = verify([pair(), pair(128, 64)], torch.device("cpu"))
+    count, worst = verify([pair(quantizer=quantizer), pair(128, 64, quantizer)], torch.device("cpu"))
     assert count == 2 and worst < TOLERANCE / 4
     assert verify([], torch.device("cpu")) == (0, 0.0)
 
@@ -268,7 +278,7 @@ def test_kernels_that_disagree(monkeypatch: pytest.MonkeyPatch, wrong: object, q
         r"error \S+, allowed 0\.00391; choose another --fp4-gemm-backend, or 'kernel: emulated' in a recipe; 'verify"
     )
     with pytest.raises(MixQuantError) as caught:
-        verify([pair()], torch.device("cpu"))
+        verify([pair(quantizer=quantizer)], torch.device("cpu"))
     assert re.match(message, str(caught.value))
 
 
@@ -315,9 +325,9 @@ def test_flashinfer_then_knows_every_row_count(most: int) -> None:
 
 def test_each_shape_is_measured_once_for_each_row_count(monkeypatch: pytest.MonkeyPatch, quantizer: str) -> None:
     weights = [torch.randn(n, k, dtype=torch.bfloat16) for n, k in ((64, 32), (64, 32), (40, 80))]
-    linears = [NativeNVFP4(weight) for weight in weights]
+    linears = [native_linear(weight, quantizer) for weight in weights]
     ready = [nvfp4.quantize(part) for part in weights[0].split([32, 32])]
-    linears += [NativeNVFP4(weights[0], ready=ready), EmulatedNVFP4(weights[0])]
+    linears += [native_linear(weights[0], quantizer, ready=ready), EmulatedNVFP4(weights[0])]
     measuring = Measuring(monkeypatch)
     state = torch.get_rng_state()
     tuned = fp4_gemm.tune(linears, 700, measuring)
@@ -328,7 +338,7 @@ def test_each_shape_is_measured_once_for_each_row_count(monkeypatch: pytest.Monk
 
 
 def test_too_little_memory_to_measure(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    linears = [NativeNVFP4(torch.randn(n, 32, dtype=torch.bfloat16)) for n in (64, 96)]
+    linears = [native_linear(torch.randn(n, 32, dtype=torch.bfloat16)) for n in (64, 96)]
     measuring = Measuring(monkeypatch)
     measuring.too_large = 256
     fp4_gemm.tune(linears, 512, measuring)
@@ -348,9 +358,9 @@ def test_sglang_measures_where_it_is_to() -> None:
     from sglang.srt.server_args import ServerArgs
 
     assert all(hasattr(ServerArgs, name) for name in vars(runner().server_args))
-    assert compat.fp4_gemm_measuring(runner(disable_flashinfer_autotune=True)) is None
-    assert compat.fp4_gemm_measuring(runner(enable_deterministic_inference=True)) is None
-    context = compat.fp4_gemm_measuring(runner())  # SGLang's own; not entered without a GPU
+    assert fp4.fp4_gemm_measuring(runner(disable_flashinfer_autotune=True)) is None
+    assert fp4.fp4_gemm_measuring(runner(enable_deterministic_inference=True)) is None
+    context = fp4.fp4_gemm_measuring(runner())  # SGLang's own; not entered without a GPU
     assert context is not None and hasattr(context, "__enter__")
     signature = inspect.signature(flashinfer_autotune.flashinfer_autotune_context)
     assert len(signature.parameters) == 2  # the runner, and what to do with logits

@@ -14,12 +14,13 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from mixquant_sglang import recipe
 from mixquant_sglang.host import config
 from mixquant_sglang.host.hooks import bypasses as hooks
-from mixquant_sglang.host.hooks import table
+from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.kernels.rows import EagerRows
 from mixquant_sglang.layers import bypasses
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.layers.outputs import ReadRows
+from mixquant_sglang.layers.packed import PackedLinearMethod
 from mixquant_sglang.passes.running import DECODE_PASS, Pass, scope
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Device, select
@@ -154,7 +155,7 @@ def test_blocks_without_a_linear_of_ours_stay() -> None:
 def test_every_way_to_multiply_is_ours() -> None:
     """A way that SGLang adds to its BF16 method would pass ours by."""
     ways = {name for name, what in vars(UnquantizedLinearMethod).items() if name[0] != "_" and inspect.isfunction(what)}
-    assert {"apply", "create_weights"} <= ways <= {*vars(MixQuantLinearMethod)}
+    assert {"apply", "create_weights"} <= ways <= {*vars(MixQuantLinearMethod), *vars(PackedLinearMethod)}
 
 
 def test_an_addend() -> None:
@@ -187,7 +188,7 @@ def test_min_tokens_needs_bf16_decode_in_all_layers(
     file = tmp_path / "recipe.yaml"
     file.write_text(f"version: 1\nprefill: {{precision: nvfp4, min_tokens: 9}}\n{text}\n")
     monkeypatch.setenv(recipe.RECIPE_ENV, str(file))
-    monkeypatch.setattr(table, "check_hooks_took_effect", lambda *_: None)
+    monkeypatch.setattr(registry, "check_hooks_took_effect", lambda *_: None)
     who = "some" if name == "a rule" else "them"
     with pytest.raises(SystemExit, match=rf"prefill.min_tokens.* the recipe decodes {who} in nvfp4"):
         config.MixQuantConfig()

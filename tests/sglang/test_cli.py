@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from mixquant_sglang import recipe
-from mixquant_sglang.host.hooks import table
+from mixquant_sglang.host.hooks import registry, table
 from mixquant_sglang.recipe.select import Device
 from mixquant_sglang.tools.cli import main
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import machine
 
 
 @pytest.fixture(autouse=True)
 def without_the_http_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once 0.5.23's is imported among all that pytest has, this process crashes as it ends."""
-    monkeypatch.setattr(table, "HOOKS", tuple(hook for hook in table.HOOKS if hook.process != "http"))
+    monkeypatch.setattr(registry, "HOOKS", tuple(hook for hook in table.HOOKS if hook.process != "http"))
 
 
 @pytest.mark.slow
@@ -27,7 +27,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     out = done.stdout
     assert done.returncode == 0, done.stderr
-    assert f"hooks              {len(table.hooks_of())} of {len(table.hooks_of())} targets exist" in out
+    assert f"hooks              {len(registry.hooks_of())} of {len(registry.hooks_of())} targets exist" in out
     assert "plugin             found by SGLang\n" in out and out.endswith(
         "=> --quantization mixquant will start here\n"
     )
@@ -96,11 +96,11 @@ def test_doctor_asks_for_the_recipe_of_the_environment(
 
 def test_what_was_tested_is_a_version_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = Device("this CPU", None), Device("NVIDIA H200", (9, 0))
-    monkeypatch.setattr(compat, "TESTED", {"0.5.17": ("CPU", "GPU"), "0.5.23": ("CPU",)})
+    monkeypatch.setattr(machine, "TESTED", {"0.5.17": ("CPU", "GPU"), "0.5.23": ("CPU",)})
     said = {}
     for version in ("0.5.17", "0.5.23", "0.5.24"):
-        monkeypatch.setattr(compat, "sglang_version", lambda version=version: version)
-        said[version] = [compat.untested(device) for device in (cpu, gpu)]
+        monkeypatch.setattr(machine, "sglang_version", lambda version=version: version)
+        said[version] = [machine.untested(device) for device in (cpu, gpu)]
     assert said["0.5.17"] == ["", ""]
     assert said["0.5.23"] == ["", "SGLang 0.5.23: tested on CPU only; on a GPU, SGLang 0.5.17"]
     assert said["0.5.24"] == [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixquant_sglang.host.hooks import table
+from mixquant_sglang.host.hooks import registry, table
 
 
 @pytest.mark.slow
@@ -18,7 +18,7 @@ def test_what_is_there_and_what_is_not() -> None:
     site = Path(str(init.locate())).parents[1]
     targets = [target for hook in table.HOOKS if hook.process != "http" for target in hook.targets]
     assert [drift.exists(site, target) for target in targets] == [_imports(target) for target in targets]
-    assert all(drift.exists(site, target) for hook in table.hooks_of("http") for target in hook.targets)
+    assert all(drift.exists(site, target) for hook in registry.hooks_of("http") for target in hook.targets)
     for gone in ("sglang.srt.server_args.ServerArgs.nope", "sglang.srt.nope.X.y", "sglang.srt.server_args.nope"):
         assert not drift.exists(site, gone)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from mixquant_sglang import recipe
 from mixquant_sglang.host.runtime import Runtime
-from mixquant_sglang.kernels.linear import emulated
+from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
 from mixquant_sglang.kernels.operands import QuantizedActivations
 from mixquant_sglang.kernels.rows import CapturedRows, EagerRows, row_numbers
 from mixquant_sglang.kernels.tuning import fp8_gemm
@@ -22,7 +22,7 @@ from mixquant_sglang.passes.running import DECODE_PASS, Pass, scope
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Device, select
 
-compat = pytest.importorskip("mixquant_sglang.versions.compat")
+machine = pytest.importorskip("mixquant_sglang.versions.machine")
 
 # SGLang's norms take one kind of tensor for a process: CUDA's where there is a GPU.
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="SGLang's norms run on the GPU that is here")
@@ -67,7 +67,7 @@ def block(name: str, device: str, on: Device | None = None, **changes: object) -
     from sglang.srt.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
     asked = replace(recipe.load(name), **changes)
-    run = Runtime(asked, select(asked, on or compat.device()))
+    run = Runtime(asked, select(asked, on or machine.device()))
     torch.manual_seed(0)
     layer, mlp, attention = (cls.__new__(cls) for cls in (Qwen3DecoderLayer, Qwen2MLP, Qwen3Attention))
     for module in (layer, mlp, attention):
@@ -190,8 +190,8 @@ def test_no_rows_and_additions_take_the_plain_norm() -> None:
         y, _ = layer.input_layernorm(x.clone(), gaps)
         assert isinstance(y, torch.Tensor)
         wrong = eager(split_rows([RequestRows(5, 0, 5)], last_prompt_token=True), x.device)
-        with scope(Pass(Role.PROMPT, wrong)), pytest.raises(RuntimeError, match="qkv_proj got 9 rows"):
-            layer.input_layernorm(x)
+    with scope(Pass(Role.PROMPT, wrong)), pytest.raises(RuntimeError, match="qkv_proj got 9 rows"):
+        layer.input_layernorm(x)
 
 
 # -- the last layer ----------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def exact_fp8(x: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tens
     return (x.double() @ w.double().t() * sx.double() * sw.double()).to(torch.bfloat16)
 
 
-def exact_nvfp4(packed: emulated.EmulatedNVFP4, operand: tuple[torch.Tensor, ...], _bias: None) -> torch.Tensor:
+def exact_nvfp4(packed: EmulatedNVFP4, operand: tuple[torch.Tensor, ...], _bias: None) -> torch.Tensor:
     (part,), (alpha,) = packed._parts, packed._alphas
     return (operand[0].double() @ part.unscaled(torch.float32).double().t() * alpha).to(torch.bfloat16)
 
@@ -290,7 +290,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CapturedRows, "gather", gather)
     monkeypatch.setattr(CapturedRows, "scatter", scatter)
     monkeypatch.setattr(fp8_gemm, "CANDIDATES", {"exact": exact_fp8})
-    monkeypatch.setattr(emulated.EmulatedNVFP4, "multiply", exact_nvfp4)
+    monkeypatch.setattr(EmulatedNVFP4, "multiply", exact_nvfp4)
     monkeypatch.setattr(
         UnquantizedLinearMethod, "apply", lambda self, layer, x, bias=None: exact_linear(x, layer.weight, bias)
     )
@@ -306,7 +306,8 @@ class Pair:
 
 
 def pair(name: str, *, protect: bool, fused: bool, change: Callable[[torch.nn.Module], None] | None = None) -> Pair:
-    from mixquant_sglang.layers.fused import fuse, prune_last_layer
+    from mixquant_sglang.layers.fused import fuse
+    from mixquant_sglang.layers.last_layer import prune_last_layer
 
     models = []
     for _ in range(2):
@@ -473,7 +474,8 @@ def test_whoever_reads_the_rows_left_out_gets_an_error() -> None:
 @pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
 def test_a_captured_graph_of_the_last_layer(name: str, protect: bool) -> None:
     """Replays against the whole layer run eagerly: a GEMM of fewer rows may round another way."""
-    from mixquant_sglang.layers.fused import fuse, prune_last_layer
+    from mixquant_sglang.layers.fused import fuse
+    from mixquant_sglang.layers.last_layer import prune_last_layer
 
     layer = block(name, "cuda", protect_last_prompt_token=protect)
     fuse(layer)
@@ -520,7 +522,7 @@ def test_a_captured_graph_of_the_last_layer(name: str, protect: bool) -> None:
 
 
 def test_what_is_not_pruned() -> None:
-    from mixquant_sglang.layers.fused import prune_last_layer
+    from mixquant_sglang.layers.last_layer import prune_last_layer
 
     layer = block("nvfp4-emulated", "cpu")
     model = causal_lm(layer)

@@ -13,18 +13,19 @@ import torch
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.host.hooks import forward, launcher, requests, table
+from mixquant_sglang.host.hooks import forward, launcher, registry, requests, table
 from mixquant_sglang.passes.rows import RequestRows
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import machine, v0_5_23
+from mixquant_sglang.versions.dialect import dialect
 
 LEDGER = Path(__file__).resolve().parents[2] / "patches" / "README.md"
 
 
 def test_every_target_exists_here() -> None:
-    for hook in table.hooks_of():
+    for hook in registry.hooks_of():
         if hook.process != "http":  # those in a process of their own: test_requests.py
-            assert table.target_of(hook) in hook.targets
-    absent = {hook.handler for hook in table.HOOKS} - {hook.handler for hook in table.hooks_of()}
+            assert registry.target_of(hook) in hook.targets
+    absent = {hook.handler for hook in table.HOOKS} - {hook.handler for hook in registry.hooks_of()}
     assert absent & {"weights_begin", "weights_end"} in (set(), {"weights_begin", "weights_end"})  # sessions, or none
 
 
@@ -35,19 +36,19 @@ def test_a_hook_is_left_out_only_where_there_is_nothing_to_hook(monkeypatch: pyt
     for hook in table.HOOKS:
         if hook.only_with.startswith("sglang.srt.managers"):
             owner, _, name = hook.only_with.rpartition(".")
-            assert (hook in table.hooks_of()) == hasattr(pkgutil.resolve_name(owner), name)
+            assert (hook in registry.hooks_of()) == hasattr(pkgutil.resolve_name(owner), name)
         elif hook.only_with:
-            assert (hook in table.hooks_of()) == (find_spec(hook.only_with) is not None)
+            assert (hook in registry.hooks_of()) == (find_spec(hook.only_with) is not None)
         else:
-            assert hook in table.hooks_of()
+            assert hook in registry.hooks_of()
     there, nowhere = (
         table.Hook("schedule_batch", "after", "scheduler", ("sglang.gone",), "is a test", only_with=module)
         for module in ("sglang.srt.server_args", "sglang.not_a_package.module")
     )
-    monkeypatch.setattr(table, "HOOKS", (there, nowhere))
-    assert table.hooks_of("scheduler") == table.hooks_of() == [there]
+    monkeypatch.setattr(registry, "HOOKS", (there, nowhere))
+    assert registry.hooks_of("scheduler") == registry.hooks_of() == [there]
     with pytest.raises(MixQuantError, match=r"has no sglang\.gone, which mixquant .* needs: it is a test"):
-        table.check_hooks_took_effect()
+        registry.check_hooks_took_effect()
 
 
 def test_ledger_and_code_name_the_same_hooks() -> None:
@@ -72,7 +73,7 @@ def test_where_sglang_reads_the_sizes_of_prefill_graphs() -> None:
 
 def test_every_handler_exists_and_nothing_else_is_one() -> None:
     for hook in table.HOOKS:
-        assert callable(table.handler_of(hook))
+        assert callable(registry.handler_of(hook))
     assert len({hook.handler for hook in table.HOOKS}) == len(table.HOOKS)
 
 
@@ -91,9 +92,9 @@ def test_a_missing_target_is_named_with_its_purpose(hook: table.Hook, monkeypatc
     else:
         monkeypatch.setattr(pkgutil, "resolve_name", without)
     with pytest.raises(MixQuantError) as error:
-        table.target_of(hook)
+        registry.target_of(hook)
     assert all(target in str(error.value) for target in hook.targets) and hook.why in str(error.value)
-    assert compat.sglang_version() in str(error.value) and "pip install" in str(error.value)
+    assert machine.sglang_version() in str(error.value) and "pip install" in str(error.value)
 
 
 def test_a_hook_that_did_not_take_effect_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,14 +107,14 @@ def test_a_hook_that_did_not_take_effect_is_found(monkeypatch: pytest.MonkeyPatc
     def other(result: Any, *args: Any) -> None: ...
 
     hook = table.Hook("schedule_batch", "after", "scheduler", ("here.made",), "is a test")
-    monkeypatch.setattr(table, "target_of", lambda hook: "here.made")
+    monkeypatch.setattr(registry, "target_of", lambda hook: "here.made")
     monkeypatch.setattr(table.pkgutil, "resolve_name", lambda name: Target.made)
-    assert not table.took_effect(hook)
+    assert not registry.took_effect(hook)
     wrapped = _wrap_fn(Target.__dict__["made"].__func__, forward.schedule_batch, HookType.AFTER)
     Target.made = classmethod(_wrap_fn(wrapped, other, HookType.AFTER))  # somebody else's hook on top of ours
-    assert table.took_effect(hook)
+    assert registry.took_effect(hook)
     Target.made = classmethod(_wrap_fn(Target.__dict__["made"].__func__.__wrapped__, other, HookType.AFTER))
-    assert table.took_effect(hook)
+    assert registry.took_effect(hook)
 
 
 def test_config_refuses_where_the_hooks_are_missing() -> None:
@@ -127,9 +128,9 @@ def test_a_recipe_without_bf16_decode_has_no_bf16_policy(monkeypatch: pytest.Mon
     class Params:
         custom_params: ClassVar = {"mixquant": {"prefill": "bf16"}}
 
-    monkeypatch.setattr(launcher, "_recipe", recipe.load("nvfp4"))
+    monkeypatch.setattr(launcher.asked, "recipe", recipe.load("nvfp4"))
     requests.check_request(None, Params())
-    monkeypatch.setattr(launcher, "_recipe", recipe.load("nvfp4-everywhere"))
+    monkeypatch.setattr(launcher.asked, "recipe", recipe.load("nvfp4-everywhere"))
     with pytest.raises(ValueError, match="nvfp4-everywhere has decode nvfp4"):
         requests.check_request(None, Params())
 
@@ -141,9 +142,11 @@ def test_arguments_that_are_already_resolved_are_left_alone(monkeypatch: pytest.
         _resolution_finished = True
 
     calls = []
-    monkeypatch.setenv(compat.ACTIVE_ENV, "1")
+    if not dialect().resolution_finished(Args()):  # 0.5.17 resolves once; arguments that come resolved are newer ones
+        monkeypatch.setattr(dialect(), "resolution_finished", v0_5_23.resolution_finished)
+    monkeypatch.setenv(machine.ACTIVE_ENV, "1")
     launcher.resolve_server_args(calls.append, Args())
-    assert len(calls) == 1 and os.environ[compat.ACTIVE_ENV] == "1"
+    assert len(calls) == 1 and os.environ[machine.ACTIVE_ENV] == "1"
 
 
 def test_a_batch_without_a_plan_replays_no_prefill_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +162,8 @@ def test_a_batch_without_a_plan_replays_no_prefill_graph(monkeypatch: pytest.Mon
     runner = SimpleNamespace(capture_num_tokens=[4, 8], _pad_to_bucket=lambda n, sizes: min(s for s in sizes if s >= n))
     batch = SimpleNamespace(input_ids=[1] * 5)
     assert not graphs.can_replay_prefill(lambda *_: True, runner, batch)
-    batch._mixquant_plan = run.schedule.prefill([RequestRows(5, 0, 90)], torch.device("cpu"))
+    batch._mixquant_pass = run.schedule.prefill([RequestRows(5, 0, 90)], torch.device("cpu"))
     assert graphs.can_replay_prefill(lambda *_: True, runner, batch)
     assert not graphs.can_replay_prefill(lambda *_: False, runner, batch)
-    run.recipe = replace(asked, min_tokens=9)  # the graph of 8 rows is BF16 then
+    run.schedule.recipe = replace(asked, min_tokens=9)  # the graph of 8 rows is BF16 then
     assert not graphs.can_replay_prefill(lambda *_: True, runner, batch)

@@ -18,10 +18,10 @@ import torch
 from mixquant_sglang import recipe
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.passes.rows import RequestRows
-from mixquant_sglang.passes.running import DECODE_PASS, Pass
+from mixquant_sglang.passes.running import DECODE_PASS, Pass, scope
 from mixquant_sglang.recipe.select import Device, select
 
-compat = pytest.importorskip("mixquant_sglang.versions.compat")
+attends_whole = pytest.importorskip("mixquant_sglang.versions.attention").attends_whole
 
 MODULE = "sglang.srt.layers.attention.flashattention_backend"
 DEVICES = [
@@ -129,7 +129,7 @@ class Batch:
     def run(self, layer: torch.nn.Module, running: Pass, output: torch.Tensor | None = None) -> torch.Tensor:
         q, k, v = self.rows
         self.facts._attn_output = output
-        with running.scope(running):
+        with scope(running):
             return self.backend.forward(q, k, v, layer, self.facts)
 
     @property
@@ -211,9 +211,9 @@ def queries(monkeypatch: pytest.MonkeyPatch, flash: ModuleType) -> list[int]:
 
 
 def install(backend: Any, layer: torch.nn.Module) -> None:
-    from mixquant_sglang.layers.fused import ExtendOfReadRows
+    from mixquant_sglang.layers.attention import ExtendOfReadRows
 
-    assert not compat.attends_whole(backend, layer)
+    assert not attends_whole(backend, layer)
     backend.forward_extend = ExtendOfReadRows(backend, layer)
 
 
@@ -271,7 +271,7 @@ def test_the_rest_is_as_it_was(flash: ModuleType, queries: list[int]) -> None:
     ]
     for run in plain:
         assert torch.equal(run(), expected)
-    with running.scope(running):
+    with scope(running):
         given.backend.forward(*given.rows, layer, given.facts, sinks=torch.zeros(HEADS))
     metadata.swa_spec_metadata = metadata
     assert torch.equal(given.run(layer, running), expected)
@@ -310,26 +310,28 @@ def test_which_back_ends_and_layers_are_left_alone(flash: ModuleType) -> None:
 
     other = FlashAttentionBackend.__new__(FlashAttentionBackend)
     other.fa_impl_ver = 3
-    assert compat.attends_whole(backend(), attention()) == ""
-    assert compat.attends_whole(other, attention()) == (
+    assert attends_whole(backend(), attention()) == ""
+    assert attends_whole(other, attention()) == (
         "the attention back end is FlashAttentionBackend, not FlashAttention 3"
     )
-    assert "FlashAttentionBackend 4," in compat.attends_whole(backend(fa_impl_ver=4), attention())
+    assert "FlashAttentionBackend 4," in attends_whole(backend(fa_impl_ver=4), attention())
     for name in ("use_mla", "has_local_attention", "has_swa", "kv_cache_is_mxfp8", "fa_skip_kv_cache"):
-        assert compat.attends_whole(backend(**{name: True}), attention()).endswith(f"({name})")
+        assert attends_whole(backend(**{name: True}), attention()).endswith(f"({name})")
     for changes in (
         {"sliding_window_size": 128},
         {"is_cross_attention": True},
         {"attn_type": AttentionType.ENCODER_ONLY},
         {"use_irope": True},
     ):
-        assert next(iter(changes)) in compat.attends_whole(backend(), attention(**changes))
-    assert "Identity" in compat.attends_whole(backend(), torch.nn.Identity())
+        assert next(iter(changes)) in attends_whole(backend(), attention(**changes))
+    assert "Identity" in attends_whole(backend(), torch.nn.Identity())
 
 
 def test_what_the_config_installs_and_says(flash: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
-    from mixquant_sglang.host.config import MixQuantConfig
-    from mixquant_sglang.layers.fused import ExtendOfReadRows, fuse, prune_last_layer
+    from mixquant_sglang.host.lifecycle import LoadSteps
+    from mixquant_sglang.layers.attention import ExtendOfReadRows
+    from mixquant_sglang.layers.fused import fuse
+    from mixquant_sglang.layers.last_layer import prune_last_layer
 
     from .test_fusion import block, causal_lm
 
@@ -338,13 +340,13 @@ def test_what_the_config_installs_and_says(flash: ModuleType, caplog: pytest.Log
     fuse(layer)
     model = causal_lm(layer)
     run = layer.mlp.down_proj.quant_method._runtime
-    config = MixQuantConfig.__new__(MixQuantConfig)
-    config._runtime, config._pruned = run, model
+    steps = LoadSteps(run, SimpleNamespace(ready=None))
+    steps._pruned = model
     caplog.set_level(logging.INFO, "mixquant_sglang")
 
     def built(backend: Any, of: torch.nn.Module = model) -> str:
         caplog.clear()
-        config.finish_attention(SimpleNamespace(model=of, attn_backend=backend))
+        steps.finish_attention(SimpleNamespace(model=of, attn_backend=backend))
         return caplog.text
 
     flash_backend = batch(flash, BATCHES["one prompt"], "cpu").backend

@@ -17,7 +17,7 @@ from mixquant_sglang.passes.running import DECODE_PASS, Pass, scope
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Device, select
 
-compat = pytest.importorskip("mixquant_sglang.versions.compat")
+machine = pytest.importorskip("mixquant_sglang.versions.machine")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 N, K = 96, 64
@@ -31,7 +31,7 @@ def make(name: str, device: str, **changes: object) -> tuple[Runtime, torch.nn.M
     from mixquant_sglang.layers.linear import MixQuantLinearMethod
 
     asked = replace(recipe.load(name), **changes)
-    run = Runtime(asked, select(asked, Device("this CPU", None) if device == "cpu" else compat.device()))
+    run = Runtime(asked, select(asked, Device("this CPU", None) if device == "cpu" else machine.device()))
     method = MixQuantLinearMethod(run, "model.layers.0.x", run.selection.prefill, run.selection.decode)
     layer = torch.nn.Module()
     method.create_weights(layer, K, [N], K, N, torch.bfloat16, weight_loader=None)
@@ -177,7 +177,7 @@ def test_a_shape_that_no_kernel_takes_stays_bf16() -> None:
     from mixquant_sglang.layers.linear import MixQuantLinearMethod
 
     asked = recipe.load("nvfp4-emulated")
-    run = Runtime(asked, select(asked, compat.device()))
+    run = Runtime(asked, select(asked, machine.device()))
     method = MixQuantLinearMethod(run, "odd", "nvfp4", "bf16")
     layer = torch.nn.Module()
     method.create_weights(layer, 24, [8], 24, 8, torch.bfloat16, weight_loader=None)

@@ -17,11 +17,11 @@ from mixquant_sglang import recipe
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.host import runtime
-from mixquant_sglang.host.hooks import table
-from mixquant_sglang.passes.running import DECODE_PASS, Pass
+from mixquant_sglang.host.hooks import registry
+from mixquant_sglang.passes.running import DECODE_PASS, Pass, scope
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Device
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import batches, fp4, machine
 from tests.support import nvfp4_checkpoints as tiny
 from tests.support.nvfp4_checkpoints import CONFIG, HIDDEN, INNER, LINEARS, MODELOPT, Tensors, bf16_tensors, save
 
@@ -30,8 +30,8 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(table, "check_hooks_took_effect", lambda *_: None)
-    monkeypatch.setattr(compat, "device", lambda: Device("this CPU", None))
+    monkeypatch.setattr(registry, "check_hooks_took_effect", lambda *_: None)
+    monkeypatch.setattr(machine, "device", lambda: Device("this CPU", None))
     monkeypatch.setattr(runtime, "_runtime", None)
     yield
 
@@ -114,11 +114,11 @@ class Model:
 
     def finish(self) -> None:
         runner = SimpleNamespace(model=self.root, device="cpu", is_generation=True, server_args=SimpleNamespace())
-        self.config.finish_load(runner)
+        self.config._runtime.lifecycle.finish_load(runner)
 
     def apply(self, name: str, x: torch.Tensor, running: Pass) -> torch.Tensor:
         layer = self.linears[name]
-        with running.scope(running):
+        with scope(running):
             out: torch.Tensor = layer.quant_method.apply(layer, x)
         return out
 
@@ -266,7 +266,7 @@ def test_what_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_they_need_nvfp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(tmp_path / "ready", *tiny.compressed_tensors(bf16_tensors()))
-    monkeypatch.setattr(compat, "device", lambda: Device("NVIDIA H200", (9, 0)))
+    monkeypatch.setattr(machine, "device", lambda: Device("NVIDIA H200", (9, 0)))
     with pytest.raises(SystemExit, match=r"mine\.yaml:2 prefill\.weights: holds NVFP4 weights, but prefill is fp8 \("):
         Model(monkeypatch, folder, bf16_tensors(), text="precision: auto")
 
@@ -278,8 +278,8 @@ def test_another_model_is_refused_before_anything_loads(tmp_path: Path, monkeypa
     folder = save(tmp_path / "ready", *tiny.compressed_tensors(bf16_tensors()))
     file = tmp_path / "mine.yaml"
     file.write_text(f"version: 1\nprefill: {{precision: nvfp4, weights: {folder}}}")
-    monkeypatch.setattr(launcher, "_recipe", recipe.load(str(file)))
-    monkeypatch.setattr(launcher, "_command_line", False)
+    monkeypatch.setattr(launcher.asked, "recipe", recipe.load(str(file)))
+    monkeypatch.setattr(launcher.asked, "command_line", False)
     for size in (HIDDEN, 128):
         config = SimpleNamespace(**{**CONFIG, "hidden_size": size}, dtype=torch.bfloat16)
         asked = SimpleNamespace(
@@ -295,8 +295,9 @@ def test_another_model_is_refused_before_anything_loads(tmp_path: Path, monkeypa
 def test_native_is_verified_at_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mixquant_sglang import kernels
-    from mixquant_sglang.kernels.linear.emulated import EmulatedNVFP4
+    from mixquant_sglang.kernels import registry
+    from mixquant_sglang.kernels.environment import Environment
+    from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
     from mixquant_sglang.kernels.tuning import fp4_gemm
 
     class Native(EmulatedNVFP4):
@@ -306,21 +307,26 @@ def test_native_is_verified_at_load(
         def multiply(self, operand: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
             return super().multiply(operand, bias) * self.alpha
 
-    packed_linear = kernels.packed_linear
-    monkeypatch.setattr(compat, "device", lambda: Device("NVIDIA B200", (10, 0)))
+    packed_linear = registry.packed_linear
+    monkeypatch.setattr(machine, "device", lambda: Device("NVIDIA B200", (10, 0)))
     provided: list[bool] = []
-    monkeypatch.setattr(compat, "provide_fp4_linear_method", lambda own_quantizer: provided.append(own_quantizer))
+
+    def environment(own_quantizer: bool) -> Environment:
+        provided.append(own_quantizer)
+        return Environment(None, own_quantizer)
+
+    monkeypatch.setattr(fp4, "environment", environment)
     tuned: list[tuple[set[type], int]] = []
 
     def tune(linears: list[object], most_rows: int, _: object) -> fp4_gemm.Tuned:
         tuned.append(({type(linear) for linear in linears}, most_rows))
         return fp4_gemm.Tuned(4, 8192, 1.25)
 
-    monkeypatch.setattr(compat, "fp4_gemm_measuring", lambda _: nullcontext())
-    monkeypatch.setattr(compat, "most_prefill_rows", lambda _: 8192)
+    monkeypatch.setattr(fp4, "fp4_gemm_measuring", lambda _: nullcontext())
+    monkeypatch.setattr(batches, "most_prefill_rows", lambda _: 8192)
     monkeypatch.setattr(fp4_gemm, "tune", tune)
     monkeypatch.setattr(
-        "mixquant_sglang.layers.linear.packed_linear", lambda p, k: Native if k == "native" else packed_linear(p, k)
+        "mixquant_sglang.layers.packed.packed_linear", lambda p, k: Native if k == "native" else packed_linear(p, k)
     )
     made = bf16_tensors()
     folder = save(tmp_path / "ready", *tiny.compressed_tensors(made))
@@ -336,6 +342,6 @@ def test_native_is_verified_at_load(
         SystemExit, match=r"disagree on model\.layers\.0\.self_attn\.qkv_proj, \[128, 64\] with 16 rows"
     ):
         Model(monkeypatch, folder, made).load().finish()
-    monkeypatch.setattr(compat, "fp4_gemm_measuring", lambda _: None)
+    monkeypatch.setattr(fp4, "fp4_gemm_measuring", lambda _: None)
     Model(monkeypatch, folder, made, rules="verify: false\n").load().finish()
     assert len(tuned) == 2

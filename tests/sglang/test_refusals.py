@@ -12,8 +12,9 @@ import pytest
 from sglang.srt import server_args as sglang_args
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.host import refusals
-from mixquant_sglang.versions import compat
+from mixquant_sglang.host import refusals, refused
+from mixquant_sglang.versions import environment, machine
+from mixquant_sglang.versions.dialect import dialect
 
 SUPPORT = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 
@@ -60,18 +61,18 @@ def plain() -> Any:
     return SimpleNamespace(tokenizer_worker_num=1, disaggregation_mode="null", torchao_config="", device="cuda")
 
 
-@pytest.mark.parametrize("field", sorted({r.field.partition(".")[0] for r in refusals.REFUSALS} | {*refusals.WATCHING}))
+@pytest.mark.parametrize("field", sorted({r.field.partition(".")[0] for r in refused.REFUSALS} | {*refusals.WATCHING}))
 def test_the_fields_exist(field: str) -> None:
-    assert compat.sglang_version() in compat.TESTED, "say in ONLY what this version lacks"
-    assert (field in fields()) == (ONLY.get(field, compat.sglang_version()) == compat.sglang_version())
+    assert machine.sglang_version() in machine.TESTED, "say in ONLY what this version lacks"
+    assert (field in fields()) == (ONLY.get(field, machine.sglang_version()) == machine.sglang_version())
 
 
-@pytest.mark.parametrize("refusal", refusals.REFUSALS, ids=lambda refusal: refusal.flag)
-def test_each_is_refused_with_reason_and_way_out(refusal: refusals.Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refusal", refused.REFUSALS, ids=lambda refusal: refusal.flag)
+def test_each_is_refused_with_reason_and_way_out(refusal: refused.Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     refusals.check_server_args(plain())
-    monkeypatch.setattr(compat, "stored_pages_are_named", lambda: False)  # as in 0.5.17
-    monkeypatch.setattr(compat, "tree_ignores_keys", lambda: True)
-    monkeypatch.setattr(compat, "serves_by_rust", lambda: refusal.flag == "SGLANG_RUST_SERVER")
+    monkeypatch.setattr(dialect(), "stored_pages_are_named", lambda: False)  # as in 0.5.17
+    monkeypatch.setattr(dialect(), "tree_ignores_keys", lambda: True)
+    monkeypatch.setattr(environment, "serves_by_rust", lambda: refusal.flag == "SGLANG_RUST_SERVER")
     bad, field = plain(), refusal.field.partition(".")[0]
     setattr(bad, field, REFUSED_VALUES.get(field, 2))
     with pytest.raises(MixQuantError) as error:
@@ -166,26 +167,28 @@ def test_sglangs_dumper_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_fused_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     from collections import Counter
 
-    from mixquant_sglang.host import config
+    from mixquant_sglang.host import lifecycle
 
-    made, called = object.__new__(config.MixQuantConfig), []
-    made._runtime = SimpleNamespace(split=True, prunes=False, finish_attention=None)
-    monkeypatch.setattr(config.fusion, "fuse", lambda model: called.append(model) or Counter())
-    monkeypatch.setattr(config.fusion, "prune_last_layer", lambda model: True)
+    called: list[object] = []
+    schedule = SimpleNamespace(split=True, prunes=False)
+    run = SimpleNamespace(schedule=schedule, recipe=SimpleNamespace(fuse=True))
+    made = lifecycle.LoadSteps(run, SimpleNamespace(ready=None))
+    monkeypatch.setattr(lifecycle.fused, "fuse", lambda model: called.append(model) or Counter())
+    monkeypatch.setattr(lifecycle.last_layer, "prune_last_layer", lambda model: True)
     runner = SimpleNamespace(model="a model", is_generation=True, server_args=plain())
     runner.server_args.forward_hooks = [{"name": "a"}]
     with caplog.at_level(logging.INFO):
         made._fuse(runner)
-    assert not called and not made._runtime.prunes
+    assert not called and not schedule.prunes
     assert "nothing fused and no row left out, so that --forward-hooks sees all" in caplog.text
     runner.server_args.forward_hooks = None
     made._fuse(runner)
-    assert called == ["a model"] and made._runtime.prunes
+    assert called == ["a model"] and schedule.prunes
 
 
 def test_the_document_lists_the_refusals() -> None:
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", SUPPORT.read_text(), re.MULTILINE)
-    listed = [row for row in rows if row[0].startswith("`") or row[0] in {f"{r.flag}" for r in refusals.REFUSALS}]
+    listed = [row for row in rows if row[0].startswith("`") or row[0] in {f"{r.flag}" for r in refused.REFUSALS}]
     assert [tuple(cell.replace("`", "") for cell in row) for row in listed] == [
-        (r.flag, r.why, r.instead) for r in refusals.REFUSALS
+        (r.flag, r.why, r.instead) for r in refused.REFUSALS
     ]

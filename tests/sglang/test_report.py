@@ -14,14 +14,14 @@ import torch
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host import probe, report, runtime, stock
-from mixquant_sglang.host.hooks import architecture, launcher, observe, table
+from mixquant_sglang.host.hooks import architecture, launcher, observe, registry
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.recipe import LayerRule
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import A_GATE, OUTSIDE
-from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.recipe.roles import Kind, Role, by_role
 from mixquant_sglang.recipe.select import Device, select
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import batches, machine
 
 CPU = Device("this CPU", None)
 B200 = Device("B200", (10, 0))
@@ -29,8 +29,8 @@ B200 = Device("B200", (10, 0))
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(table, "check_hooks_took_effect", lambda *_: None)
-    monkeypatch.setattr(compat, "device", lambda: CPU)
+    monkeypatch.setattr(registry, "check_hooks_took_effect", lambda *_: None)
+    monkeypatch.setattr(machine, "device", lambda: CPU)
     monkeypatch.setattr(runtime, "_runtime", None)
     yield
 
@@ -60,7 +60,9 @@ def model(monkeypatch: pytest.MonkeyPatch, asked: str, **prefixes: str) -> tuple
 
 
 def finish(config: Any, root: torch.nn.Module) -> Runtime:
-    config.finish_load(SimpleNamespace(model=root, device="cpu", is_generation=True, server_args=SimpleNamespace()))
+    config._runtime.lifecycle.finish_load(
+        SimpleNamespace(model=root, device="cpu", is_generation=True, server_args=SimpleNamespace())
+    )
     return config._runtime  # type: ignore[no-any-return]
 
 
@@ -82,7 +84,7 @@ def test_what_is_built_as_if_it_were_the_model_stays_bf16(monkeypatch: pytest.Mo
         A_GATE: ["language_model.model.layers.0.in_proj_ba"],
         "SGLang gives it no quantization config": ["language_model.model.layers.0.alone"],
     }
-    assert run.precisions == {"nvfp4": 1, "bf16": 3} and run.labels[Role.PROMPT] == "nvfp4"
+    assert run.precisions == {"nvfp4": 1, "bf16": 3} and run.schedule.table[Role.PROMPT, Kind.LINEAR] == "nvfp4"
     assert run.state()["stays_bf16"][OUTSIDE] == "eyes.layers.0.fc"
 
 
@@ -104,10 +106,11 @@ def test_the_language_model_of_a_wrapper() -> None:
 
 def test_two_linears_of_one_prefix_cannot_take_ready_made_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     config, root = model(monkeypatch, "nvfp4", model__a__fc="a.fc", model__b__fc="a.fc")
-    config._check_ready_names(root)
-    config._ready = object()
+    steps = config._runtime.lifecycle
+    steps._check_prefixes(root)
+    steps._ready = object()
     with pytest.raises(MixQuantError, match=r"model\.a\.fc and model\.b\.fc are both a\.fc to SGLang"):
-        config._check_ready_names(root)
+        steps._check_prefixes(root)
 
 
 def test_subclasses_of_fused_moe_are_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,9 +132,10 @@ def test_subclasses_of_fused_moe_are_in_the_report(monkeypatch: pytest.MonkeyPat
 def labels(asked: str, *layers: tuple[str, str], **changes: object) -> tuple[str, str]:
     made = replace(recipe.load(asked), **changes)
     run = Runtime(made, select(made, CPU))
-    run.weights.layers = [SimpleNamespace(precision=dict(zip(Role, (*each, "bf16"), strict=True))) for each in layers]
-    run.label()
-    return run.labels[Role.PROMPT], run.labels[Role.DECODE]
+    run.schedule.label([SimpleNamespace(precision=by_role(*each), shape=(64, 64)) for each in layers])
+    table = run.schedule.table
+    assert table[Role.PROTECTED, Kind.LINEAR] == table[Role.DECODE, Kind.LINEAR] == table[Role.VERIFY, Kind.LINEAR]
+    return table[Role.PROMPT, Kind.LINEAR], table[Role.DECODE, Kind.LINEAR]
 
 
 def test_a_column_goes_by_what_its_layers_run() -> None:
@@ -148,9 +152,8 @@ def test_passes_and_tokens_are_counted_under_the_label() -> None:
 
     made = recipe.load("bf16")
     run = Runtime(made, select(made, CPU))
-    run.weights.layers = [SimpleNamespace(precision={Role.PROMPT: "fp8", Role.DECODE: "bf16"})]
     run.schedule.split = True
-    run.label()
+    run.schedule.label([SimpleNamespace(precision=by_role("fp8", "bf16"), shape=(64, 64))])
     plan = run.schedule.prefill([RequestRows(9, 0, 9)], torch.device("cpu"))
     assert plan.precision == "fp8"
     assert {key: n for key, n in plan.tokens.items() if n} == {("prefill", "fp8"): 8, ("prefill", "bf16"): 1}
@@ -175,7 +178,7 @@ def test_a_model_that_cannot_be_run_without_a_scheduler_is_served_unproved(
 ) -> None:
     config, root = model(monkeypatch, "nvfp4", model__layers__0__fc="model.layers.0.fc")
     run = finish(config, root)
-    assert run.prove is not None
+    assert run.lifecycle is not None and run.lifecycle.unproved
 
     def cannot(*_: object) -> None:
         raise AttributeError("a pool of its own kind")
@@ -189,13 +192,13 @@ def test_a_model_that_cannot_be_run_without_a_scheduler_is_served_unproved(
         req_to_token_pool=SimpleNamespace(available_size=lambda: 8, clear=lambda: None),
         token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 999, clear=lambda: None),
     )
-    monkeypatch.setattr(compat, "prefill_batch", cannot)
+    monkeypatch.setattr(batches, "prefill_batch", cannot)
     before = vars(root.get_submodule("model.layers.0.fc").quant_method).copy()
     counters = run.counters
     with caplog.at_level(logging.WARNING):
-        run.prove(runner, object())
+        run.lifecycle.prove(runner, object())
     assert "not proved by running: AttributeError: a pool of its own kind" in caplog.text
-    assert run.prove is None and run.counters is counters and not hasattr(runner, "eager_runner")
+    assert not run.lifecycle.unproved and run.counters is counters and not hasattr(runner, "eager_runner")
     assert vars(root.get_submodule("model.layers.0.fc").quant_method) == before
     assert run.state()["unproven"] == "AttributeError: a pool of its own kind"
 
@@ -213,7 +216,7 @@ def test_a_model_that_cannot_run_ends_the_start(caplog: pytest.LogCaptureFixture
 def test_pools_that_do_not_come_back_are_an_error() -> None:
     sizes = iter([8, 8, 8, 7])
     pool = SimpleNamespace(available_size=lambda: next(sizes), clear=lambda: None)
-    pools = compat.Pools(SimpleNamespace(req_to_token_pool=pool, token_to_kv_pool_allocator=pool))
+    pools = batches.Pools(SimpleNamespace(req_to_token_pool=pool, token_to_kv_pool_allocator=pool))
     with pytest.raises(RuntimeError, match=r"\[8, 7\] free instead of \[8, 8\]"), pools.borrowed():
         pass
 
@@ -221,7 +224,7 @@ def test_pools_that_do_not_come_back_are_an_error() -> None:
 def test_metrics_wait_for_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     made = recipe.load("nvfp4")
     run = Runtime(made, select(made, CPU))
-    run.prove = lambda *_: None
+    run.lifecycle = SimpleNamespace(loading=False, unproved=True)  # type: ignore[assignment]
     monkeypatch.setattr(runtime, "_runtime", run)
     monkeypatch.setattr(observe, "_labels", {"model_name": "m"})
     observe.publish_metrics()

@@ -35,7 +35,7 @@ from mixquant_sglang.host.hooks import http, launcher, requests
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.recipe.policy import PolicyError
 from mixquant_sglang.recipe.select import Device, select
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions.dialect import dialect
 
 BF16 = {"mixquant": {"prefill": "bf16"}}
 CPU = Device("this CPU", None)
@@ -52,7 +52,7 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     """As in a scheduler of a server with the recipe nvfp4: the hook is on ``Req.__init__``."""
     run = running()
     monkeypatch.setattr(runtime, "_runtime", run)
-    monkeypatch.setattr(launcher, "_recipe", run.recipe)
+    monkeypatch.setattr(launcher.asked, "recipe", run.recipe)
     monkeypatch.setattr(Req, "__init__", _wrap_fn(Req.__init__, requests.namespace_request, HookType.AFTER))
     monkeypatch.setattr(schedule_batch, "get_parallel", lambda: SimpleNamespace(tp_rank=1))
     yield run
@@ -146,7 +146,7 @@ def test_stored_pages_of_other_recipes_have_other_names() -> None:
             for client in (None, "mine"):
                 assert pages(made(custom, extra_key=client)) == pages(made(custom, extra_key=client))
                 first.add(pages(made(custom, extra_key=client))[0])
-    if not compat.stored_pages_are_named():
+    if not dialect().stored_pages_are_named():
         assert len(first) == 1
         return
     assert len(first) == 2 * 5, "bf16 of nvfp4's server is that of the recipe bf16"
@@ -155,7 +155,7 @@ def test_stored_pages_of_other_recipes_have_other_names() -> None:
 
 
 def test_stores_that_name_pages_by_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    named = compat.stored_pages_are_named()
+    named = dialect().stored_pages_are_named()
     assert named == hasattr(utils, "storage_namespace_seed")
     attached = []
     answer = requests.attach_storage(lambda *args: attached.append(args) or "attached", None, "file")
@@ -164,7 +164,7 @@ def test_stores_that_name_pages_by_tokens_are_refused(monkeypatch: pytest.Monkey
         assert not answer.success and "tokens alone" in answer.message
     for flag in ("hicache_storage_backend", "disaggregation_decode_enable_offload_kvcache"):
         for possible in (True, False):
-            monkeypatch.setattr(compat, "stored_pages_are_named", lambda possible=possible: possible)
+            monkeypatch.setattr(dialect(), "stored_pages_are_named", lambda possible=possible: possible)
             args = SimpleNamespace(**{flag: "file"})
             if possible:
                 refusals.check_server_args(args)
@@ -181,7 +181,7 @@ def test_a_tree_that_looks_at_tokens_alone_is_refused(monkeypatch: pytest.Monkey
 
     known = hasattr(envs, "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE")
     monkeypatch.setenv("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "1")
-    assert compat.tree_ignores_keys() == known
+    assert dialect().tree_ignores_keys() == known
     refusals.check_server_args(SimpleNamespace(disable_radix_cache=True))
     if known:
         with pytest.raises(MixQuantError, match="SGLANG_EXPERIMENTAL_CPP_RADIX_TREE"):
@@ -407,7 +407,7 @@ def test_a_web_socket_with_a_policy_is_closed() -> None:
 # Imported into pytest, 0.5.23's HTTP server ends it with a segmentation fault when Python exits.
 _SERVER = """
 import json
-from mixquant_sglang.host.hooks import http, table
+from mixquant_sglang.host.hooks import http, registry
 from sglang.srt.entrypoints.http_server import app
 
 def walk(routes):
@@ -416,7 +416,7 @@ def walk(routes):
             yield route.path, sorted(getattr(route, "methods", None) or [type(route).__name__])
         yield from walk(getattr(getattr(route, "original_router", route), "routes", None) or ())
 
-targets = [table.target_of(hook) in hook.targets for hook in table.hooks_of("http")]
+targets = [registry.target_of(hook) in hook.targets for hook in registry.hooks_of("http")]
 before = [layer.cls.__name__ for layer in app.user_middleware]
 http.read_policies()
 http.read_policies()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.formats import nvfp4, scale_layout
 
 CALLS: list[str] = []
 SUM = torch.float32  # what the stand-in for the GEMM multiplies and adds in
@@ -40,7 +40,7 @@ def gemm(
     CALLS.append("fp4_gemm")
 
     def read(codes: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
-        linear = nvfp4.unswizzle_scales(scales.contiguous().view(torch.float8_e4m3fn), rows, k)
+        linear = scale_layout.unswizzle_scales(scales.contiguous().view(torch.float8_e4m3fn), rows, k)
         one = torch.ones((), dtype=torch.float32)
         return nvfp4.NVFP4Tensor(codes.contiguous(), linear, one).unscaled(torch.float32).to(SUM)
 

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixquant_sglang.formats import nvfp4
-from mixquant_sglang.tools.quantize import command as checkpoint
-from mixquant_sglang.weights import checkpoint as checkpoint_files
+from mixquant_sglang.tools.quantize.checkpoint import quantization_config
+from mixquant_sglang.tools.quantize.scales import encode_scale
+from mixquant_sglang.tools.quantize.targets import Targets
+from mixquant_sglang.weights.checkpoint import INDEX
 
 HIDDEN, INNER, LAYERS = 64, 96, 2
 SHAPES = {
@@ -65,7 +67,7 @@ def save(folder: Path, made: Tensors, config: dict[str, Any], shards: int = 0) -
     for file in files:
         mine = {name: made[name] for name, where in weight_map.items() if where == file}
         save_file(mine, folder / file, metadata={"format": "pt"})
-    (folder / checkpoint_files.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
@@ -76,13 +78,13 @@ def compressed_tensors(
     out = {name: value for name, value in made.items() if name.removesuffix(".weight") not in modules}
     for name in modules:
         weight = made[f"{name}.weight"]
-        g = checkpoint.encode_scale(float(weight.abs().max()))
+        g = encode_scale(float(weight.abs().max()))
         packed = nvfp4.quantize(weight, scales=scales, tensor_scale=1 / g[0])
         out[f"{name}.weight_packed"] = packed.packed
         out[f"{name}.weight_scale"] = packed.block_scales
         out[f"{name}.weight_global_scale"] = g
         out[f"{name}.input_global_scale"] = torch.tensor([100.0])
-    quantization = checkpoint._quantization_config(checkpoint.Plan({}, {}))
+    quantization = quantization_config(Targets({}, {}))
     return out, {**CONFIG, "quantization_config": quantization}
 
 

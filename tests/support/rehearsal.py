@@ -121,7 +121,7 @@ def ran(kernel: str, n: int, k: int) -> None:
     RAN[f"{kernel} {n}x{k}"] += 1
 
 
-def fp8_gemm(x: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: Any) -> torch.Tensor:
+def multiply(x: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: Any) -> torch.Tensor:
     assert x.dtype is w.dtype is torch.float8_e4m3fn
     ran("fp8", *w.shape)
     y = (x.double() @ w.double().t() * sx.double() * sw.double()).to(torch.bfloat16)
@@ -140,11 +140,12 @@ def dual_gemm_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def stand_in(capability: tuple[int, int]) -> None:
     """Patches this process; for good."""
     from mixquant_sglang.formats import fp8
-    from mixquant_sglang.kernels.linear import emulated
+    from mixquant_sglang.kernels.linear.emulated_fp8 import EmulatedFP8
+    from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
     from mixquant_sglang.kernels.rows import CapturedRows
-    from mixquant_sglang.kernels.tuning import fp8_gemm
+    from mixquant_sglang.kernels.tuning import fp8_gemm, fp8_measure
     from mixquant_sglang.recipe.select import Device
-    from mixquant_sglang.versions import compat
+    from mixquant_sglang.versions import fp4, machine
 
     blackwell = beside("blackwell")
     blackwell.SUM = torch.float64
@@ -168,14 +169,14 @@ def stand_in(capability: tuple[int, int]) -> None:
         total = xq.data.double() @ packed.data.double().t() * xq.scales.double()[:, None] * packed.scales.double()
         return total.to(torch.bfloat16)
 
-    emulated.EmulatedNVFP4.multiply = emulated_nvfp4  # type: ignore[method-assign]
-    emulated.EmulatedFP8.matmul = emulated_fp8  # type: ignore[method-assign]
+    EmulatedNVFP4.multiply = emulated_nvfp4  # type: ignore[method-assign]
+    EmulatedFP8.matmul = emulated_fp8  # type: ignore[method-assign]
     fp8_gemm.CANDIDATES.clear()
-    fp8_gemm.CANDIDATES["stand-in"] = fp8_gemm
-    fp8_gemm._medians = lambda calls, seconds: [1.0 for call in calls if call() is not None]
-    compat.device = lambda: Device(f"GPU that is not here, SM{capability[0]}{capability[1]}", capability)
-    compat.kernel_versions = lambda: {"stand-in": "1"}
-    compat.fp4_gemm_measuring = lambda _runner: nullcontext()
+    fp8_gemm.CANDIDATES["stand-in"] = multiply
+    fp8_measure._medians = lambda calls, seconds: [1.0 for call in calls if call() is not None]
+    machine.device = lambda: Device(f"GPU that is not here, SM{capability[0]}{capability[1]}", capability)
+    machine.kernel_versions = lambda: {"stand-in": "1"}
+    fp4.fp4_gemm_measuring = lambda _runner: nullcontext()
 
     def gather(self: CapturedRows, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, self.index.clamp(min=0)) * (self.index >= 0)[:, None].to(x.dtype)
@@ -216,9 +217,9 @@ def load(folder: Path, scenario: Scenario) -> Any:
         plugin.register()
         HookRegistry.apply_hooks()
     else:
-        from mixquant_sglang.versions import compat
+        from mixquant_sglang.versions import machine
 
-        compat.allow_cpu()
+        machine.allow_cpu()
     args = ServerArgs(
         model_path=str(folder),
         quantization="mixquant" if scenario.recipe else None,
@@ -298,13 +299,13 @@ class Done:
 
 def forward(runner: Any, batch: Any) -> Done:
     from mixquant_sglang.host import runtime
-    from mixquant_sglang.host.hooks.forward import plan_of
+    from mixquant_sglang.host.hooks.forward import scheduled_of
 
     run = runtime.current()
     before = Counter(run.counters.tokens) if run else Counter()
     RAN.clear()
     logits = runner.forward(batch).logits_output.next_token_logits.clone()
-    plan = plan_of(batch)
+    plan = scheduled_of(batch)
     counted = Counter(run.counters.tokens) - before if run else {}
     return Done(dict(RAN), dict(counted), logits, plan.precision if plan else "")
 
@@ -403,9 +404,9 @@ def play(folder: Path, scenario: Scenario) -> dict[str, Any]:
     if scenario.recipe:
         from mixquant_sglang.host import runtime
         from mixquant_sglang.host.hooks import graphs as hooks
-        from mixquant_sglang.versions import compat
+        from mixquant_sglang.versions.dialect import dialect
 
-        config = compat.prefill_graphs(runner)
+        config = dialect().prefill_graphs(runner)
         config.backend, config.bs = "breakable", [4, 8, 16, 32]
         hooks.size_prefill_graphs(model_runner=runner, eager_runner=None)
         sizes = config.bs

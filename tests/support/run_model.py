@@ -145,16 +145,16 @@ def main() -> None:
     from sglang.benchmark import one_batch
 
     from mixquant_sglang.host import plugin
-    from mixquant_sglang.host.hooks import table
-    from mixquant_sglang.versions import compat
+    from mixquant_sglang.host.hooks import registry
+    from mixquant_sglang.versions import machine
 
     torch.set_num_threads(1)
     logging.getLogger("mixquant_sglang").setLevel(logging.INFO)
     os.environ["MIXQUANT_ACTIVE"] = "1"
     plugin.register()
-    table.apply_hooks()
+    registry.apply_hooks()
     plugin.offer_name()
-    compat.allow_cpu()
+    machine.allow_cpu()
     one_batch.get_tokenizer = lambda *_args, **_kwargs: None
     one_batch.suppress_other_loggers = lambda: None
     for case in json.loads(sys.argv[1]):

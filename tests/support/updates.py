@@ -72,7 +72,7 @@ class Trial:
         """Whether all packed numbers are those of packing the masters anew."""
         for layer in self.run.weights.layers:
             for packed in layer._packed.values():  # type: ignore[attr-defined]
-                new = type(packed)(layer._master, scales=self.run.recipe.scales)  # type: ignore[attr-defined]
+                new = type(packed)(layer.master, scales=self.run.recipe.scales)  # type: ignore[attr-defined]
                 for a, b in zip(packed.tensors(), new.tensors(), strict=True):
                     if not torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
                         return False
@@ -267,7 +267,7 @@ def memory(trial: Trial) -> None:
 
     def lost(_tag: str) -> None:
         for layer in trial.run.weights.layers:
-            layer._master.fill_(float("nan"))  # type: ignore[attr-defined]
+            layer.master.fill_(float("nan"))  # type: ignore[attr-defined]
             for packed in layer._packed.values():  # type: ignore[attr-defined]
                 for tensor in packed.tensors():
                     tensor.view(torch.uint8).fill_(0x5A) if tensor.dim() else tensor.fill_(1e-30)

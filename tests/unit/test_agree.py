@@ -21,10 +21,10 @@ def _rank(rank: int, store: str, found: Any) -> None:
     for name in ("sglang", "sglang.srt", "sglang.srt.distributed"):
         sys.modules[name] = types.ModuleType(name)
     sys.modules["sglang.srt.distributed"].get_tp_group = lambda: group  # type: ignore[attr-defined]
-    from mixquant_sglang.versions import compat
+    from mixquant_sglang.versions.groups import agree
 
     problems = ["a is NaN" if rank else None, None, f"from rank {rank}"]
-    found.put((rank, [compat.agree(problem) for problem in problems]))
+    found.put((rank, [agree(problem) for problem in problems]))
     torch.distributed.destroy_process_group()
 
 

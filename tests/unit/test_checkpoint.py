@@ -24,9 +24,13 @@ from safetensors.torch import load_file, save_file
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.tools import cli
-from mixquant_sglang.tools.quantize import command as checkpoint
-from mixquant_sglang.tools.quantize.command import quantize_checkpoint
-from mixquant_sglang.weights import checkpoint as checkpoint_files
+from mixquant_sglang.tools.quantize import checkpoint, command, writer
+from mixquant_sglang.tools.quantize.checkpoint import quantization_config, quantize_checkpoint
+from mixquant_sglang.tools.quantize.progress import COLUMNS, PROGRESS, locked
+from mixquant_sglang.tools.quantize.scales import encode_scale
+from mixquant_sglang.tools.quantize.targets import Targets
+from mixquant_sglang.tools.quantize.writer import PARTIAL
+from mixquant_sglang.weights.checkpoint import INDEX
 
 HIDDEN, INNER, LAYERS = 64, 96, 2
 SHAPES = {
@@ -96,7 +100,7 @@ def write(folder: Path, made: Tensors, shards: int = 0) -> Path:
     for shard in names:
         mine = {name: made[name] for name, where in weight_map.items() if where == shard}
         save_file(mine, folder / shard, metadata={"format": "pt"})
-    (folder / checkpoint_files.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
@@ -183,18 +187,18 @@ def test_fused_layers_share_their_scale(tmp_path: Path, shards: int) -> None:
             amax = max(made[f"{name}.weight"].float().abs().max() for name in names)
             assert len(names) == len(group)
             for name in names:
-                assert torch.equal(loaded[f"{name}.weight_global_scale"], checkpoint.encode_scale(float(amax)))
+                assert torch.equal(loaded[f"{name}.weight_global_scale"], encode_scale(float(amax)))
 
 
 def test_global_scale_is_compressed_tensors_own() -> None:
     """To the bit, or an ulp away where compressed-tensors would not read our values otherwise: all values are tried."""
-    config = {"quantization_config": checkpoint._quantization_config(checkpoint.Plan({}, {}))}
+    config = {"quantization_config": quantization_config(Targets({}, {}))}
     packed = torch.arange(0x10, 0x110, 0x22, dtype=torch.uint8).expand(127, 8)  # the elements 0, 1, ... 15
     scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None]
     random = torch.Generator().manual_seed(0)
     moved = 0
     for amax in torch.rand(500, generator=random).mul(4).bfloat16().float():
-        g, theirs = checkpoint.encode_scale(float(amax)), generate_gparam(-amax, amax).reshape(1)
+        g, theirs = encode_scale(float(amax)), generate_gparam(-amax, amax).reshape(1)
         assert torch.equal(g, theirs) or torch.equal(g, torch.nextafter(theirs, torch.zeros(1)))
         moved += not torch.equal(g, theirs)
         state = {"weight_packed": packed, "weight_scale": scales, "weight_global_scale": g}
@@ -205,9 +209,9 @@ def test_global_scale_is_compressed_tensors_own() -> None:
         else:  # releases before round the scale on the way: a BF16 step apart for some g
             assert torch.allclose(read_by_them.float(), ours.float(), rtol=2**-7, atol=0)
     assert 0 < moved < 25
-    assert checkpoint.encode_scale(0.0).tolist() == [1.0]
+    assert encode_scale(0.0).tolist() == [1.0]
     for extreme in (1e-40, 3e-38, 3.3e38):
-        assert 2.0**-126 <= checkpoint.encode_scale(extreme).item() <= 2.0**126
+        assert 2.0**-126 <= encode_scale(extreme).item() <= 2.0**126
 
 
 def test_zero_and_tiny_weights(tmp_path: Path) -> None:
@@ -262,11 +266,11 @@ def test_small_files_go_along(tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantize_checkpoint(model, out)
     assert set(contents(out)) == {
-        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", checkpoint_files.INDEX),
+        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX),
         *("config.json", "tokenizer.json", "templates/chat.jinja"),
     }
     assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
-    index = json.loads((out / checkpoint_files.INDEX).read_text())
+    index = json.loads((out / INDEX).read_text())
     assert set(index["weight_map"]) == set(read(out))
     assert all(name in load_file(out / shard) for name, shard in index["weight_map"].items())
 
@@ -312,10 +316,10 @@ def test_killed_at_every_rename(tmp_path: Path, after: bool) -> None:
                 died = False
         if died:
             left = contents(out)
-            named = {name for name in left if not name.endswith(checkpoint_files.PARTIAL)} - {checkpoint_files.PROGRESS}
+            named = {name for name in left if not name.endswith(PARTIAL)} - {PROGRESS}
             assert all(left[name] == expected[name] for name in named)
             assert "config.json" not in named or set(expected) <= named
-            assert checkpoint_files.INDEX not in named or {f for f in expected if f.endswith(".safetensors")} <= named
+            assert INDEX not in named or {f for f in expected if f.endswith(".safetensors")} <= named
             quantize_checkpoint(model, out)
         assert contents(out) == expected
         if not died:
@@ -332,13 +336,11 @@ def test_resume_keeps_finished_shards(tmp_path: Path, monkeypatch: pytest.Monkey
         kill_at(patch, os, "fsync", 7, after=False)
         with pytest.raises(Killed):
             quantize_checkpoint(model, out)
-    left = {checkpoint_files.PROGRESS, names[0], names[1] + checkpoint_files.PARTIAL}
+    left = {PROGRESS, names[0], names[1] + PARTIAL}
     assert {path.name for path in out.iterdir()} == left
     written: list[str] = []
-    original = checkpoint_files.write_shard
-    monkeypatch.setattr(
-        checkpoint_files, "write_shard", lambda path, *rest: (written.append(path.name), original(path, *rest))
-    )
+    original = writer.write_shard
+    monkeypatch.setattr(writer, "write_shard", lambda path, *rest: (written.append(path.name), original(path, *rest)))
     before = (out / names[0]).stat().st_mtime_ns
     quantize_checkpoint(model, out)
     assert names[0] not in written and written == names[1:]
@@ -377,7 +379,7 @@ def test_foreign_resume_is_refused(tmp_path: Path) -> None:
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     model = write(tmp_path / "model", tensors())
     with (
-        checkpoint_files.locked(tmp_path / "out"),
+        locked(tmp_path / "out"),
         pytest.raises(MixQuantError, match="another run is writing there"),
     ):
         quantize_checkpoint(model, tmp_path / "out")
@@ -422,9 +424,9 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     file.unlink()
     refused(cut, r"model.safetensors: no such file; MODEL needs")
     missing = write(tmp_path / "f", tensors(), shards=2)
-    index = json.loads((missing / checkpoint_files.INDEX).read_text())
+    index = json.loads((missing / INDEX).read_text())
     index["weight_map"]["extra.weight"] = "model-00001-of-00002.safetensors"
-    (missing / checkpoint_files.INDEX).write_text(json.dumps(index))
+    (missing / INDEX).write_text(json.dumps(index))
     refused(missing, "extra.weight is listed in model-00001-of-00002.safetensors, but is not there")
 
 
@@ -527,24 +529,24 @@ def test_a_config_that_says_not_quantised_is_not_quantised(tmp_path: Path, nothi
 
 def test_tensors_that_an_index_hides_are_taken_along(tmp_path: Path) -> None:
     model = write(tmp_path / "model", tensors(), shards=2)
-    index = json.loads((model / checkpoint_files.INDEX).read_text())
+    index = json.loads((model / INDEX).read_text())
     del index["weight_map"][ONE]
-    (model / checkpoint_files.INDEX).write_text(json.dumps(index))
+    (model / INDEX).write_text(json.dumps(index))
     quantize_checkpoint(model, tmp_path / "out")
     assert LINEARS[0] in quantised(read(tmp_path / "out"))
-    listed = json.loads((tmp_path / "out" / checkpoint_files.INDEX).read_text())["weight_map"]
+    listed = json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
     assert f"{LINEARS[0]}.weight_packed" in listed
 
 
 def test_shards_that_an_index_hides_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write(tmp_path / "model", tensors(), shards=2)
-    text = (model / checkpoint_files.INDEX).read_text()
+    text = (model / INDEX).read_text()
     index = json.loads(text)
     kept = {name: shard for name, shard in index["weight_map"].items() if shard.startswith("model-00001")}
-    (model / checkpoint_files.INDEX).write_text(json.dumps({"weight_map": kept}))
+    (model / INDEX).write_text(json.dumps({"weight_map": kept}))
     status, said = one_line(["quantize", str(model), str(tmp_path / "out")], capsys)
     assert status == 1 and "model-00002-of-00002.safetensors: is not in model.safetensors.index.json" in said
-    (model / checkpoint_files.INDEX).write_text(text)
+    (model / INDEX).write_text(text)
     save_file(tensors(), model / "consolidated.safetensors")  # the same weights as another library reads them
     assert cli.main(["quantize", str(model), str(tmp_path / "out")]) == 0
     assert "left out (not in model.safetensors.index.json): consolidated.safetensors" in capsys.readouterr().out
@@ -553,7 +555,7 @@ def test_shards_that_an_index_hides_are_refused(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize("shard", ["", ".", "..", "a/b.safetensors", "a\0.safetensors", 7, None, "config.json"])
 def test_an_index_names_files_of_the_folder(tmp_path: Path, shard: Any, capsys: pytest.CaptureFixture[str]) -> None:
     model = write(tmp_path / "model", tensors(), shards=2)
-    (model / checkpoint_files.INDEX).write_text(json.dumps({"weight_map": {ONE: shard}}))
+    (model / INDEX).write_text(json.dumps({"weight_map": {ONE: shard}}))
     status, said = one_line(["quantize", str(model), str(tmp_path / "out")], capsys)
     assert status == 1 and "'weight_map' has to map tensor names to safetensors files of this folder" in said
 
@@ -702,9 +704,9 @@ def test_memory_is_a_layer_not_a_model(tmp_path: Path) -> None:
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    checkpoint.add_arguments(parser)
+    command.add_arguments(parser)
     model, out = write(tmp_path / "model", tensors()), tmp_path / "out"
-    assert checkpoint.run(parser.parse_args([str(model), str(out), "--scales", "search"])) == 0
+    assert command.run(parser.parse_args([str(model), str(out), "--scales", "search"])) == 0
     printed = capsys.readouterr().out
     assert "kept as it is (never quantised): " in printed
     assert printed.endswith("14 linears in NVFP4, search scales\n")
@@ -795,7 +797,7 @@ def test_weighted_scales(tmp_path: Path, micro_model: Path) -> None:
             kill_at(patch, Path, "replace", 3, after=after)  # note, columns, note
             with pytest.raises(Killed):
                 quantize_checkpoint(model, out, scales="weighted", calibration=file)
-        assert (out / checkpoint_files.COLUMNS).exists()
+        assert (out / COLUMNS).exists()
         with pytest.MonkeyPatch.context() as patch:
             if not again:
                 patch.setattr(checkpoint, "measure_inputs", None)

@@ -106,8 +106,9 @@ def test_the_recipes_are_what_the_arms_are_called(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     from mixquant_sglang.recipe import load
     from mixquant_sglang.recipe.matching import RuleMatcher
-    from mixquant_sglang.tools.plan.command import FUSED, find_model
-    from mixquant_sglang.tools.plan.cost import linear_shapes
+    from mixquant_sglang.recipe.modules import FUSED
+    from mixquant_sglang.tools.plan.models import find_model
+    from mixquant_sglang.tools.plan.shapes import linear_shapes
     from scripts.eval.arms import ABLATIONS, RECIPES, write_recipes
 
     found = {Path(file).stem: load(file) for file in write_recipes(tmp_path, list(RECIPES), layers=8)}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels.tuning import fp8_gemm
+from mixquant_sglang.kernels.tuning import fp8_cache, fp8_gemm, fp8_measure
 from mixquant_sglang.kernels.tuning.fp8_gemm import Cell, GemmTable
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ class Fakes:
         self.ms: dict[str, float] = {"cutlass": 1.0, "cublas": 0.5}
         self.errors: dict[str, Callable[[int, int, int], Exception | None]] = {}
         monkeypatch.setattr(fp8_gemm, "CANDIDATES", {name: self.candidate(name) for name in self.ms})
-        monkeypatch.setattr(fp8_gemm, "_medians", self.medians)
+        monkeypatch.setattr(fp8_measure, "_medians", self.medians)
         monkeypatch.setattr(fp8_gemm, "_table", GemmTable({}))
 
     def candidate(self, name: str) -> fp8_gemm.Gemm:
@@ -77,12 +77,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, logger=fp8_gemm.logger.name)
+    caplog.set_level(logging.INFO, logger=fp8_cache.logger.name)
     return caplog
 
 
 def load(shapes: Sequence[tuple[int, int]] = SHAPES, rows: Sequence[int] = ROWS) -> GemmTable:
-    return fp8_gemm.load_or_tune(shapes, rows, CPU, VERSIONS)
+    return fp8_cache.load_or_tune(shapes, rows, CPU, VERSIONS)
 
 
 def warnings(log: pytest.LogCaptureFixture) -> list[str]:
@@ -153,19 +153,19 @@ def test_scaled_mm_runs_what_the_table_says(fakes: Fakes) -> None:
 
 def test_tune_times_each_candidate_once_per_shape_and_bucket(fakes: Fakes) -> None:
     before = torch.get_rng_state()
-    table = fp8_gemm.tune([*SHAPES, SHAPES[0]], [64, 16, 9, 50], CPU)
+    table = fp8_measure.tune([*SHAPES, SHAPES[0]], [64, 16, 9, 50], CPU)
     assert torch.equal(torch.get_rng_state(), before)
     assert fakes.timed == [(name, n, k, m) for n, k in SHAPES for m in (16, 64) for name in ("cutlass", "cublas")]
     assert ("cublas", 48, 32, 63, True) in fakes.calls  # tried with an odd row count and a bias
     assert set(table.cells) == {(n, k, m) for n, k in SHAPES for m in (16, 64)}
     assert table.pick(48, 32, 50) == "cublas" and table.cells[48, 32, 64].ms == {"cutlass": 64.0, "cublas": 32.0}
-    assert fp8_gemm.tune([], ROWS, CPU).cells == {}
+    assert fp8_measure.tune([], ROWS, CPU).cells == {}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no such kernel\nat gemm.cpp:1"), ImportError("no such kernel")])
 def test_a_candidate_that_raises_is_out_for_that_shape(fakes: Fakes, error: Exception) -> None:
     fakes.errors["cublas"] = lambda n, k, m: error if (n, m) == (48, 63) else None
-    table = fp8_gemm.tune(SHAPES, ROWS, CPU)
+    table = fp8_measure.tune(SHAPES, ROWS, CPU)
     assert [table.pick(48, 32, m) for m in ROWS] == ["cutlass"] * 2 and table.pick(32, 64, 16) == "cublas"
     assert ("cublas", 48, 32, 16) not in fakes.timed
     first, second = str(table).splitlines()
@@ -198,7 +198,7 @@ class Clock:
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(fp8_gemm.time, "monotonic", lambda: clock.now)
+        monkeypatch.setattr(fp8_measure.time, "monotonic", lambda: clock.now)
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(1, dtype=dtype))
 
@@ -214,7 +214,7 @@ class Clock:
 @pytest.mark.parametrize(("each", "rounds"), [(0.001, 20), (0.11, 6), (0.3, 3), (0.6, 2), (5.0, 1)])
 def test_repetitions_alternate_and_end_in_time(monkeypatch: pytest.MonkeyPatch, each: float, rounds: int) -> None:
     clock = Clock(monkeypatch)
-    ms = fp8_gemm._medians([clock.call(0, each, each, each / 2), clock.call(1, each)], 1.0)
+    ms = fp8_measure._medians([clock.call(0, each, each, each / 2), clock.call(1, each)], 1.0)
     assert [clock.order.count(i) for i in (0, 1)] == [rounds] * 2
     assert clock.order[:4] == [0, 1, 1, 0][: 2 * rounds]
     assert ms[1] == pytest.approx(1e3 * each) and ms[0] == pytest.approx(1e3 * (each / 2 if rounds > 4 else each))
@@ -223,7 +223,7 @@ def test_repetitions_alternate_and_end_in_time(monkeypatch: pytest.MonkeyPatch, 
 def test_a_shape_that_nothing_runs(fakes: Fakes) -> None:
     fakes.errors = {name: lambda n, k, m: RuntimeError(f"refuses {n}") if n == 32 else None for name in fakes.ms}
     with pytest.raises(MixQuantError, match=r"\[32, 64\].*cutlass: refuses 32.*cublas: refuses 32"):
-        fp8_gemm.tune(SHAPES, ROWS, CPU)
+        fp8_measure.tune(SHAPES, ROWS, CPU)
 
 
 def test_too_little_memory_is_neither_a_refusal_nor_kept(
@@ -323,7 +323,7 @@ def test_a_file_that_is_broken_or_foreign_is_rebuilt(
 def test_other_versions_have_a_file_of_their_own(fakes: Fakes, folder: Path, log: pytest.LogCaptureFixture) -> None:
     load()
     fakes.timed.clear()
-    fp8_gemm.load_or_tune(SHAPES, ROWS, CPU, {"sgl_kernel": "0.4.10"})
+    fp8_cache.load_or_tune(SHAPES, ROWS, CPU, {"sgl_kernel": "0.4.10"})
     assert len(fakes.timed) == 8 and len(list(folder.iterdir())) == 2 and not warnings(log)
 
 
@@ -367,11 +367,11 @@ def test_what_another_rank_wrote_meanwhile_goes_first(
     """Two ranks with close times would else choose differently."""
 
     def slow_rank(calls: Sequence[Callable[[], torch.Tensor]], seconds: float) -> list[float]:
-        monkeypatch.setattr(fp8_gemm, "_medians", fakes.medians)
+        monkeypatch.setattr(fp8_measure, "_medians", fakes.medians)
         load([(48, 32)], [16])  # the other rank, done before this one
         return [1.0, 5.0]
 
-    monkeypatch.setattr(fp8_gemm, "_medians", slow_rank)
+    monkeypatch.setattr(fp8_measure, "_medians", slow_rank)
     assert load([(48, 32)], [16]).pick(48, 32, 16) == "cublas"
     assert load([(48, 32)], [16]).pick(48, 32, 16) == "cublas"
 
@@ -382,17 +382,17 @@ def test_racing_writers_leave_a_whole_file(folder: Path, tmp_path: Path) -> None
         {(16 * n, 16, 16): Cell({"cutlass": float(rank + 1), "cublas": 1.0}, {}) for n in range(1, 400)}
         for rank in range(4)
     ]
-    fp8_gemm._write(path, key, tables[0])
+    fp8_cache._write(path, key, tables[0])
     seen: list[str] = []
     done = threading.Event()
 
     def write(rank: int) -> None:
         for _ in range(15):
-            fp8_gemm._write(path, key, tables[rank])
+            fp8_cache._write(path, key, tables[rank])
 
     def read() -> None:
         while not done.is_set():
-            cells, complaint = fp8_gemm._read(path, key)
+            cells, complaint = fp8_cache._read(path, key)
             seen.append(complaint if cells in tables else complaint or "mixed or missing")
 
     threads = [threading.Thread(target=write, args=(rank,)) for rank in range(4)]
@@ -409,6 +409,6 @@ def test_racing_writers_leave_a_whole_file(folder: Path, tmp_path: Path) -> None
 
 def test_imports_neither_sglang_nor_its_kernels() -> None:
     code = (
-        "import sys, mixquant_sglang.kernels.tuning.fp8_gemm; assert not {'sglang', 'sgl_kernel'} & sys.modules.keys()"
+        "import sys, mixquant_sglang.kernels.tuning.fp8_cache; assert not {'sglang', 'sgl_kernel'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)

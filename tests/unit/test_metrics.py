@@ -25,7 +25,8 @@ def registry() -> object:
 def counted(labels: dict[str, object]) -> PassCounters:
     counters = PassCounters()
     counters.add("prefill", "fp8", {("prefill", "fp8"): 7, ("prefill", "bf16"): 1}, protected=1)
-    series = counters.attach(labels)
+    series = metrics.PrometheusSeries(labels)
+    counters.attach(series)
     series.describe(version="0.1.0", recipe="fp8", kernel="fp8:native", layers={"fp8": 144}, extra_bytes=5)
     counters.add("prefill", "fp8", {("prefill", "fp8"): 3}, protected=2)
     counters.add_decode("bf16", 2)

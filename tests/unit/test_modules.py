@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from mixquant_sglang.recipe.modules import A_GATE, NEVER, OUTSIDE, is_outside, why_bf16
-from mixquant_sglang.tools.quantize import command
+from mixquant_sglang.tools.quantize.targets import is_target
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,6 @@ def test_what_is_below_a_tower_is_outside() -> None:
 
 
 def test_quantize_leaves_the_same_modules() -> None:
-    assert command._is_linear("model.layers.0.self_attn.q_proj", 2)
+    assert is_target("model.layers.0.self_attn.q_proj", 2)
     for name in ("vpm.layers.0.self_attn.q_proj", "model.mtp.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"):
-        assert not command._is_linear(name, 2)
+        assert not is_target(name, 2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.formats import nvfp4, scale_layout
 
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 E4M3 = np.array([(b & 7) * 2.0**-9 if b < 8 else (8 + (b & 7)) * 2.0 ** ((b >> 3) - 10) for b in range(127)])
@@ -241,18 +241,20 @@ def test_swizzle_is_the_128x4_formula(n: int, k: int) -> None:
     flat = bytes_of(swizzled).reshape(-1)
     np.testing.assert_array_equal(flat[offset], bytes_of(scales))
     assert np.count_nonzero(flat) == n * blocks  # padding is zero
-    back = nvfp4.unswizzle_scales(swizzled, n, k)
+    back = scale_layout.unswizzle_scales(swizzled, n, k)
     assert back.dtype == torch.float8_e4m3fn and np.array_equal(bytes_of(back), bytes_of(scales))
-    assert torch.equal(nvfp4.unswizzle_scales(swizzled.view(torch.uint8).flatten(), n, k), scales.view(torch.uint8))
+    assert torch.equal(
+        scale_layout.unswizzle_scales(swizzled.view(torch.uint8).flatten(), n, k), scales.view(torch.uint8)
+    )
 
 
 def test_unswizzle_refuses_other_sizes() -> None:
     with pytest.raises(ValueError, match="are 512 bytes"):
-        nvfp4.unswizzle_scales(torch.zeros(511, dtype=torch.uint8), 1, 16)
+        scale_layout.unswizzle_scales(torch.zeros(511, dtype=torch.uint8), 1, 16)
     with pytest.raises(ValueError, match="multiple of 16"):
-        nvfp4.unswizzle_scales(torch.zeros(512, dtype=torch.uint8), 1, 24)
+        scale_layout.unswizzle_scales(torch.zeros(512, dtype=torch.uint8), 1, 24)
     with pytest.raises(ValueError, match=r"torch\.float32"):
-        nvfp4.unswizzle_scales(torch.zeros(512), 1, 16)
+        scale_layout.unswizzle_scales(torch.zeros(512), 1, 16)
 
 
 def block_errors(x: torch.Tensor, values: torch.Tensor) -> np.ndarray:

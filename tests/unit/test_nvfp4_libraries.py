@@ -21,7 +21,7 @@ import math
 import pytest
 import torch
 
-from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.formats import nvfp4, scale_layout
 
 SCALE_GRID = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 SCALE_TIES = (SCALE_GRID[1:] + SCALE_GRID[:-1]) / 2
@@ -212,10 +212,12 @@ def test_swizzle_is_torchaos(n: int, k: int) -> None:
     from torchao.prototype.mx_formats.utils import from_blocked, to_blocked
 
     scales = random_scales(n, k)
-    swizzled = nvfp4.swizzle_scales(scales).view(torch.uint8)
+    swizzled = scale_layout.swizzle_scales(scales).view(torch.uint8)
     assert torch.equal(swizzled.flatten(), to_blocked(scales.view(torch.uint8)))
     assert torch.equal(from_blocked(swizzled.flatten(), n, k // 16), scales.view(torch.uint8))
-    assert torch.equal(nvfp4.unswizzle_scales(to_blocked(scales.view(torch.uint8)), n, k), scales.view(torch.uint8))
+    assert torch.equal(
+        scale_layout.unswizzle_scales(to_blocked(scales.view(torch.uint8)), n, k), scales.view(torch.uint8)
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

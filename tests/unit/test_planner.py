@@ -16,10 +16,16 @@ from pathlib import Path
 import pytest
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.tools.plan import command as planner
-from mixquant_sglang.tools.plan import data as planner_data
-from mixquant_sglang.tools.plan.command import Prediction, Workload
-from mixquant_sglang.tools.plan.data import BENCH_ONE_BATCH, GPUS, MODELS, SERVER, Host, find_gpu, find_model
+from mixquant_sglang.tools.plan.command import DEFAULT_RECIPES, add_arguments
+from mixquant_sglang.tools.plan.command import run as run_command
+from mixquant_sglang.tools.plan.gpus import GPUS, Gpu, find_gpu
+from mixquant_sglang.tools.plan.hosts import BENCH_ONE_BATCH, SERVER, Host
+from mixquant_sglang.tools.plan.models import MODELS, Model, find_model
+from mixquant_sglang.tools.plan.predict import Prediction
+from mixquant_sglang.tools.plan.predict import predict as predict_plan
+from mixquant_sglang.tools.plan.rates import ATTENTION_TILE
+from mixquant_sglang.tools.plan.recipes import STOCK_FP8, make_plan
+from mixquant_sglang.tools.plan.workload import Workload
 
 QWEN = find_model("Qwen3-8B")
 H200 = find_gpu("H200")
@@ -42,7 +48,7 @@ CONFIG = {
 def predict(
     recipe: str,
     input_len: int,
-    gpu: planner_data.Gpu = H200,
+    gpu: Gpu = H200,
     host: Host = SERVER,
     protect: bool | None = None,
     cached: int = 0,
@@ -52,7 +58,7 @@ def predict(
     chunk: int | None = None,
 ) -> Prediction:
     work = Workload(input_len, cached, output_len, batch, tp, chunk)
-    return planner.predict(planner.make_plan(recipe, QWEN, gpu, tp, protect), QWEN, gpu, work, host=host)
+    return predict_plan(make_plan(recipe, QWEN, gpu, tp, protect), QWEN, gpu, work, host=host)
 
 
 def arm(name: str, input_len: int, batch: int = 1) -> Prediction:
@@ -135,8 +141,8 @@ def test_prefill_emulated(recipe: str, length: int, ms: float) -> None:
 
 @pytest.mark.parametrize(("length", "ms"), EMULATED)
 def test_prefill_emulated_and_not_fused(length: int, ms: float) -> None:
-    plan = replace(planner.make_plan("nvfp4", QWEN, H200), fused=False)
-    predicted = planner.predict(plan, QWEN, H200, Workload(length))
+    plan = replace(make_plan("nvfp4", QWEN, H200), fused=False)
+    predicted = predict_plan(plan, QWEN, H200, Workload(length))
     close(f"nvfp4 emulated, {length} tokens", predicted.prefill_ms, ms, 0.10)
     assert predict("nvfp4", length).prefill_ms < predicted.prefill_ms
 
@@ -221,14 +227,14 @@ BARS = ((2048, 3.51), (4096, 3.20), (8192, 2.80), (16384, 2.42), (32768, 1.96))
 @pytest.mark.parametrize(("length", "bar"), BARS)
 def test_mix_quant_on_an_rtx_5090(length: int, bar: float) -> None:
     gpu = find_gpu("RTX 5090")
-    theirs = replace(planner.make_plan("nvfp4", QWEN, gpu, protect=False), fused=False, stock=True)
-    predicted = planner.predict(theirs, QWEN, gpu, Workload(length, chunk=ONE_PASS))
+    theirs = replace(make_plan("nvfp4", QWEN, gpu, protect=False), fused=False, stock=True)
+    predicted = predict_plan(theirs, QWEN, gpu, Workload(length, chunk=ONE_PASS))
     close(f"5090, {length} tokens, speed-up", predicted.prefill_speedup, bar, 0.15)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
-@pytest.mark.parametrize("recipe", [*planner.DEFAULT_RECIPES, "auto", planner.STOCK_FP8])
-def test_more_work_takes_longer(gpu: planner_data.Gpu, recipe: str) -> None:
+@pytest.mark.parametrize("recipe", [*DEFAULT_RECIPES, "auto", STOCK_FP8])
+def test_more_work_takes_longer(gpu: Gpu, recipe: str) -> None:
     lengths = [predict(recipe, n, gpu).prefill_ms for n in (1, 64, 500, 512, 513, 2048, 8192, 8193, 20000, 131072)]
     assert lengths == sorted(lengths)
     cached = [predict(recipe, 16384, gpu, cached=n).prefill_ms for n in (16384, 16383, 12000, 8192, 4096, 1, 0)]
@@ -263,7 +269,7 @@ def test_end_to_end_weighs_prefill_and_decode() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_extra_weight_bytes_are_exact(model: planner_data.Model) -> None:
+def test_extra_weight_bytes_are_exact(model: Model) -> None:
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     shapes = [(q + 2 * kv, model.hidden), (model.hidden, q)]
     shapes += [(2 * model.intermediate, model.hidden), (model.hidden, model.intermediate)]
@@ -274,7 +280,7 @@ def test_extra_weight_bytes_are_exact(model: planner_data.Model) -> None:
         mixed *= model.layers
         every = {"nvfp4": nvfp4, "nvfp4-everywhere": nvfp4, "nvfp4-fp8": mixed, "fp8": fp8, "bf16": 0}
         for recipe, expected in every.items():
-            extra = planner.make_plan(recipe, model, gpu).extra_weight_bytes
+            extra = make_plan(recipe, model, gpu).extra_weight_bytes
             assert isinstance(extra, int)
             assert extra == expected
 
@@ -289,7 +295,7 @@ def test_extra_weight_bytes_are_those_of_the_load_report() -> None:
 
 def test_nvfp4_in_the_mlp_and_fp8_in_attention() -> None:
     b200 = find_gpu("B200")
-    plan = planner.make_plan("nvfp4-fp8", QWEN, b200)
+    plan = make_plan("nvfp4-fp8", QWEN, b200)
     assert [(x.name, x.n, x.k, x.count, x.prefill, x.decode) for x in plan.linears] == [
         ("self_attn.qkv_proj", 6144, 4096, 36, "fp8", "bf16"),
         ("self_attn.o_proj", 4096, 4096, 36, "fp8", "bf16"),
@@ -329,14 +335,14 @@ def test_tensor_parallel_splits_the_linears() -> None:
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
-def test_nvfp4_is_native_from_blackwell_on(gpu: planner_data.Gpu) -> None:
+def test_nvfp4_is_native_from_blackwell_on(gpu: Gpu) -> None:
     one = predict("nvfp4", 8192, gpu)
     native = gpu.capability >= (10, 0)
     assert ("nvfp4 (native)" in one.describe) == native
     assert one.prefill_speedup > 1.3 if native else 0.9 < one.prefill_speedup < 1.1  # emulated on an H200: 1.03
     assert (one.prefill_parts["dequantise"] > 0) != native
-    auto = planner.make_plan("auto", QWEN, gpu)
-    same = planner.make_plan("nvfp4-fp8" if native else "fp8", QWEN, gpu)
+    auto = make_plan("auto", QWEN, gpu)
+    same = make_plan("nvfp4-fp8" if native else "fp8", QWEN, gpu)
     assert (auto.linears, auto.describe) == (same.linears, same.describe)
     assert predict("nvfp4-emulated", 8192, gpu).prefill_speedup < (1 if native else 1.1)
     assert predict("nvfp4-everywhere", 8192, gpu).prefill_parts["protected"] == 0
@@ -362,8 +368,8 @@ def test_a_recipe_file(tmp_path: Path) -> None:
 
 def test_says_when_it_does_not_fit() -> None:
     llama = find_model("Llama-3.1-70B")
-    plan = planner.make_plan("fp8", llama, H200)
-    assert not planner.predict(plan, llama, H200, Workload(1024)).fits
+    plan = make_plan("fp8", llama, H200)
+    assert not predict_plan(plan, llama, H200, Workload(1024)).fits
     assert predict("fp8", 1024).fits
 
 
@@ -372,8 +378,8 @@ def test_says_when_it_does_not_fit() -> None:
 
 def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    planner.add_arguments(parser)
-    return planner.run(parser.parse_args(arguments))
+    add_arguments(parser)
+    return run_command(parser.parse_args(arguments))
 
 
 def refusal(*arguments: str) -> str:
@@ -388,7 +394,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 1
     made = json.loads(out)
-    assert tuple(made) == planner.DEFAULT_RECIPES
+    assert tuple(made) == DEFAULT_RECIPES
     for one in made.values():
         keys = {"prefill_ms", "decode_ms", "prefill_speedup", "end_to_end_speedup", "extra_weight_bytes"}
         assert keys <= one.keys()
@@ -407,7 +413,7 @@ def test_json_has_the_recipes_asked_for(capsys: pytest.CaptureFixture[str]) -> N
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("Llama-3.1-70B", "--gpu", "rtx-5090", "--input-len", "512", "--batch", "2") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[3:9]] == list(planner.DEFAULT_RECIPES)
+    assert [line.split()[0] for line in lines[3:9]] == list(DEFAULT_RECIPES)
     assert all("DOES NOT FIT" in line for line in lines[3:9])
     assert lines[-1].startswith("Predictions, not measurements. RTX 5090: peaks from")
 
@@ -525,8 +531,8 @@ def test_plot(tmp_path: Path) -> None:
 )
 def test_the_largest_plans_take_about_a_second(work: Workload) -> None:
     begin = time.process_time()
-    for name in planner.DEFAULT_RECIPES:
-        planner.predict(planner.make_plan(name, QWEN, H200), QWEN, H200, work)
+    for name in DEFAULT_RECIPES:
+        predict_plan(make_plan(name, QWEN, H200), QWEN, H200, work)
     assert time.process_time() - begin < 5  # a walk over prompts or over recipes takes a minute
 
 
@@ -542,7 +548,7 @@ def test_passes_are_those_of_a_walk_from_prompt_to_prompt() -> None:
                 if end == len(rows) or rows[end] == 0:
                     take = end - begin
                     keys = input_len - work.new + rows[begin]
-                    pairs += take * (keys + (take + min(take, planner_data.ATTENTION_TILE)) / 2)
+                    pairs += take * (keys + (take + min(take, ATTENTION_TILE)) / 2)
                     begin = end
             walked.append((len(rows), pairs, sum(position == work.new - 1 for position in rows)))
         assert list(work.passes(H200)) == walked

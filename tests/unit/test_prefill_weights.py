@@ -16,11 +16,12 @@ import torch
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
-from mixquant_sglang.kernels.linear.emulated import EmulatedFP8, EmulatedNVFP4
-from mixquant_sglang.tools.quantize.command import quantize_checkpoint
-from mixquant_sglang.weights import ready_made as prefill_weights
-from mixquant_sglang.weights.ready_linear import Share
-from mixquant_sglang.weights.ready_made import PrefillWeights
+from mixquant_sglang.kernels.linear.emulated_fp8 import EmulatedFP8
+from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
+from mixquant_sglang.tools.quantize.checkpoint import quantize_checkpoint
+from mixquant_sglang.weights import hub
+from mixquant_sglang.weights.ready_made import ReadyMadeWeights
+from mixquant_sglang.weights.ready_made_linear import Share
 from tests.support import nvfp4_checkpoints as tiny
 from tests.support.nvfp4_checkpoints import CONFIG, HIDDEN, INNER, LINEARS, MODELOPT, Tensors, bf16_tensors, save
 
@@ -42,7 +43,7 @@ def master(made: Tensors, name: str) -> torch.Tensor:
     return torch.cat([made[f"{shard}.weight"] for shard in shards_of(name) or (name,)])
 
 
-def take(weights: PrefillWeights, made: Tensors, name: str, share: Share | None = None) -> list[NVFP4Tensor]:
+def take(weights: ReadyMadeWeights, made: Tensors, name: str, share: Share | None = None) -> list[NVFP4Tensor]:
     """The whole linear, or a share of it."""
     linear = weights.linear(name, shards_of(name))
     assert linear is not None
@@ -70,8 +71,8 @@ def dequantized(pieces: list[NVFP4Tensor]) -> torch.Tensor:
     return torch.cat([piece.dequantize(torch.float32) for piece in pieces])
 
 
-def opened(folder: Path) -> PrefillWeights:
-    return PrefillWeights.open(str(folder), WHERE)
+def opened(folder: Path) -> ReadyMadeWeights:
+    return ReadyMadeWeights.open(str(folder), WHERE)
 
 
 # What is read
@@ -472,10 +473,10 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    prefill_weights.find.cache_clear()
+    hub.find.cache_clear()
     assert opened(Path("org/tiny-NVFP4")).folder == opened(Path("org/tiny-NVFP4")).folder == folder
     assert asked == ["org/tiny-NVFP4"]
     message = f"^{WHERE}: org/none: is no folder, and fetching it from the hub failed: 404 Client Error. Repository"
     with pytest.raises(MixQuantError, match=message):
         opened(Path("org/none"))
-    prefill_weights.find.cache_clear()
+    hub.find.cache_clear()

@@ -10,8 +10,8 @@ import torch
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
-from mixquant_sglang.weights.ready_linear import Share
-from mixquant_sglang.weights.ready_made import PrefillWeights
+from mixquant_sglang.weights.ready_made import ReadyMadeWeights
+from mixquant_sglang.weights.ready_made_linear import Share
 from tests.support import nvfp4_checkpoints as tiny
 from tests.support.nvfp4_checkpoints import LINEARS, SHAPES, Tensors, bf16_tensors, save
 
@@ -27,7 +27,7 @@ def _away(share: float) -> Tensors:
 
 def _accepts(folder: Path, ready: Tensors, config: dict[str, Any]) -> None:
     made = bf16_tensors()
-    weights = PrefillWeights.open(str(save(folder, ready, config)), "here")
+    weights = ReadyMadeWeights.open(str(save(folder, ready, config)), "here")
     for name in LINEARS:
         master = made[f"{name}.weight"]
         linear = weights.linear(name, ())
@@ -123,7 +123,7 @@ def test_a_flipped_bit_in_a_header_is_one_line(tmp_path: Path) -> None:
         damaged[bit // 8] ^= 1 << bit % 8
         file.write_bytes(damaged)
         try:
-            weights = PrefillWeights.open(str(folder), "here")
+            weights = ReadyMadeWeights.open(str(folder), "here")
             for name in LINEARS:
                 linear = weights.linear(name, ())
                 if linear is not None:

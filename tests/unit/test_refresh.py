@@ -10,7 +10,8 @@ import torch
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host.runtime import Runtime
-from mixquant_sglang.kernels.linear.emulated import EmulatedFP8, EmulatedNVFP4
+from mixquant_sglang.kernels.linear.emulated_fp8 import EmulatedFP8
+from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
 from mixquant_sglang.passes.rows import RequestRows
 from mixquant_sglang.passes.running import MASTER_PASS
 from mixquant_sglang.recipe.select import Device, select

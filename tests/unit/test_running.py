@@ -19,10 +19,22 @@ def test_an_unknown_mode_is_refused_by_name() -> None:
 
 def test_scope_is_restored_also_after_an_error() -> None:
     assert current() is DECODE_PASS
-    outer, inner = Pass(Role.PROMPT), Pass(Role.DECODE)
-    with scope(outer):
-        with pytest.raises(KeyError), scope(inner):
-            assert current() is inner
-            raise KeyError
-        assert current() is outer
+    one = Pass(Role.PROMPT)
+    with pytest.raises(KeyError), scope(one):
+        assert current() is one
+        raise KeyError
     assert current() is DECODE_PASS
+
+
+def test_passes_do_not_nest() -> None:
+    one = Pass(Role.PROMPT)
+    with scope(one):
+        with pytest.raises(RuntimeError, match="a decode pass began within a prompt pass"), scope(DECODE_PASS):
+            pass
+        assert current() is one
+
+
+def test_each_mode_has_its_role() -> None:
+    assert {role_of(mode) for mode in ("TARGET_VERIFY",)} == {Role.VERIFY}
+    assert {role_of(mode) for mode in ("DRAFT_EXTEND", "DRAFT_EXTEND_V2")} == {Role.DRAFT}
+    assert {role_of(mode) for mode in ("DECODE", "IDLE", "DLLM_EXTEND")} == {Role.DECODE}

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels.registry import packed_linear
+from mixquant_sglang.kernels.registry import KERNELS, find, packed_linear, refusal
+from mixquant_sglang.recipe.capabilities import is_native
 from mixquant_sglang.recipe.select import Device, select
 
 CPU = Device("this CPU", None)
@@ -67,4 +70,30 @@ def test_precisions_that_only_a_rule_names_get_a_kernel_too() -> None:
 def test_each_pair_has_a_class(precision: str, kernel: str) -> None:
     packed = packed_linear(precision, kernel)
     assert (packed.precision, packed.kernel) == (precision, kernel)
-    assert packed.refusal(4096, 4096) is None
+    assert refusal(precision, kernel, 4096, 4096) is None
+
+
+def test_each_row_is_of_its_class() -> None:
+    for row in KERNELS:
+        packed = row.load()
+        assert (packed.precision, packed.kernel) == (row.precision, row.kernel)
+        assert find(row.precision, row.kernel) is row  # no two rows for the same
+
+
+def test_a_native_kernel_needs_what_selection_asks_for() -> None:
+    for row in KERNELS:
+        assert (row.capability is None) == (row.kernel == "emulated")
+        if row.capability is not None:
+            assert is_native(row.precision, row.capability)
+            major, minor = row.capability
+            assert not is_native(row.precision, (major, minor - 1) if minor else (major - 1, 9))
+
+
+def test_there_is_no_kernel_for_a_precision_without_a_row() -> None:
+    with pytest.raises(LookupError, match="no native kernel for linear in int8"):
+        packed_linear("int8", "native")
+
+
+def test_refusals_are_asked_without_torch() -> None:
+    asked = "import sys; from mixquant_sglang.kernels import registry; registry.refusal('fp8', 'native', 8, 8); "
+    subprocess.run([sys.executable, "-c", asked + "assert 'torch' not in sys.modules"], check=True)

@@ -17,11 +17,16 @@ import torch
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels.linear.emulated import EmulatedFP8, EmulatedNVFP4
+from mixquant_sglang.kernels.linear.emulated_fp8 import EmulatedFP8
+from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
 from mixquant_sglang.recipe.matching import RuleMatcher
+from mixquant_sglang.recipe.modules import FUSED
 from mixquant_sglang.tools import cli
-from mixquant_sglang.tools.plan import command as planner
-from mixquant_sglang.tools.plan.data import find_gpu
+from mixquant_sglang.tools.plan.gpus import find_gpu
+from mixquant_sglang.tools.plan.models import find_model
+from mixquant_sglang.tools.plan.predict import predict
+from mixquant_sglang.tools.plan.recipes import make_plan
+from mixquant_sglang.tools.plan.workload import Workload
 from mixquant_sglang.tools.quantize import calibration
 from mixquant_sglang.tools.sensitivity import measure as sensitivity
 from mixquant_sglang.tools.sensitivity.choice import Measured, Prices, choose, groups_of
@@ -223,14 +228,14 @@ def test_choice() -> None:
 
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
 def test_prices_are_those_of_plan(tmp_path: Path, gpu: str) -> None:
-    shape = planner.find_model("Qwen3-8B")
+    shape = find_model("Qwen3-8B")
     loaded = recipe.load("auto")
     selection = sensitivity.select(loaded, sensitivity.Device(gpu, find_gpu(gpu).capability))
     groups = groups_of(loaded, selection, shape)
     prices = Prices(shape, find_gpu(gpu), loaded, selection, 8192)
-    work = planner.Workload(8192)
-    plans = {name: planner.make_plan(name, shape, find_gpu(gpu)) for name in ("bf16", "auto")}
-    by_plan = {name: planner.predict(plan, shape, find_gpu(gpu), work) for name, plan in plans.items()}
+    work = Workload(8192)
+    plans = {name: make_plan(name, shape, find_gpu(gpu)) for name in ("bf16", "auto")}
+    by_plan = {name: predict(plan, shape, find_gpu(gpu), work) for name, plan in plans.items()}
     low = by_plan["auto"]
     assert {one.precision for one in groups} == {"fp8", selection.prefill}
     assert prices.speed(groups, []) == pytest.approx((low.prefill_ms, low.prefill_speedup))
@@ -241,7 +246,7 @@ def test_prices_are_those_of_plan(tmp_path: Path, gpu: str) -> None:
     file = tmp_path / "r.yaml"
     attention = "- {match: 're:.*self_attn', prefill: fp8}\n"
     file.write_text(f"version: 1\nprefill: {{precision: {selection.prefill}}}\n" + RULE + attention)
-    planned = planner.predict(planner.make_plan(str(file), shape, find_gpu(gpu)), shape, find_gpu(gpu), work)
+    planned = predict(make_plan(str(file), shape, find_gpu(gpu)), shape, find_gpu(gpu), work)
     assert prices.speed(groups, down) == pytest.approx((planned.prefill_ms, planned.prefill_speedup))
     ruled = groups_of(recipe.load(str(file)), selection, shape)
     assert len(ruled) == len(groups) - len(down)
@@ -260,7 +265,7 @@ def kept_by(text: str, folder: Path, *prefill: str) -> set[str]:
     file.write_text(text)
     loaded = recipe.load(str(file))
     assert loaded.decode == "bf16"
-    matcher = RuleMatcher(loaded.layers, planner.FUSED)
+    matcher = RuleMatcher(loaded.layers, FUSED)
     precisions = {name: matcher.precisions(name, loaded.prefill, loaded.decode) for name in NAMES}
     matcher.check_all_matched(NAMES)
     assert set(precisions.values()) <= {(precision, "bf16") for precision in ("bf16", *prefill)}

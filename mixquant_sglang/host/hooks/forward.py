@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from mixquant_sglang.host import runtime
-from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.passes.running import MASTER_PASS, Pass, role_of, scope
 from mixquant_sglang.passes.schedule import ScheduledPass
 from mixquant_sglang.recipe.roles import Role
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions.requests import reads_all_rows, request_rows
 
 _SCHEDULED = "_mixquant_pass"  # attribute of the ForwardBatch between init_new and ModelRunner.forward
 
@@ -29,8 +29,8 @@ def schedule_batch(forward_batch: Any, _cls: type, batch: Any, model_runner: Any
     if run is None or _role_of(forward_batch.forward_mode) is not Role.PROMPT:
         return
     run.weights.refresh()
-    requests = compat.request_rows(forward_batch, batch, lambda req: getattr(req, "mixquant_bf16", False))
-    reads_all = run.schedule.prunes and compat.reads_all_rows(forward_batch)
+    requests = request_rows(forward_batch, batch, lambda req: getattr(req, "mixquant_bf16", False))
+    reads_all = run.schedule.prunes and reads_all_rows(forward_batch)
     scheduled = run.schedule.prefill(requests, torch.device(model_runner.device), reads_all=reads_all)
     setattr(forward_batch, _SCHEDULED, scheduled)
     if batch.prefill_stats is not None:

@@ -9,9 +9,9 @@ import torch
 
 from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks.forward import scheduled_of
-from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.passes.running import scope
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions.graphs import add_prefill_graph, prefill_graph_of
 
 
 @handler
@@ -19,7 +19,7 @@ def size_prefill_graphs(*_args: Any, model_runner: Any, **_kwargs: Any) -> None:
     """So that the largest pass that ``min_tokens`` keeps in BF16 does not share a graph with low ones."""
     run = runtime.current()
     if run is not None and run.graphs.most_bf16_rows:
-        compat.add_prefill_graph(model_runner, run.graphs.most_bf16_rows)
+        add_prefill_graph(model_runner, run.graphs.most_bf16_rows)
 
 
 @handler
@@ -51,7 +51,7 @@ def can_replay_prefill(original: Callable[..., bool], runner: Any, forward_batch
     scheduled = scheduled_of(forward_batch)
     # SGLang also asks for modes that are no prefill to us and were not scheduled: none of them was captured.
     return scheduled is not None and run.graphs.can_replay(
-        scheduled, compat.prefill_graph_of(runner, len(forward_batch.input_ids))
+        scheduled, prefill_graph_of(runner, len(forward_batch.input_ids))
     )
 
 

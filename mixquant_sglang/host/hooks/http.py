@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from mixquant_sglang.host.hooks import launcher
-from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.recipe import policy
 from mixquant_sglang.recipe.policy import PolicyError
 

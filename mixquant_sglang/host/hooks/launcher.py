@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,31 +15,38 @@ import torch
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError, refusing
 from mixquant_sglang.host import stock
-from mixquant_sglang.host.hooks import table
-from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.hooks import registry
+from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.host.refusals import check_server_args
 from mixquant_sglang.recipe import Recipe
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import machine
+from mixquant_sglang.versions.dialect import dialect
 
-_command_line = False  # server arguments came from a command line, so a refusal ends the process with one line
-_flag_given = False
-_dtype_asked: str | None = None
-_moe_backend_asked: str | None = None
-_recipe: Recipe | None = None
+
+@dataclass
+class Asked:
+    """What this process was asked for, as far as it parsed server arguments."""
+
+    command_line: bool = False  # the arguments came from one, so a refusal ends the process with one line
+    recipe_flag: bool = False
+    dtype: str | None = None
+    moe_backend: str | None = None
+    recipe: Recipe | None = None
+
+
+asked = Asked()
 
 
 class _RecipeFlag(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-        global _flag_given
-        _flag_given = True
+        asked.recipe_flag = True
         os.environ[recipe.RECIPE_ENV] = values
         setattr(namespace, self.dest, values)
 
 
 @handler
 def add_recipe_flag(_result: None, parser: argparse.ArgumentParser) -> None:
-    global _command_line
-    _command_line = True
+    asked.command_line = True
     parser.add_argument(
         "--mixquant-recipe",
         action=_RecipeFlag,
@@ -49,34 +57,33 @@ def add_recipe_flag(_result: None, parser: argparse.ArgumentParser) -> None:
 
 
 def _refusing() -> AbstractContextManager[None]:
-    return refusing() if _command_line else nullcontext()
+    return refusing() if asked.command_line else nullcontext()
 
 
 @handler
 def resolve_server_args(original: Callable[..., None], server_args: Any, *args: Any, **kwargs: Any) -> None:
-    global _dtype_asked, _moe_backend_asked, _recipe
-    if getattr(server_args, "_resolution_finished", False):  # 0.5.23 asks again wherever the arguments arrive
+    if dialect().resolution_finished(server_args):
         return original(server_args, *args, **kwargs)
-    asked = server_args.quantization == compat.NAME
-    os.environ.pop(compat.ACTIVE_ENV, None)
+    ours = server_args.quantization == machine.NAME
+    os.environ.pop(machine.ACTIVE_ENV, None)
     with _refusing():
-        if _flag_given and not asked:
-            raise MixQuantError(f"--mixquant-recipe needs --quantization {compat.NAME}")
-        if asked:
-            _recipe = recipe.load(recipe.requested())
+        if asked.recipe_flag and not ours:
+            raise MixQuantError(f"--mixquant-recipe needs --quantization {machine.NAME}")
+        if ours:
+            asked.recipe = recipe.load(recipe.requested())
             check_server_args(server_args)
-            for hook in table.hooks_of():
+            for hook in registry.hooks_of():
                 if hook.process != "http":
-                    table.target_of(hook)
-            _dtype_asked = server_args.dtype
-            _moe_backend_asked = getattr(server_args, "moe_runner_backend", None)
+                    registry.target_of(hook)
+            asked.dtype = server_args.dtype
+            asked.moe_backend = getattr(server_args, "moe_runner_backend", None)
             _prepare_launcher()
         original(server_args, *args, **kwargs)
-        if asked:
+        if ours:
             check_server_args(server_args)
-            if _command_line or _HTTP_SERVER in sys.modules:
+            if asked.command_line or _HTTP_SERVER in sys.modules:
                 _set_hooks("http")  # imports SGLang's HTTP server, which comes next; sgl.Engine does without
-            os.environ[compat.ACTIVE_ENV] = "1"
+            os.environ[machine.ACTIVE_ENV] = "1"
 
 
 _HTTP_SERVER = "sglang.srt.entrypoints.http_server"
@@ -84,14 +91,14 @@ _HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 
 def _prepare_launcher() -> None:
     _set_hooks("asked")
-    table.check_hooks_took_effect("launcher")
+    registry.check_hooks_took_effect("launcher")
     register_config()
 
 
 def _set_hooks(process: str) -> None:
-    table.register_hooks([hook for hook in table.hooks_of(process) if not table.took_effect(hook)])
-    table.apply_hooks()
-    table.check_hooks_took_effect(process)
+    registry.register_hooks([hook for hook in registry.hooks_of(process) if not registry.took_effect(hook)])
+    registry.apply_hooks()
+    registry.check_hooks_took_effect(process)
 
 
 def register_config() -> None:
@@ -105,7 +112,7 @@ def register_config() -> None:
 def check_checkpoint(model_config: Any) -> None:
     """Refuses quantised checkpoints, those of another dtype unless ``--dtype bfloat16`` asks for the cast, models that
     SGLang would not decode as stock, and ready-made prefill weights of another model."""
-    if model_config.quantization != compat.NAME:
+    if model_config.quantization != machine.NAME:
         return
     with _refusing():
         for config in (model_config.hf_config, model_config.hf_text_config):
@@ -119,21 +126,21 @@ def check_checkpoint(model_config: Any) -> None:
                     )
         stored = getattr(model_config.hf_text_config, "dtype", None)
         stored = getattr(torch, stored, stored) if isinstance(stored, str) else stored
-        cast_unasked = stored is not torch.bfloat16 and _dtype_asked == "auto"
+        cast_unasked = stored is not torch.bfloat16 and asked.dtype == "auto"
         if model_config.dtype is not torch.bfloat16 or cast_unasked:
             raise MixQuantError(
                 f"{model_config.model_path} is a {str(stored or torch.float32).removeprefix('torch.')} checkpoint that "
                 f"would be served as {str(model_config.dtype).removeprefix('torch.')}; mixquant needs BF16: "
                 "convert it, or pass --dtype bfloat16 to cast it at load"
             )
-        stock.check_model(model_config, compat.device, _moe_backend_asked)
-        if _recipe is not None and _recipe.prefill_weights:
-            from mixquant_sglang.weights.ready_made import PrefillWeights
+        stock.check_model(model_config, machine.device, asked.moe_backend)
+        if asked.recipe is not None and asked.recipe.prefill_weights:
+            from mixquant_sglang.weights.ready_made import ReadyMadeWeights
 
-            ready = PrefillWeights.open(_recipe.prefill_weights, _recipe.prefill_weights_at)
+            ready = ReadyMadeWeights.open(asked.recipe.prefill_weights, asked.recipe.prefill_weights_at)
             ready.check_model(model_config.hf_text_config)
 
 
 def asked_recipe() -> Recipe | None:
     """The recipe of the server that this process launches."""
-    return _recipe
+    return asked.recipe

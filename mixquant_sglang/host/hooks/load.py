@@ -6,7 +6,7 @@ from typing import Any
 
 from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks.observe import publish_metrics
-from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.hooks.registry import handler
 
 
 @handler

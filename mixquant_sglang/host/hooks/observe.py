@@ -7,7 +7,7 @@ from typing import Any
 
 from mixquant_sglang import __version__
 from mixquant_sglang.host import runtime
-from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.host.metrics import PrometheusSeries
 from mixquant_sglang.passes.schedule import ScheduledPass
 

@@ -6,10 +6,11 @@ from typing import Any
 
 from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks import http, launcher
-from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.recipe import policy
 from mixquant_sglang.recipe.policy import PolicyError
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions import storage
+from mixquant_sglang.versions.dialect import dialect
 
 
 @handler
@@ -62,6 +63,6 @@ def rebootstrap_payload(payload: dict[str, Any], req: Any) -> None:
 @handler
 def attach_storage(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuses a store that outlives the process where its pages are named by their tokens alone."""
-    if compat.stored_pages_are_named():
+    if dialect().stored_pages_are_named():
         return original(scheduler, *args, **kwargs)
-    return compat.refused_storage(f"mixquant: {compat.UNNAMED_PAGES}")
+    return storage.refused_storage(f"mixquant: {storage.UNNAMED_PAGES}")

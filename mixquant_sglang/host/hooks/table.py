@@ -1,20 +1,16 @@
-"""Where we hook into SGLang, and the proof that each hook took effect.
+"""Where we hook into SGLang: each hook with its targets and what it is for.
 
-Each hook lists its targets; the first that exists is taken, and a hook none of whose targets exists ends the start with
-the version, the names and what they are for.  ``patches/README.md`` is the ledger of these hooks.
+The first target that exists is taken; a hook none of whose targets exists ends the start with the version, the names
+and what they are for.  ``patches/README.md`` is the ledger of these hooks, ``registry.py`` sets them.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
-from mixquant_sglang import __version__
-from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions.dialect import hook_targets
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ HOOKS = (
         "resolve_server_args",
         "around",
         "launcher",
-        ("sglang.srt.server_args.ServerArgs.resolve_once", "sglang.srt.server_args.ServerArgs.__post_init__"),
+        hook_targets("resolve_server_args"),
         "checks recipe and flags before anything is started",
     ),
     Hook(
@@ -153,7 +149,7 @@ HOOKS = (
         "can_run_dual_gemm",
         "around",
         "scheduler",
-        ("sglang.srt.layers.dual_gemm.DualGemm.can_run",),
+        hook_targets("can_run_dual_gemm"),
         "keeps the fused BF16 gate and up projections to passes that are BF16",
         only_with="sglang.kernels.ops.gemm.cutedsl_dual_gemm",
     ),
@@ -224,12 +220,7 @@ HOOKS = (
         "weights_from_distributed",
         "around",
         "scheduler",
-        (
-            "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
-            ".update_weights_from_distributed",
-            "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
-            ".load_weights_from_distributed",
-        ),
+        hook_targets("weights_from_distributed"),
         "looks at new weights before they are written, and packs them",
     ),
     Hook(
@@ -250,7 +241,7 @@ HOOKS = (
         "weights_begin",
         "before",
         "scheduler",
-        ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.begin_weight_update",),
+        hook_targets("weights_begin"),
         "keeps packed weights out of use while an update is open",
         only_with="sglang.srt.managers.io_struct.BeginWeightUpdateReqInput",
     ),
@@ -258,7 +249,7 @@ HOOKS = (
         "weights_end",
         "after",
         "scheduler",
-        ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.end_weight_update",),
+        hook_targets("weights_end"),
         "packs the weights of an update when it ends",
         only_with="sglang.srt.managers.io_struct.BeginWeightUpdateReqInput",
     ),
@@ -311,76 +302,3 @@ HOOKS = (
         "adds low and protected rows to SGLang's prefill log line",
     ),
 )
-
-
-_handlers: dict[str, Callable[..., Any]] = {}
-
-
-def target_of(hook: Hook) -> str:
-    """The dotted name that ``hook`` takes in this SGLang; raises ``MixQuantError`` if it has none of them."""
-    for target in hook.targets:
-        owner, _, attribute = target.rpartition(".")
-        try:
-            found = hasattr(pkgutil.resolve_name(owner), attribute)
-        except (ImportError, AttributeError):
-            found = False
-        # object.__init__ and the like do not count, and a class must define what we replace.
-        if found:
-            return target
-    raise MixQuantError(
-        f"SGLang {compat.sglang_version()} has no {' nor '.join(hook.targets)}, which mixquant {__version__} needs: it "
-        f"{hook.why}. Tested with SGLang {' and '.join(compat.TESTED)}: pip install 'sglang=={[*compat.TESTED][-1]}'"
-    )
-
-
-def hooks_of(*processes: str) -> list[Hook]:
-    """The hooks of these processes (of all, if none is named) that this SGLang has something to hook for."""
-    return [hook for hook in HOOKS if (not processes or hook.process in processes) and hook.needed]
-
-
-def register_hooks(hooks: list[Hook]) -> None:
-    """Registers them with SGLang's HookRegistry, which applies them when all plugins have run."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    for hook in hooks:
-        HookRegistry.register(target_of(hook), handler_of(hook), HookType(hook.kind))
-
-
-def apply_hooks() -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    HookRegistry.apply_hooks()
-
-
-def handler(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a function as the handler of the hook of its name."""
-    _handlers[function.__name__] = function
-    return function
-
-
-def handler_of(hook: Hook) -> Callable[..., Any]:
-    return _handlers[hook.handler]
-
-
-def took_effect(hook: Hook) -> bool:
-    """Whether calling the target calls our handler: SGLang only logs a hook that it could not apply."""
-    function: Any = pkgutil.resolve_name(target_of(hook))
-    ours = _handlers.get(hook.handler)
-    while ours is not None and function is not None:
-        function = getattr(function, "__func__", function)
-        cells = getattr(function, "__closure__", None) or ()
-        if any(cell.cell_contents is ours for cell in cells):
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
-
-
-def check_hooks_took_effect(*processes: str) -> None:
-    """Raises ``MixQuantError`` for a hook that is missing in this process (by default: one that serves a model)."""
-    for hook in hooks_of(*(processes or ("scheduler",))):
-        if not took_effect(hook):
-            raise MixQuantError(
-                f"the hook on {target_of(hook)} is not in place, so mixquant cannot do its work ({hook.why}). "
-                f"Start SGLang with --quantization {compat.NAME} and with the plugin loaded "
-                "(SGLANG_PLUGINS, if set, must contain mixquant; a json override of the model config is not enough)"
-            )

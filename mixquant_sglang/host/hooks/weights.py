@@ -13,7 +13,6 @@ import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -21,9 +20,10 @@ import torch
 from safetensors import SafetensorError
 
 from mixquant_sglang.host import runtime
-from mixquant_sglang.host.hooks.table import handler
+from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.host.runtime import Runtime
-from mixquant_sglang.versions import compat
+from mixquant_sglang.versions.updates import concerns_weights, ipc_without_post_hook, postprocess, read_weights
+from mixquant_sglang.weights.arriving import Arriving, FromDisk
 from mixquant_sglang.weights.incoming import SKIPPED
 
 logger = logging.getLogger(__name__)
@@ -34,20 +34,6 @@ LOAD_ERRORS = (
     *(RuntimeError, TypeError, ValueError, httpx.HTTPError, pickle.PickleError, SafetensorError),
 )
 _OLD = "the old weights serve on"
-
-# SGLang loads direct parameters here: a list while an update is being taken down.
-_direct: list[tuple[Any, list[tuple[str, torch.Tensor]]]] | None = None
-
-
-@dataclass
-class _Disk:
-    """An update from disk: the second reading, SGLang's rollback, is of ``before``."""
-
-    before: str
-    readings: int = 0
-
-
-_disk: _Disk | None = None
 
 
 # -- what was loaded at start ------------------------------------------------------------------------------------------
@@ -60,10 +46,11 @@ def read_checkpoint(original: Callable[..., Any], loader: Any, source: Any) -> A
         return original(loader, source)
     if run.loading:  # the start
         return run.known.record(original(loader, source))
-    if _disk is not None:
-        _disk.readings += 1
-        if _disk.readings > 1:
-            source = dataclasses.replace(source, model_or_path=_disk.before)
+    disk = run.arriving.disk
+    if disk is not None:
+        disk.readings += 1
+        if disk.readings > 1:
+            source = dataclasses.replace(source, model_or_path=disk.before)
     return original(loader, source)
 
 
@@ -79,7 +66,6 @@ def weights_from_disk(
     weight_name_filter: Callable[[str], bool] | None = None,
     **kwargs: Any,
 ) -> tuple[bool, str]:
-    global _disk
     run = runtime.current()
     if run is None:
         return original(updater, model_path, load_format, weight_name_filter, **kwargs)
@@ -93,7 +79,7 @@ def weights_from_disk(
     if refused:
         return False, f"{model_path}: {refused}; {_OLD}"
     run.weights.hold(f"an update from {model_path} is being loaded")
-    _disk = _Disk(before)
+    disk = run.arriving.disk = FromDisk(before)
     try:
         done, message = original(updater, model_path, load_format, weight_name_filter, **kwargs)
         broken = None
@@ -101,7 +87,7 @@ def weights_from_disk(
         done, message = False, f"{model_path}: {_said(error)}"
         broken = f"an update from {model_path} failed, and so did reading {before} again: {_said(error)}"
     finally:
-        read, _disk = _disk.readings, None
+        read, run.arriving.disk = disk.readings, None
     if not done:
         updater.model_config.model_path = before
     elsewhere = run.weights.agree(None if done else message)
@@ -114,9 +100,9 @@ def weights_from_disk(
         return False, message
     if not done and read > 1:
         message += f" mixquant: the weights are those of {before} again" + (
-            ", without what was sent in memory since" if run.sent_since_disk else ""
+            ", without what was sent in memory since" if run.arriving.sent_since_disk else ""
         )
-    run.sent_since_disk = False if read else run.sent_since_disk
+    run.arriving.sent_since_disk = False if read else run.arriving.sent_since_disk
     run.weights.written()
     return done, _with_packing(run, message)
 
@@ -126,7 +112,7 @@ def _look_at(
 ) -> str | None:
     """Why the checkpoint is refused; None if it is not, or if SGLang itself will not load this format."""
     try:
-        weights = compat.read_weights(updater, model_path, load_format)
+        weights = read_weights(updater, model_path, load_format)
         if weights is None:
             return None
         seen = set()
@@ -186,9 +172,10 @@ def weights_from_ipc(original: Callable[..., tuple[bool, str]], updater: Any, re
 
 @handler
 def weights_direct(original: Callable[..., None], model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
-    if _direct is None:
+    run = runtime.current()
+    if run is None or run.arriving.direct is None:
         return original(model, named_tensors)
-    _direct.append((original, named_tensors))
+    run.arriving.direct.append((original, named_tensors))
     return None
 
 
@@ -198,7 +185,7 @@ def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool
         return call()
     model, device = updater.get_model(), torch.device(updater.device)
     try:
-        with _taken_down(model, keep=keep) as (loads, direct):
+        with _taken_down(run.arriving, model, keep=keep) as (loads, direct):
             done, message = call()
         parameters = dict(model.named_parameters()) if direct else {}
         found = [run.known.problem(*named, device) for named in loads]
@@ -210,7 +197,7 @@ def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool
     problem = run.weights.agree(problem)
     if problem:
         return False, f"{problem}; {_OLD}"
-    run.sent_since_disk = True
+    run.arriving.sent_since_disk = True
     run.weights.hold("an update in memory is being loaded")
     try:
         if loads:
@@ -219,7 +206,7 @@ def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool
         for original, named in direct:
             original(model, named)
         if keep:
-            compat.postprocess(model)
+            postprocess(model)
     except LOAD_ERRORS as error:
         problem = f"an update failed while it was written, and the old weights are gone: {_said(error)}"
     problem = run.weights.agree(problem)
@@ -232,10 +219,9 @@ def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool
 
 @contextmanager
 def _taken_down(
-    model: Any, *, keep: bool
+    arriving: Arriving, model: Any, *, keep: bool
 ) -> Iterator[tuple[list[tuple[str, torch.Tensor]], list[tuple[Any, list[tuple[str, torch.Tensor]]]]]]:
     """While it is open, ``model`` loads nothing: its tensors are in the first list, direct ones in the second."""
-    global _direct
     loads: list[tuple[str, torch.Tensor]] = []
     direct: list[tuple[Any, list[tuple[str, torch.Tensor]]]] = []
 
@@ -243,12 +229,12 @@ def _taken_down(
         loads.extend((name, tensor.to("cpu", copy=True) if keep else tensor) for name, tensor in weights)
 
     own = vars(model).get("load_weights")  # SGLang's FlashRL loader sets one
-    _direct, model.load_weights = direct, take_down
+    arriving.direct, model.load_weights = direct, take_down
     try:
-        with compat.ipc_without_post_hook() if keep else nullcontext():
+        with ipc_without_post_hook() if keep else nullcontext():
             yield loads, direct
     finally:
-        _direct = None
+        arriving.direct = None
         if own is None:
             del model.load_weights
         else:
@@ -272,13 +258,13 @@ def weights_end(_result: None, _updater: Any, **_kwargs: Any) -> None:
 
 @handler
 def weights_released(_result: Any, _manager: Any, recv_req: Any) -> None:
-    if (run := runtime.current()) is not None and compat.concerns_weights(recv_req):
+    if (run := runtime.current()) is not None and concerns_weights(recv_req):
         run.weights.hold("the memory of the weights is released")
 
 
 @handler
 def weights_resumed(_result: Any, _manager: Any, recv_req: Any) -> None:
-    if (run := runtime.current()) is not None and compat.concerns_weights(recv_req):
+    if (run := runtime.current()) is not None and concerns_weights(recv_req):
         run.weights.changed()
 
 

@@ -15,27 +15,31 @@ import torch
 
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.kernels import operands
+from mixquant_sglang.kernels.environment import NOTHING, Environment
 
 
 class PackedLinear(ABC):
-    """Low-precision copy of a weight [N, K] and ``x @ weight.T`` in that precision."""
+    """Low-precision copy of a weight [N, K] and ``x @ weight.T`` in that precision; shapes that it refuses:
+    ``kernels/registry.py``."""
 
     precision: ClassVar[str]
     kernel: ClassVar[str]
-    # The format that ``multiply`` takes (kernels/activations.py); None where the kernel quantises activations itself.
+    # The format that ``multiply`` takes (kernels/operands.py); None where the kernel quantises activations itself.
     activation_format: str | None = None
 
     @abstractmethod
-    def __init__(self, weight: torch.Tensor, *, scales: str, ready: Sequence[NVFP4Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        *,
+        scales: str = "search",
+        ready: Sequence[NVFP4Tensor] | None = None,
+        environment: Environment = NOTHING,
+    ) -> None:
         """Packs the BF16 ``weight`` [N, K]; ``scales`` as in the recipe.  Raises ``ValueError`` for NaN or Inf.
 
         ``ready``: the weight in NVFP4 already, rows in order, a piece for each tensor scale; then it is used instead.
-        FP8 kernels raise ``ValueError`` for it."""
-
-    @classmethod
-    @abstractmethod
-    def refusal(cls, n: int, k: int) -> str | None:
-        """Why no [n, k] weight can be packed, or None if it can."""
+        FP8 kernels raise ``ValueError`` for it.  ``environment``: what the server provides."""
 
     @abstractmethod
     def tensors(self) -> tuple[torch.Tensor, ...]:

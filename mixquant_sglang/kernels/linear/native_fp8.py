@@ -1,9 +1,8 @@
-"""FP8 on tensor cores (SM89 and newer), through whichever GEMM of well-kept libraries is fastest (``gemm.py``).
+"""FP8 on tensor cores (SM89 and newer), through the fastest GEMM of well-kept libraries (``tuning/fp8_gemm.py``).
 
     y[m, n] = sx[m] * sw[n] * sum_k xq[m, k] wq[n, k],   xq, wq in E4M3
 
 Scales are dynamic per token and fixed per output channel, as in SGLang's ``w8a8_fp8``: no row depends on another.
-Refuses weights whose N or K is not a multiple of 16 (CUTLASS wants 16-byte rows).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 
 from mixquant_sglang.formats import fp8
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
+from mixquant_sglang.kernels.environment import NOTHING, Environment
 from mixquant_sglang.kernels.linear.base import PackedLinear, copy_all, refuse_ready
 from mixquant_sglang.kernels.tuning import fp8_gemm
 
@@ -24,16 +24,17 @@ class NativeFP8(PackedLinear):
     activation_format = "fp8"
 
     def __init__(
-        self, weight: torch.Tensor, *, scales: str = "search", ready: Sequence[NVFP4Tensor] | None = None
+        self,
+        weight: torch.Tensor,
+        *,
+        scales: str = "search",
+        ready: Sequence[NVFP4Tensor] | None = None,
+        environment: Environment = NOTHING,
     ) -> None:
         refuse_ready(self.precision, ready)
         packed = fp8.quantize(weight)
         self._weight = packed.data  # [N, K] row major, so its transpose is the column-major operand that CUTLASS wants
         self._scales = packed.scales
-
-    @classmethod
-    def refusal(cls, n: int, k: int) -> str | None:
-        return f"[{n}, {k}] is not a multiple of 16 in both sizes" if n % 16 or k % 16 else None
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self._weight, self._scales

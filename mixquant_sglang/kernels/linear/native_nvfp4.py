@@ -11,7 +11,7 @@ SGLang's activation scale is static per tensor.  Ours is per token and a power o
 Both multiplications are exact in BF16, no token depends on another, and the numbers are those of the emulated kernel.
 Ready-made weights whose parts (q, k, v) have different tensor scales take one shadow and one GEMM for each part.
 
-Who quantises the activations (``own_quantizer``; every K that can be packed suits both):
+Who quantises the activations (``Environment.own_quantizer``; every K that can be packed suits both):
 
   ours (the default)   ``kernels/operands.py``, alone or fused into the norm or SiLU before; SGLang's method gets
                        codes and scales as the pair that it takes from its own fused kernels
@@ -27,20 +27,16 @@ This kernel has not run on a Blackwell GPU: what is tested are the bytes, layout
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
+from mixquant_sglang.kernels.environment import NOTHING, Environment
 from mixquant_sglang.kernels.linear.base import PackedLinear, copy_all
-
-# Makes SGLang's FP4 linear method; compat.py sets it, since this package never imports sglang.
-fp4_linear_method: Callable[[], Any] | None = None
-# Whether linears packed from now on take activations that our kernels quantised.
-own_quantizer = True
+from mixquant_sglang.kernels.packing import quantize_nvfp4
 
 
 class NativeNVFP4(PackedLinear):
@@ -48,22 +44,23 @@ class NativeNVFP4(PackedLinear):
     kernel = "native"
 
     def __init__(
-        self, weight: torch.Tensor, *, scales: str = "search", ready: Sequence[NVFP4Tensor] | None = None
+        self,
+        weight: torch.Tensor,
+        *,
+        scales: str = "search",
+        ready: Sequence[NVFP4Tensor] | None = None,
+        environment: Environment = NOTHING,
     ) -> None:
-        if fp4_linear_method is None:
+        if environment.fp4_linear_method is None:
             raise MixQuantError("the native nvfp4 kernel needs SGLang's FP4 linear method, which was not provided")
-        self.activation_format = "nvfp4" if own_quantizer else None
-        self._method = fp4_linear_method()
+        self.activation_format = "nvfp4" if environment.own_quantizer else None
+        self._method = environment.fp4_linear_method()
         self._scales = scales
         self._dtype = weight.dtype
         self._n, self.k = weight.shape
-        parts = ready or [nvfp4.quantize(weight, scales=scales)]
+        parts = ready or [quantize_nvfp4(weight, scales=scales)]
         self._sizes = [part.shape[0] for part in parts]
         self._shadows = [self._shadow(part) for part in parts]
-
-    @classmethod
-    def refusal(cls, n: int, k: int) -> str | None:
-        return f"K = {k} is not a multiple of the block size 16" if k % 16 else None
 
     def _shadow(self, packed: NVFP4Tensor) -> torch.nn.Module:
         shadow = torch.nn.Module()
@@ -118,7 +115,7 @@ class NativeNVFP4(PackedLinear):
         return out if bias is None else out.add_(bias)
 
     def refresh(self, weight: torch.Tensor) -> None:
-        self.replace([nvfp4.quantize(rows, scales=self._scales) for rows in torch.split(weight, self._sizes)])
+        self.replace([quantize_nvfp4(rows, scales=self._scales) for rows in torch.split(weight, self._sizes)])
 
     def replace(self, ready: Sequence[NVFP4Tensor]) -> None:
         fresh = tuple(parameter.data for part in ready for parameter in self._shadow(part).parameters())

@@ -27,9 +27,10 @@ import torch
 import triton
 import triton.language as tl
 
+from mixquant_sglang.kernels.limits import BLOCK, FEW_ROWS
+
 FEW = 16  # rows: the least that tensor cores take
-MOST = 64
-BUCKETS = (FEW, 2 * FEW, MOST)  # slots: what a kernel is compiled for
+BUCKETS = (FEW, 2 * FEW, FEW_ROWS)  # slots: what a kernel is compiled for
 
 
 def linear_rows_(
@@ -61,10 +62,10 @@ def linear_rows_(
             )
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (n,) or not bias.is_contiguous()):
         raise ValueError(f"bias must be contiguous bfloat16 [{n}], got {bias.dtype} {list(bias.shape)}")
-    if index.dtype != torch.int64 or index.ndim != 1 or len(index) > MOST or not index.is_contiguous():
-        raise ValueError(f"index must be contiguous int64 [R], R up to {MOST}, got {index.dtype} {list(index.shape)}")
-    if k % 16 or k == 0:
-        raise ValueError(f"K must be a positive multiple of 16, got {k}")
+    if index.dtype != torch.int64 or index.ndim != 1 or len(index) > FEW_ROWS or not index.is_contiguous():
+        raise ValueError(f"index must be contiguous int64 [R], R <= {FEW_ROWS}, got {index.dtype} {list(index.shape)}")
+    if k % BLOCK or k == 0:
+        raise ValueError(f"K must be a positive multiple of {BLOCK}, got {k}")
     if len(index) == 0 or n == 0:
         return
     block_n, block_k, stages = _tiles(n, k, _shared_memory(weight.device))

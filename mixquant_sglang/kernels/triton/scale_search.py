@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.formats.blocks import f32
+from mixquant_sglang.formats.scale_search import SEARCH_GAIN, SEARCH_OFFSETS
+from mixquant_sglang.kernels.triton.grid import e2m1_code, e4m3_code, e4m3_value, encode_scale, to_e2m1, to_e4m3
 
 _BLOCKS = 128  # of 16 weights, for each program: one for each thread
 
@@ -54,11 +56,11 @@ def quantize_(
             x.stride(0),
             x.stride(1),
             g,
-            nvfp4.f32(g * nvfp4.f32(1 / 6)),
-            nvfp4.f32(1 / g),
-            FIRST=nvfp4.SEARCH_OFFSETS.start,
-            LAST=nvfp4.SEARCH_OFFSETS.stop - 1,
-            GAIN=nvfp4.SEARCH_GAIN,
+            f32(g * f32(1 / 6)),
+            f32(1 / g),
+            FIRST=SEARCH_OFFSETS.start,
+            LAST=SEARCH_OFFSETS.stop - 1,
+            GAIN=SEARCH_GAIN,
             BLOCKS=_BLOCKS,
             num_warps=_BLOCKS // 32,
             enable_fp_fusion=False,
@@ -83,7 +85,7 @@ def _search_scales(
     GAIN: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
-    """``weight_ptr`` may be None. E4M3 codes become FP32 and back by a power of two, which gets subnormals right."""
+    """``weight_ptr`` may be None."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     mask = block < blocks
     column = block % row_blocks * 16
@@ -99,8 +101,7 @@ def _search_scales(
         if weight_ptr is not None:
             weight += (tl.load(weight_ptr + column + i, mask=mask, other=0.0),)
 
-    absmax = _round_to_grid(tl.minimum(amax * g_sixth, 448.0), 3, 0.015625)
-    first = (absmax * 7.52316384526264e-37).to(tl.int32, bitcast=True) >> 20  # 2^-120
+    first = e4m3_code(to_e4m3(amax * g_sixth))
     best = first
     best_error = _error(magnitude, weight, first, g, g_inverse)
     for offset in range(FIRST, LAST + 1):  # 0 does not win against itself, nor against what won against it
@@ -110,12 +111,11 @@ def _search_scales(
         best = tl.where(better, candidate, best)
         best_error = tl.where(better, error, best_error)
 
-    encode = _encode(_e4m3(best), g_inverse)
+    encode = encode_scale(e4m3_value(best) * g_inverse)
     for half in tl.static_range(2):
         word = tl.zeros([BLOCKS], dtype=tl.int32)
         for i in tl.static_range(8):
-            value = _e2m1(magnitude[half * 8 + i], encode)
-            code = (value * 1.1754943508222875e-38).to(tl.int32, bitcast=True) >> 22  # 2^-126
+            code = e2m1_code(to_e2m1(magnitude[half * 8 + i] * encode))
             sign = (x[half * 8 + i].to(tl.int32, bitcast=True) >> 28) & 8
             word |= (code | sign) << (4 * i)
         tl.store(packed_ptr + block * 2 + half, word, mask=mask)
@@ -124,11 +124,11 @@ def _search_scales(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _error(magnitude: tl.tuple, weight: tl.tuple, code: tl.tensor, g: tl.tensor, g_inverse: tl.tensor) -> tl.tensor:
-    scale = _e4m3(code)
-    encode = _encode(scale, g_inverse)
+    scale = e4m3_value(code)
+    encode = encode_scale(scale * g_inverse)
     terms: tl.tuple = ()
     for i in tl.static_range(16):
-        difference = _e2m1(magnitude[i], encode) * scale - magnitude[i] * g
+        difference = to_e2m1(magnitude[i] * encode) * scale - magnitude[i] * g
         term = difference * difference
         if len(weight):
             term *= weight[i]
@@ -142,26 +142,3 @@ def _halved(terms: tl.tuple) -> tl.tuple:
     for i in tl.static_range(len(terms) // 2):
         sums += (terms[i] + terms[i + len(terms) // 2],)
     return sums
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _e4m3(code: tl.tensor) -> tl.tensor:
-    return (code << 20).to(tl.float32, bitcast=True) * 1.3292279957849159e36  # 2^120
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _encode(scale: tl.tensor, g_inverse: tl.tensor) -> tl.tensor:
-    return tl.minimum(tl.div_rn(1.0, scale * g_inverse), 3.4028234663852886e38)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _e2m1(magnitude: tl.tensor, encode: tl.tensor) -> tl.tensor:
-    return _round_to_grid(tl.minimum(magnitude * encode, 6.0), 1, 1.0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _round_to_grid(x: tl.tensor, FRACTION_BITS: tl.constexpr, LEAST_NORMAL: tl.constexpr) -> tl.tensor:
-    """x >= 0 to the nearest float of a small format, ties to even; as in ``activations.py``."""
-    exponent = tl.maximum(x, LEAST_NORMAL).to(tl.int32, bitcast=True) & 0x7F800000
-    shift = (exponent + (((23 - FRACTION_BITS) << 23) | 0x400000)).to(tl.float32, bitcast=True)
-    return (x + shift) - shift

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from mixquant_sglang.kernels.triton import activations, few_rows, nvfp4, rows, scale_search
+from mixquant_sglang.kernels.triton import activations, few_rows, row_kernels, rows, scale_search, unpack
 
 ROWS = 16  # of what is launched; any number is of the same kind
 KERNELS: tuple[Any, ...] = (
     few_rows._linear_rows,
-    activations._quantize_rows,
-    activations._quantize_pairs,
-    nvfp4._unpack_weights,
+    row_kernels.quantize_rows,
+    row_kernels.quantize_pairs,
+    unpack._unpack_weights,
     rows._gather,
     rows._scatter,
     rows._scale,

@@ -1,6 +1,6 @@
 """Which groups of linears there are, what each gains in milliseconds of prefill, and which a budget keeps in BF16.
 
-The choice itself of ``mixquant sensitivity`` (its maths: sensitivity.py); prices are those of ``mixquant plan``.
+The choice itself of ``mixquant sensitivity`` (its maths: ``measure.py``); prices are those of ``mixquant plan``.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels.registry import packed_linear
+from mixquant_sglang.kernels.registry import refusal
 from mixquant_sglang.recipe import Recipe
 from mixquant_sglang.recipe.matching import RuleMatcher
+from mixquant_sglang.recipe.modules import FUSED
 from mixquant_sglang.recipe.select import Selection
-from mixquant_sglang.tools.plan import command as planner
-from mixquant_sglang.tools.plan.cost import Cost, Linear, Plan, Workload, linear_shapes
-from mixquant_sglang.tools.plan.data import Gpu, Model
+from mixquant_sglang.tools.plan.cost import Cost
+from mixquant_sglang.tools.plan.gpus import Gpu
+from mixquant_sglang.tools.plan.linears import Linear, Plan
+from mixquant_sglang.tools.plan.models import Model
+from mixquant_sglang.tools.plan.predict import predict
+from mixquant_sglang.tools.plan.shapes import linear_shapes
+from mixquant_sglang.tools.plan.workload import Workload
 from mixquant_sglang.tools.sensitivity.kl import KL, Group
 
 
@@ -78,7 +83,7 @@ class Prices:
     def speed(self, groups: Sequence[Group], kept: Sequence[Group]) -> tuple[float, float]:
         """(milliseconds, speed-up against the recipe bf16) with ``groups`` in low precision but for ``kept``."""
         base = self._plan(groups, groups)
-        made = planner.predict(self._plan(groups, kept), self._model, self._gpu, self._work, base)
+        made = predict(self._plan(groups, kept), self._model, self._gpu, self._work, base)
         return made.prefill_ms, made.prefill_speedup
 
     def _plan(self, groups: Sequence[Group], kept: Sequence[Group]) -> Plan:
@@ -109,7 +114,7 @@ def groups_of(recipe: Recipe, selection: Selection, model: Model) -> list[Group]
         raise MixQuantError(
             f"{recipe.prefill_weights_at}: `sensitivity` packs the BF16 weights by itself; leave prefill.weights out"
         )
-    matcher = RuleMatcher(recipe.layers, planner.FUSED)
+    matcher = RuleMatcher(recipe.layers, FUSED)
     groups, names = [], []
     for layer in range(model.layers):
         for kind, n, k in linear_shapes(model, 1):
@@ -121,7 +126,7 @@ def groups_of(recipe: Recipe, selection: Selection, model: Model) -> list[Group]
                     f"{recipe.source}: {name} decodes in {decode}; `sensitivity` weighs what prefill does to a BF16 "
                     "decode; allowed: 'decode: {precision: bf16}', and no other in its rules"
                 )
-            if prefill != "bf16" and not packed_linear(prefill, selection.kernels[prefill]).refusal(n, k):
+            if prefill != "bf16" and not refusal(prefill, selection.kernels[prefill], n, k):
                 groups.append(Group(name, kind, layer, matcher.shards(name) or (name,), prefill))
     matcher.check_all_matched(names)
     if not groups:

@@ -1,7 +1,7 @@
 """What one linear in low precision does to a model's predictions: KL(BF16 || emulated), for ``mixquant sensitivity``.
 
 transformers runs the BF16 checkpoint. In a *group*, the linears that SGLang fuses into one GEMM, the leading rows of
-each sample take the emulated kernel (``kernels/linear/emulated.py``: the fused weight packed as one, activations
+each sample take the emulated kernel (``kernels/linear/emulated_*.py``: the fused weight packed as one, activations
 quantised by token) and its last rows keep their BF16 result, as ``layers/linear.py`` does with protected rows:
 
     y[:low] = packed.matmul(x[:low]),    y[low:] = x[low:] @ weight.T

@@ -33,7 +33,8 @@ from mixquant_sglang import recipe as recipes
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.recipe import show
 from mixquant_sglang.recipe.select import Device, select
-from mixquant_sglang.tools.plan.data import find_gpu, find_model
+from mixquant_sglang.tools.plan.gpus import find_gpu
+from mixquant_sglang.tools.plan.models import find_model
 from mixquant_sglang.tools.quantize.calibration import read_samples
 from mixquant_sglang.tools.sensitivity.choice import Measured, Prices, Result, Run, choose, groups_of
 from mixquant_sglang.tools.sensitivity.kl import Measurement

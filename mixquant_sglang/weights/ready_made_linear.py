@@ -1,4 +1,4 @@
-"""One linear of SGLang out of a ready-made NVFP4 checkpoint (``weights.py``): which slices a rank holds.
+"""One linear of SGLang out of a ready-made NVFP4 checkpoint (``nvfp4_checkpoint.py``): which slices a rank holds.
 
 Slices follow SGLang's own weight loaders (``layers/linear.py``): column parallel takes rows, row parallel takes inputs
 (K/2 bytes, K/16 scales), and a key or value head that there are too few of is held by neighbouring ranks alike.
@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
-
-if TYPE_CHECKING:
-    from mixquant_sglang.weights.ready_made import PrefillWeights
+from mixquant_sglang.weights.nvfp4_checkpoint import NVFP4Checkpoint
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,10 @@ class Share:
 
 
 @dataclass
-class ReadyLinear:
+class ReadyMadeLinear:
     """One linear of SGLang: ``modules`` of the checkpoint that hold its parts in order, or a single one all of them."""
 
-    weights: PrefillWeights
+    weights: NVFP4Checkpoint
     name: str
     modules: tuple[str, ...]
     share: Share | None = None

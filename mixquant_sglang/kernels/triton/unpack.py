@@ -1,8 +1,8 @@
-"""The two passes of the emulated NVFP4 linear: activations to NVFP4 and back, and packed weights to BF16.
+"""Packed NVFP4 weights to BF16, before the BF16 GEMM of the emulated linear.
 
 Bit for bit the numbers of ``formats/nvfp4.py`` (its docstring has the maths). Decoding places the bits of a small
 format in an FP32 of minimal exponent and multiplies by a power of two, which makes the small format's subnormals right
-as well. Both passes are bound by memory: 4 bytes for each activation, 2.5625 for each weight.
+as well. Bound by memory: 2.5625 bytes for each weight.
 
 Refused (ValueError): other dtypes, tensors that are not contiguous CUDA tensors, K not a multiple of 16.
 """
@@ -11,17 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mixquant_sglang.kernels.triton import activations
+from mixquant_sglang.kernels.triton.checks import require
+from mixquant_sglang.kernels.triton.grid import e4m3_value
 
 _WEIGHT_BLOCKS = 256  # of 16 weights, for each program
-
-
-def qdq_activations(x: torch.Tensor) -> torch.Tensor:
-    """``formats.nvfp4.quantize_activations(x).dequantize()`` in one pass: bfloat16 [M, K] -> bfloat16 [M, K].
-
-    K a positive multiple of 16; M = 0 is fine. No synchronisation, fit for CUDA graphs. ValueError: see above.
-    """
-    return activations.quantize(x, "qdq")[0]
 
 
 def unscaled(packed: torch.Tensor, block_scales: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -29,8 +22,8 @@ def unscaled(packed: torch.Tensor, block_scales: torch.Tensor, out: torch.Tensor
 
     Writes into ``out`` (bfloat16 [N, K]) if given. No synchronisation, fit for CUDA graphs. ValueError: see above.
     """
-    _require(packed, torch.uint8, "packed")
-    _require(block_scales, torch.float8_e4m3fn, "block_scales")
+    require(packed, "packed", ("N", "K/2"), torch.uint8)
+    require(block_scales, "block_scales", ("N", "K/16"), torch.float8_e4m3fn)
     n, k = packed.shape[0], packed.shape[1] * 2
     if k % 16 or block_scales.shape != (n, k // 16):
         raise ValueError(
@@ -38,21 +31,13 @@ def unscaled(packed: torch.Tensor, block_scales: torch.Tensor, out: torch.Tensor
         )
     if out is None:
         out = torch.empty((n, k), dtype=torch.bfloat16, device=packed.device)
-    _require(out, torch.bfloat16, "out")
-    if out.shape != (n, k):
-        raise ValueError(f"out must be [{n}, {k}], got {list(out.shape)}")
+    require(out, "out", (n, k))
     blocks = n * k // 16
     if blocks:
         _unpack_weights[(triton.cdiv(blocks, _WEIGHT_BLOCKS),)](
             packed, block_scales.view(torch.uint8), out.view(torch.int32), blocks, BLOCKS=_WEIGHT_BLOCKS, num_warps=4
         )
     return out
-
-
-def _require(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> None:
-    if tensor.ndim != 2 or tensor.dtype != dtype or not tensor.is_contiguous():
-        found = f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
-        raise ValueError(f"{name} must be a contiguous {dtype} matrix, got {found}")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -62,8 +47,7 @@ def _unpack_weights(
     """Each byte becomes one 32-bit word of two BF16: the low nibble in the low half, which is the even element."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     mask = block < blocks
-    scale_bits = (tl.load(scale_ptr + block, mask=mask, other=0).to(tl.int32) & 0x7F) << 20
-    scale = (scale_bits.to(tl.float32, bitcast=True) * 1.3292279957849159e36)[:, None]  # 2^120
+    scale = e4m3_value(tl.load(scale_ptr + block, mask=mask, other=0).to(tl.int32) & 0x7F)[:, None]
     offset = block[:, None] * 8 + tl.arange(0, 8)[None, :]
     byte = tl.load(packed_ptr + offset, mask=mask[:, None], other=0).to(tl.int32)
     low = ((byte & 0x07) << 22).to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale  # 2^126

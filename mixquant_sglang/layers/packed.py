@@ -1,0 +1,235 @@
+"""A linear's weight: one BF16 master, packed copies beside it, and products with either.
+
+It subclasses ``UnquantizedLinearMethod`` so that SGLang treats the layer as the BF16 layer that it is: same parameter,
+same loaders, same fused BF16 kernels in decode.  ``layer.weight`` is never repacked.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+from mixquant_sglang.errors import MixQuantError, refusing
+from mixquant_sglang.kernels import registry
+from mixquant_sglang.kernels.limits import FEW_ROWS
+from mixquant_sglang.kernels.registry import packed_linear
+from mixquant_sglang.kernels.verify import Pair
+from mixquant_sglang.recipe.roles import Role, by_role
+from mixquant_sglang.versions.dialect import dialect
+from mixquant_sglang.weights.ready_made_linear import ReadyMadeLinear, Share
+from mixquant_sglang.weights.refresh import fingerprint
+
+if TYPE_CHECKING:
+    from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
+    from mixquant_sglang.kernels.environment import Environment
+    from mixquant_sglang.kernels.linear.base import PackedLinear
+    from mixquant_sglang.kernels.rows import Rows
+    from mixquant_sglang.recipe.schema import Recipe
+    from mixquant_sglang.recipe.select import Selection
+    from mixquant_sglang.weights.refresh import Weights
+
+
+class Server(Protocol):
+    """What linears share."""
+
+    recipe: Recipe
+    selection: Selection
+    environment: Environment
+    weights: Weights
+
+
+class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+    def __init__(
+        self, runtime: Server, name: str, prefill: str, decode: str, ready: ReadyMadeLinear | None = None
+    ) -> None:
+        """``ready``: where the NVFP4 copy comes from instead of the master."""
+        super().__init__()
+        self.name = name
+        self.precision = by_role(prefill, decode)
+        self.split = self.precision[Role.PROMPT] != self.precision[Role.PROTECTED]  # whether rows can need protection
+        self.refusal: str | None = None
+        self._runtime = runtime
+        self._layer: torch.nn.Module | None = None
+        self._ready = ready
+        self._packed: dict[str, PackedLinear] = {}
+        self._print: tuple[int, int] | None = None  # of the master that the copies were packed from
+        self._ready_print: tuple[int, int] | None = None  # of the master that the ready-made weights belong to
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K] of the weight on this rank."""
+        assert self._layer is not None
+        n, k = self._layer.weight.size()  # type: ignore[operator]
+        return n, k
+
+    @property
+    def master(self) -> torch.Tensor:
+        """The BF16 weight [N, K]."""
+        assert self._layer is not None
+        weight: torch.Tensor = self._layer.weight.data  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        bias: torch.Tensor | None = getattr(self._layer, "bias", None)
+        return bias
+
+    def runs(self, precision: str, kernel: str) -> bool:
+        """Whether some phase runs this linear in ``precision`` with ``kernel``."""
+        return precision in self._packed and self._runtime.selection.kernels[precision] == kernel
+
+    def copy_in(self, precision: str) -> PackedLinear:
+        """The packed copy of the weight, where some phase runs this linear in ``precision``."""
+        return self._packed[precision]
+
+    @property
+    def extra_bytes(self) -> int:
+        return sum(packed.nbytes for packed in self._packed.values())
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        self._layer = layer
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        for precision in self.low:
+            refusal = registry.refusal(precision, self._runtime.selection.kernels[precision], n, k)
+            if refusal:
+                self.refusal = refusal
+                self.precision = by_role("bf16", "bf16")
+                self.split = False
+        if self._ready is not None and self.refusal is None:
+            sizes, replicas = tuple(output_partition_sizes), getattr(layer, "num_kv_head_replicas", 1)
+            with refusing():
+                self._ready.place(Share(sizes, k, input_size, *dialect().tensor_parallel(layer), replicas))
+        self._runtime.weights.layers.append(self)
+
+    def stay_bf16(self, reason: str) -> None:
+        """Makes the layer an ordinary BF16 one for good: its packed copies go, ``refusal`` says why."""
+        self.refusal = reason
+        self.precision = by_role("bf16", "bf16")
+        self.split = False
+        self._packed, self._ready = {}, None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        if layer is not self._layer:
+            with refusing():
+                raise MixQuantError(
+                    f"SGLang moved the weight of {self.name} into another module, {type(layer).__name__}, with that of "
+                    f"a linear beside it; keep both in BF16 with recipe rules like '{{match: {self.name}, prefill: "
+                    "bf16, decode: bf16}'"
+                )
+        self._runtime.weights.loaded(self)
+
+    @property
+    def stale(self) -> bool:
+        """Whether the copies were never packed, or from other numbers than the master holds now."""
+        return bool(self.low) and (self._print is None or self._print != fingerprint(self.master))
+
+    @property
+    def by_value(self) -> tuple[float, ...]:
+        return tuple(value for packed in self._packed.values() for value in packed.by_value)
+
+    @property
+    def decodes_low(self) -> bool:
+        return self.precision[Role.DECODE] != "bf16"
+
+    @property
+    def low(self) -> set[str]:
+        """The low precisions that some role takes."""
+        return {*self.precision.values()} - {"bf16"}
+
+    def pack(self) -> None:
+        """Packs the master weight; after the first time in place, since captured graphs hold the addresses.
+
+        Raises ValueError for NaN or infinity."""
+        if not self.low:
+            return
+        self._print = None
+        weight, now = self.master, fingerprint(self.master)
+        for precision in sorted(self.low):
+            packed = self._packed.get(precision)
+            if packed is None:
+                kernel = packed_linear(precision, self._runtime.selection.kernels[precision])
+                ready = self._load_ready(precision, check=True)
+                self._packed[precision] = self._copy(kernel, weight, ready)
+                self._ready_print = now
+            elif self._ready is not None and precision == "nvfp4" and now == self._ready_print:
+                packed.replace(self._ready.load(weight, check=False))  # the memory was released in between
+            else:
+                packed.refresh(weight)
+                if self._ready is not None and precision == "nvfp4":
+                    self._ready.warn_updated()
+        self._print = now
+
+    def verification(self) -> Pair:
+        """The packed NVFP4 copy, and the emulated kernel with the same numbers."""
+        assert self._layer is not None
+        weight, ready = self.master, self._load_ready("nvfp4", check=False)
+        emulated = self._copy(packed_linear("nvfp4", "emulated"), weight, ready)
+        return Pair(self.name, *self.shape, self._packed["nvfp4"], emulated)
+
+    def _copy(self, kernel: type[PackedLinear], weight: torch.Tensor, ready: list[NVFP4Tensor] | None) -> PackedLinear:
+        run = self._runtime
+        return kernel(weight, scales=run.recipe.scales, ready=ready, environment=run.environment)
+
+    def _load_ready(self, precision: str, *, check: bool) -> list[NVFP4Tensor] | None:
+        if self._ready is None or precision != "nvfp4":
+            return None
+        assert self._layer is not None
+        with refusing():
+            return self._ready.load(self._layer.weight.data, check=check)  # type: ignore[arg-type]
+
+    # -- products --------------------------------------------------------------------------------------------------
+
+    def product(self, role: Role, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x BF16 [M, K] -> BF16 [M, N], each row in the precision of ``role``."""
+        precision = self.precision[role]
+        if precision == "bf16":
+            return super().apply(layer, x, bias)  # type: ignore[no-any-return]
+        return self._packed[precision].matmul(x.contiguous(), bias)
+
+    def takes_few(self, kept: torch.Tensor) -> bool:
+        """Whether the protected rows ``kept`` are for the kernel of few BF16 rows."""
+        return kept.is_cuda and self.precision[Role.PROTECTED] == "bf16" and len(kept) <= FEW_ROWS
+
+    def protected(
+        self,
+        layer: torch.nn.Module,
+        kept: torch.Tensor,
+        rows: Rows,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The result for the protected rows ``kept`` [R, K]: [R, N], or in the places of ``rows`` in ``out``."""
+        if self.takes_few(kept):
+            from mixquant_sglang.kernels.triton.few_rows import linear_rows_
+
+            index = rows.index
+            if out is None:
+                out, index = kept.new_empty(len(kept), self.shape[0]), rows.places
+            linear_rows_(out, index, kept, layer.weight, bias)  # type: ignore[arg-type]
+            return out
+        high = self.product(Role.PROTECTED, layer, kept, bias)
+        if out is None:
+            return high
+        rows.scatter(out, high)
+        return out

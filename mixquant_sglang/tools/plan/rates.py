@@ -1,0 +1,151 @@
+"""What kernels reach, as fractions of datasheet peaks, so that a GPU without a measurement can borrow one; each with
+its source. Tags in the comments:
+
+- [datasheet] NVIDIA's data sheet or architecture white paper, dense (no sparsity) figures;
+- [H200] measured by this project on an H200: SGLang 0.5.17, torch 2.11.0, Qwen3-8B's dimensions, FA3, CUDA graphs on;
+  servers, passes, protected rows and our kernels anew on 2026-11-21, the rest in an earlier run;
+- [public] measured by others and published, named beside it;
+- [assumed] nobody measured it for us: carried over from the GPU named, or a guess that says so.
+
+Nothing here was chosen by looking at Mix-Quant's RTX 5090 figures; they are a test of the planner, not its input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+Curve = tuple[tuple[int, float], ...]  # (rows M, fraction of peak), M rising; between them linear in log M
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Fractions of datasheet peaks (``gemm`` and ``attention``: of FLOP/s; others: of bytes/s) and microseconds."""
+
+    gemm: Mapping[str, Curve]  # precision -> curve; attention and what is emulated run at BF16, NVFP4 at "qdq" if there
+    stock_gemm: Mapping[str, Curve]  # where SGLang's own server runs another GEMM than ours
+    attention: float
+    copy: float  # elementwise kernels and the operands of a GEMM
+    weights: float  # weights read by a decode step
+    q_copy: float  # q copied out of the result of qkv_proj before attention
+    protected: tuple[int, tuple[float, float]]  # (R, ...) weights read for up to R protected rows of a pass, for more
+    idle_linear_us: float  # per linear: the same kernel in a pass without protected rows
+    kv: float  # KV cache read by decode attention
+    # Our kernels: "alone", or the "norm" or "silu" that quantises what it writes -> format ("qdq": emulated) -> curve
+    quantise: Mapping[str, Mapping[str, Curve]]
+    stock_quantise: Mapping[str, float]  # others' quantisers, always alone
+    dequantise: float  # emulated: packed weights to BF16, just in time
+    layer_us: float  # prefill, per layer and pass: launches, graph breaks around attention
+    decode_layer_us: float  # decode, per layer: what a step takes beyond reading weights and KV
+    decode_doubling_us: float  # decode, per layer, for each doubling of the batch
+    low_linear_us: float  # decode in low precision, per linear: the activation's quantiser
+
+
+H200_RATES = Rates(
+    gemm={
+        # [H200] the four linears of a layer, medians on random data (GEMM table of the project's notes): 0.282, 1.074,
+        # 4.651 and 9.17 ms at M = 512, 2048, 8192, 16384, over 989.4 TFLOP/s
+        "bf16": ((512, 0.708), (2048, 0.744), (8192, 0.687), (16384, 0.697)),
+        # [H200] the faster of CUTLASS and cuBLAS for each shape: 0.178, 0.583 (qkv in one GEMM) and 2.169 ms (q apart)
+        # for a layer at M = 512, 2048, 8192, over 1978.9 TFLOP/s; at 16384 4.78 ms, cuBLAS for all shapes
+        "fp8": ((512, 0.561), (2048, 0.685), (8192, 0.737), (16384, 0.668)),
+        # [H200] emulated NVFP4: BF16's, times what its passes took less than BF16's of the same run (2026-11-22) when
+        # all but the linears is subtracted: 1.066 at 2048 and 1.10 at 8192 rows. Operands of few significant bits draw
+        # less power, so the clock stays higher (inferred). [assumed] 512 as BF16, 16384 as 8192.
+        "qdq": ((512, 0.708), (2048, 0.793), (8192, 0.756), (16384, 0.767)),
+    },
+    # [H200] sgl_kernel.fp8_scaled_mm (CUTLASS): 0.169, 0.587, 2.373, 5.15 ms
+    stock_gemm={"fp8": ((512, 0.591), (2048, 0.680), (8192, 0.673), (16384, 0.620))},
+    # [H200] FA3, causal: 33 ms for 36 layers at 8192 tokens (0.61); what is left of bench_one_batch at 32768 says 0.57
+    attention=0.59,
+    copy=0.89,  # [H200] copy bandwidth 4.27 of 4.8 TB/s
+    weights=0.81,  # [H200] cuBLAS at M = 1 reads 3.2 to 3.9 TB/s; 0.81 is its best, the step's rest is decode_layer_us
+    q_copy=0.31,  # [H200] 90 us for 8192 rows of 4096 (20 us for 2048: 0.35), 4 bytes an element
+    # [H200] 3.75 ms for 13.9 GB with up to 16 rows, 5.5 ms with 17 to 64; 0.2 ms for 144 linears without any
+    protected=(16, (0.772, 0.526)),
+    idle_linear_us=1.4,
+    kv=0.79,  # [H200] slope of the decode step between contexts of 2k and 32k tokens: 3.8 TB/s
+    # [H200] fp8 and qdq: our Triton kernels. fp8 at 2048 and 8192 rows: alone 8.1 and 26.4 us for K = 4096, 3 bytes an
+    # element (K = 12288: 20.3 and 72.0); norm with residual 18.4 and 60.9 us, 7 bytes; SiLU 33.2 and 117.6 us, 5 bytes.
+    # qdq at 8192: 35.6, 71.0 and 147.4 us for 4, 8 and 6 bytes.
+    # [assumed] nvfp4: as qdq, which does the same arithmetic; our kernels have not run on Blackwell.
+    quantise={
+        "alone": {"fp8": ((2048, 0.647), (8192, 0.794)), "qdq": ((8192, 0.785),), "nvfp4": ((8192, 0.785),)},
+        "norm": {"fp8": ((2048, 0.665), (8192, 0.803)), "qdq": ((8192, 0.788),), "nvfp4": ((8192, 0.788),)},
+        "silu": {"fp8": ((2048, 0.790), (8192, 0.892)), "qdq": ((8192, 0.854),), "nvfp4": ((8192, 0.854),)},
+    },
+    # [H200] fp8: sgl_per_token_quant_fp8, 0.278 ms for a layer at M = 8192, 2.2 TB/s at 3 bytes an element. With
+    # ``copy`` that makes 110 and 281 us of norm then FP8 and SiLU then FP8 at 8192 rows; measured 111.9 and 271.8.
+    # [assumed] nvfp4: no Blackwell GPU at hand; the rate of our first qdq kernel on the H200, which fused nothing
+    stock_quantise={"fp8": 0.45, "nvfp4": 0.72},
+    dequantise=0.77,  # [H200] our Triton kernel, 3.7 TB/s at 2.5625 bytes a weight
+    # [H200] what passes of 512 tokens take beyond the kernels above: 0.69 to 0.93 ms, mean over 36 layers, two runs and
+    # three servers (BF16, FP8 unprotected, SGLang's FP8)
+    layer_us=22.0,
+    decode_layer_us=31.6,  # [H200] 5.05 ms at batch 1, less weights and KV, over 36 layers
+    decode_doubling_us=3.0,  # [H200] 5.51 and 6.95 ms at batch 8 and 64, less KV: 0.32 and 0.65 ms, so 0.107 a doubling
+    low_linear_us=3.1,  # [H200] SGLang's FP8 server: 3.71 ms at batch 1, less weights and the rest, over 144 linears
+)
+
+# [public] B200, Llama-3.1-8B's N=6144 K=4096: BF16 and NVFP4 ("noquant") from vllm-project/vllm#20646, before its
+# tuning, so NVFP4 is on the safe side (sgl-project/sglang#22091 shows 0.57 to 0.65 at M=44100, if that is a B200); FP8
+# from #19566 (M=512 and 16384) and #18778 (M=1024).
+# [public] NVFP4 quantiser, not ours: the same table with and without it, 27 us for 86 MB at M=8192, so 0.40 of 8 TB/s.
+# [assumed] Everything else: the H200's fractions and overheads.
+SM100_RATES = replace(
+    H200_RATES,
+    gemm={
+        "bf16": ((512, 0.571), (2048, 0.602), (8192, 0.632), (16384, 0.605)),
+        "fp8": ((512, 0.420), (1024, 0.574), (16384, 0.544)),
+        "nvfp4": ((512, 0.243), (1024, 0.322), (2048, 0.379), (4096, 0.405), (8192, 0.420), (16384, 0.434)),
+    },
+    stock_gemm={},
+    stock_quantise={"fp8": 0.45, "nvfp4": 0.40},
+)
+
+# RTX 5090. GeForce halves the BF16 rate with FP32 accumulation, so that neither power nor memory holds BF16 GEMMs back
+# and the boost clock exceeds the white paper's 2.41 GHz: fractions above 1.
+# [public] BF16: vllm-project/vllm#38338, M=4096: 221 (N=6144 K=4096), 185 (4096, 4096), 233 (28672, 4096), and 215
+#   (8192, 28672) for a down projection; weighted by the FLOPs of a Qwen3-8B layer: 221.6 of 209.5. At M=2048 there is
+#   only #34424's 181 for N=6144, a seventh of a layer's FLOPs, so the curve is flat.
+# [public] FP8: pytorch/pytorch#155991, CUTLASS row-wise, N=K=4096: 266.6, 339.3, 388.9 at M=256, 1024, 4096 of 419.
+# [assumed] NVFP4: raw MMA rate of a 5090 (mmapeak, main-horse.github.io/posts/5090-mm-perf: 1474 of 1676, 0.88) times
+#   the fraction that CUTLASS reaches in FP8 at the same M (0.81 and 0.93).
+# [public] attention: FlashAttention-2 on a 5090, 190.6 TFLOP/s (gau-nernst, "Speed-of-Light Flash Attention for 5090"),
+#   0.91; not causal, at 400 W.
+# [assumed] Everything else: the H200's fractions and overheads.
+RTX5090_RATES = replace(
+    H200_RATES,
+    gemm={
+        "bf16": ((4096, 1.058),),
+        "fp8": ((256, 0.636), (1024, 0.810), (4096, 0.928)),
+        "nvfp4": ((1024, 0.712), (4096, 0.817)),
+    },
+    stock_gemm={},
+    attention=0.91,
+)
+
+# RTX PRO 6000: the same silicon and power as an RTX 5090 with BF16 and FP8 at full rate, so that power does limit them.
+# [assumed] BF16 and FP8 0.80, attention 0.75: between the 5090 and the H200; NVFP4: as the 5090. No measurement at all.
+RTXPRO_RATES = replace(
+    RTX5090_RATES,
+    gemm={"bf16": ((4096, 0.80),), "fp8": ((1024, 0.70), (4096, 0.80)), "nvfp4": ((1024, 0.712), (4096, 0.817))},
+    attention=0.75,
+)
+
+LINK = 0.75  # [assumed] share of the link's peak that an all-reduce gets
+ALL_REDUCE_US = 12.0  # [assumed] latency of one all-reduce, two per layer under tensor parallelism
+ATTENTION_TILE = 128  # keys by which a causal kernel overshoots the diagonal, on average half a tile of rows each way
+MEMORY_SHARE = 0.9  # [assumed] what SGLang gives to weights and KV pool, about --mem-fraction-static
+
+
+def at(curve: Curve, rows: int) -> float:
+    """The fraction at ``rows``: linear in log(rows) between the points, constant beyond them."""
+    if rows <= curve[0][0]:
+        return curve[0][1]
+    for (low, left), (high, right) in pairwise(curve):
+        if rows <= high:
+            return left + (right - left) * math.log(rows / low) / math.log(high / low)
+    return curve[-1][1]

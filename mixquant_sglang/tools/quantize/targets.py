@@ -1,0 +1,129 @@
+"""Which linears of a checkpoint are quantised, with which they share a scale, and why others stay as they are."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.kernels.limits import BLOCK
+from mixquant_sglang.recipe import REGEX, did_you_mean, nearest, show
+from mixquant_sglang.recipe.modules import NEVER, SCALE_GROUPS, block_of, is_draft, why_bf16
+from mixquant_sglang.weights.checkpoint import Source
+from mixquant_sglang.weights.shard import DTYPES
+
+WEIGHT = ".weight"
+_LINEARS = re.compile(r"(?:[qkvo]|qkv|q_[ab]|out|gate|up|gate_up|down)_proj|kv_a_proj_with_mqa|w[123]")
+_QUANTISED = re.compile(
+    r".*\.(weight_(packed|scale|scale_inv|scale_2|global_scale)|input_(global_)?scale|qweight|qzeros|weight\.absmax)$"
+)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which linears are quantised. ``quantised``: module -> the modules with which it shares its scales, itself among
+    them; ``kept``: other modules with a matrix for a weight -> why they stay as they are."""
+
+    quantised: dict[str, tuple[str, ...]]
+    kept: dict[str, str]
+    left_out: tuple[str, ...] = ()  # safetensors of the folder that are not the checkpoint's
+
+    @classmethod
+    def of(cls, source: Source, ignore: Sequence[str]) -> Targets:
+        """Of a BF16 checkpoint, but for what the patterns ``ignore`` match."""
+        config = _language_config(source)
+        _refuse_quantised(source, config)
+        shapes = {
+            name.removesuffix(WEIGHT): stored.shape
+            for name, stored in source.tensors.items()
+            if name.endswith(WEIGHT) and len(stored.shape) == 2
+        }
+        # experts in one tensor: no linear for us, but an engine has to hear that they are not quantised
+        packed = {name.rpartition(".")[0] for name, stored in source.tensors.items() if len(stored.shape) == 3}
+        ignored, layers = _ignored([*shapes, "lm_head"], ignore), _layers(source, config)
+        quantised, kept = [], dict.fromkeys(sorted(p for p in packed if p.endswith("experts")), "experts in one tensor")
+        for module, (_, k) in shapes.items():
+            if not is_target(module, layers):
+                kept[module] = NEVER
+            elif module in ignored:
+                kept[module] = f"--ignore {ignored[module]}"
+            elif k % BLOCK or not k:
+                kept[module] = f"K = {k} is not a multiple of {BLOCK}"
+            else:
+                quantised.append(module)
+        if not quantised:
+            raise MixQuantError(f"{source.folder}: has no linear to quantise among {len(shapes)} matrices")
+        for module in quantised:
+            if (dtype := source.tensors[module + WEIGHT].dtype) not in DTYPES:
+                raise MixQuantError(f"{source.folder}: {module}{WEIGHT} is {dtype}; allowed: {', '.join(DTYPES)}")
+        groups = {module: _group(module, shapes, kept) for module in quantised}
+        return cls(groups, kept, source.others)
+
+
+def is_target(module: str, layers: int) -> bool:
+    """Whether ``module`` is by its name a linear of one of the first ``layers`` blocks of the language model."""
+    block = block_of(module)
+    own = block is not None and block < layers and not is_draft(module) and why_bf16(module) is None
+    return own and _LINEARS.fullmatch(module.rpartition(".")[2]) is not None
+
+
+def _refuse_quantised(source: Source, config: dict[str, Any]) -> None:
+    # null and {} say that nothing is quantised
+    if any(each.get("quantization_config") or each.get("compression_config") for each in (source.config, config)):
+        raise MixQuantError(f"{source.folder}: is quantised already (quantization_config); give its BF16 original")
+    if (source.folder / "hf_quant_config.json").exists():
+        raise MixQuantError(f"{source.folder}: is quantised already (hf_quant_config.json); give its BF16 original")
+    if scale := next((name for name in source.tensors if _QUANTISED.match(name)), None):
+        raise MixQuantError(f"{source.folder}: is quantised already ({scale}); give its BF16 original")
+
+
+def _layers(source: Source, config: dict[str, Any]) -> int:
+    """Blocks of the model; as good as infinitely many where ``config`` does not say."""
+    layers = config.get("num_hidden_layers", 1 << 30)
+    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+        at = f"{source.folder / 'config.json'}: num_hidden_layers"
+        raise MixQuantError(f"{at} is {show(json.dumps(layers))}; allowed: an integer of at least 1")
+    return layers
+
+
+def _language_config(source: Source) -> dict[str, Any]:
+    """That of the language model in a model of several modalities; a null one counts as none."""
+    config = source.config.get("text_config")
+    if config is None:
+        return source.config
+    if not isinstance(config, dict):
+        raise MixQuantError(f"{source.folder / 'config.json'}: text_config has to be a JSON object")
+    return config
+
+
+def _ignored(modules: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:
+    """Module -> the first pattern that matches it; ``re:`` matches from the start, as in compressed-tensors."""
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        try:
+            regex = re.compile(pattern.removeprefix(REGEX)) if pattern.startswith(REGEX) else None
+        except re.error as error:
+            raise MixQuantError(f"--ignore {show(pattern)}: is no regular expression: {error}") from None
+        matching = [module for module in modules if (regex.match(module) if regex else module == pattern)]
+        if not matching:
+            hint = did_you_mean(nearest(pattern.removeprefix(REGEX), modules))
+            raise MixQuantError(f"--ignore {show(pattern)}: matches no module with a matrix{hint}")
+        found = dict.fromkeys(matching, pattern) | found
+    return found
+
+
+def _group(module: str, shapes: Collection[str], kept: dict[str, str]) -> tuple[str, ...]:
+    """The members that exist of the fused layer to which ``module`` belongs; MixQuantError if some are kept."""
+    parent, dot, leaf = module.rpartition(".")
+    leaves = next((group for group in SCALE_GROUPS if leaf in group), (leaf,))
+    members = tuple(name for name in (f"{parent}{dot}{other}" for other in leaves) if name in shapes)
+    for member in members:
+        if member in kept:
+            raise MixQuantError(
+                f"{module} and {member} are one fused layer in an engine, but only {member} would stay BF16 "
+                f"({kept[member]}); ignore all of {', '.join(members)}, or none"
+            )
+    return members

@@ -1,0 +1,23 @@
+"""What the environment asks of SGLang."""
+
+from __future__ import annotations
+
+import pkgutil
+
+
+def dumps_modules() -> bool:
+    """Whether SGLang's dumper (``DUMPER_ENABLE``) looks at what modules return."""
+    try:
+        dumper = pkgutil.resolve_name("sglang.srt.debug_utils.dumper.dumper")
+    except (ImportError, AttributeError):
+        return False
+    return bool(getattr(dumper, "may_enable", False))
+
+
+def serves_by_rust() -> bool:
+    """Whether the environment asks for SGLang's server in Rust: HTTP and tokenizer are threads of the scheduler then,
+    and ``http_server._setup_and_run_http_server`` never runs."""
+    from sglang.srt.environ import envs
+
+    asked = getattr(envs, "SGLANG_RUST_SERVER", None)
+    return asked is not None and bool(asked.get())

@@ -1,0 +1,42 @@
+"""JSON files of a checkpoint, whose every fault ends in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mixquant_sglang.errors import MixQuantError
+
+_NESTED = 64  # levels of a JSON file: fewer than what Python's own writer can do
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; MixQuantError where there is none."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(loaded, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
+    except FileNotFoundError:
+        raise MixQuantError(f"{path}: no such file; MODEL needs one") from None
+    except OSError as error:
+        raise MixQuantError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise MixQuantError(f"{path}: is not JSON: {one_line(error)}") from None
+    except RecursionError:
+        raise MixQuantError(f"{path}: is nested too deeply") from None
+    if not isinstance(loaded, dict):
+        raise MixQuantError(f"{path}: has to be a JSON object")
+    if _nested_deeper(loaded, _NESTED):
+        raise MixQuantError(f"{path}: is nested too deeply; allowed: {_NESTED} levels")
+    return loaded
+
+
+def one_line(error: Exception) -> str:
+    """What ``error`` says, in one line of at most 120 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _nested_deeper(value: object, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_nested_deeper(item, levels - 1) for item in items)

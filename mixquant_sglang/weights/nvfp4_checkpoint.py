@@ -1,0 +1,106 @@
+"""An NVFP4 checkpoint by its headers, in either layout, read slice by slice."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.formats import BLOCK
+from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
+from mixquant_sglang.recipe.fingerprint import digest
+from mixquant_sglang.weights.checkpoint import Source
+from mixquant_sglang.weights.distance import distance
+from mixquant_sglang.weights.layouts import Layout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class NVFP4Checkpoint:
+    source: Source
+    layout: Layout
+    quantised: dict[str, set[str]]  # module -> the last parts of its tensors' names
+    _warned: bool = field(default=False, init=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.source.folder
+
+    def file(self, name: str) -> Path:
+        """Where the tensor ``name`` lies."""
+        return self.folder / self.source.tensors[name].shard
+
+    def identity(self) -> str:
+        """Of the weights, wherever they lie: dtypes and shapes, each module's tensor scale and first row of scales."""
+        tensors = sorted((name, stored.dtype, list(stored.shape)) for name, stored in self.source.tensors.items())
+        samples = []
+        for module in sorted(self.quantised):
+            scales = self._slice(f"{module}.{self.layout.scales}", slice(0, 1), slice(None), BLOCK)
+            outer = self.source.read(f"{module}.{self.layout.tensor_scale}")
+            samples.append([scales.view(torch.uint8).flatten().tolist(), outer.flatten().tolist()])
+        return digest([self.layout.name, tensors, samples])
+
+    def check_shapes(self, module: str, n: int, k: int) -> None:
+        layout = self.layout
+        for leaf, dtype, shape in (
+            (layout.codes, "U8", (n, k // 2)),
+            (layout.scales, "F8_E4M3", (n, k // BLOCK)),
+            (layout.tensor_scale, "F32", None),
+        ):
+            stored = self.source.tensors[f"{module}.{leaf}"]
+            one = shape is None and math.prod(stored.shape) == 1
+            if stored.dtype != dtype or not (one or stored.shape == shape):
+                raise MixQuantError(
+                    f"{self.file(f'{module}.{leaf}')}: {module}.{leaf} is {stored.dtype} {list(stored.shape)}; "
+                    f"the BF16 checkpoint needs {dtype} {list(shape) if shape else 'with one number'}"
+                )
+
+    def read(self, module: str, rows: slice, columns: slice, device: torch.device) -> NVFP4Tensor:
+        """``rows`` and ``columns`` (a multiple of 16, or all) of a module, which ``check_shapes`` has seen."""
+        layout = self.layout
+        codes = self._slice(f"{module}.{layout.codes}", rows, columns, 2).to(device)
+        scales = self._slice(f"{module}.{layout.scales}", rows, columns, BLOCK).to(device)
+        if bool((scales.view(torch.uint8) > 0x7E).any()):  # 0x7F is NaN, the rest have a sign
+            name = f"{module}.{layout.scales}"
+            raise MixQuantError(f"{self.file(name)}: {name} holds negative or NaN block scales")
+        name = f"{module}.{layout.tensor_scale}"
+        stored = self.source.read(name).reshape(())
+        outer = stored.reciprocal() if layout.encodes else stored
+        if not 2.0**-126 <= float(outer) <= 2.0**126:
+            raise MixQuantError(f"{self.file(name)}: {name} is {float(stored):g}, which is no scale")
+        return NVFP4Tensor(codes, scales, outer.to(device))
+
+    def check_near(self, module: str, piece: NVFP4Tensor, master: torch.Tensor) -> None:
+        """Refuses codes that are not the nearest to ``master`` bfloat16 [n, K], of the same rows and columns."""
+        if far := distance(piece, master).problem:
+            name = f"{module}.{self.layout.codes}"
+            raise MixQuantError(
+                f"{self.file(name)}: {name} is not this weight of the BF16 checkpoint, rounded: {far}. Another "
+                "fine-tune, another scale, and codes that make up for each other's errors (GPTQ) are refused"
+            )
+
+    def warn_updated(self) -> None:
+        """Once: the BF16 weights were updated."""
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "mixquant: the BF16 weights were updated, so linears that changed no longer prefill with the "
+                "ready-made weights of %s, but are quantised from the new BF16 weights",
+                self.folder,
+            )
+
+    def _slice(self, name: str, rows: slice, columns: slice, per: int) -> torch.Tensor:
+        if columns.start is not None:
+            columns = slice(columns.start // per, columns.stop // per)
+        try:
+            with safe_open(self.file(name), "pt") as file:
+                values: torch.Tensor = file.get_slice(name)[rows, columns]
+        except (SafetensorError, OSError) as error:
+            raise MixQuantError(f"{self.file(name)}: {name} cannot be read: {error}") from None
+        return values.contiguous()
