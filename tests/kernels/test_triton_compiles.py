@@ -157,6 +157,7 @@ def test_every_kernel_is_in_the_table() -> None:
     assert {kernel.fn.__name__ for kernel, *_ in CASES.values()} == functions.keys() - called
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 @pytest.mark.parametrize("case", CASES)
 def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,6 +480,7 @@ for step in range(-6, 7):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     [INTERPRETED, ACTIVATIONS, FEW_ROWS, SEARCH],

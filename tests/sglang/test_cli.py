@@ -20,6 +20,7 @@ def without_the_http_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "HOOKS", tuple(hook for hook in table.HOOKS if hook.process != "http"))
 
 
+@pytest.mark.slow
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     command = [sys.executable, "-W", "ignore", "-m", "mixquant_sglang", "doctor"]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from importlib.metadata import files
 from pathlib import Path
 
+import pytest
+
 from mixquant_sglang.host.hooks import registry, table
 
 
+@pytest.mark.slow
 def test_what_is_there_and_what_is_not() -> None:
     from scripts.tools import drift
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 IDLE = """
 import sys
 from sglang.srt.plugins import load_plugins
@@ -25,6 +27,7 @@ print("idle")
 """
 
 
+@pytest.mark.slow
 def test_an_idle_plugin_sets_two_hooks_and_imports_nothing_heavy() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", IDLE], capture_output=True, text=True, timeout=300, check=False

@@ -14,6 +14,7 @@ import torch
 
 from tests.support.rehearsal import BUCKETS, LAYERS, SCENARIOS
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [scenario.name for scenario in SCENARIOS]
 OURS = [name for name in NAMES if name != "stock"]

@@ -432,6 +432,7 @@ def http_server() -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_layer_is_put_behind_sglangs_own_once(http_server: Any) -> None:
     targets, before, after, _ = http_server
     assert targets == [True] and before and after == [*before, "PolicyLayer"]
@@ -456,6 +457,7 @@ _NO_PROMPT = {
 # fmt: on
 
 
+@pytest.mark.slow
 def test_the_table_knows_every_route_that_runs_a_prompt(http_server: Any) -> None:
     takes = {path for path, methods in http_server[3] if {*methods} - {"GET", "HEAD", "OPTIONS"}}
     assert {"/generate", "/v1/chat/completions", "/v1/messages", "/api/chat"} <= takes, "routes were not found"

@@ -62,6 +62,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("label", REFUSED)
 def test_a_broken_update_leaves_the_old_weights_serving(results: Results, label: str) -> None:
@@ -71,6 +72,7 @@ def test_a_broken_update_leaves_the_old_weights_serving(results: Results, label:
     assert found["path"] == start["path"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["disk", "tensor", "direct", "fp32", "distributed", "ipc"])
 def test_a_good_update_packs_the_new_weights(results: Results, how: str) -> None:
     """1000 times smaller, and back: the numbers are those of packing anew, and then those of the start."""
@@ -81,11 +83,13 @@ def test_a_good_update_packs_the_new_weights(results: Results, how: str) -> None
     assert good["prefill"] == back["prefill"] == start["prefill"] == {"bf16": 1, "nvfp4": 39}
 
 
+@pytest.mark.slow
 def test_what_sglang_skips_may_be_in_a_checkpoint(results: Results) -> None:
     found = results["disk skipped"]
     assert found["done"] and found["same"] and found["fresh"]
 
 
+@pytest.mark.slow
 def test_an_update_by_ipc_goes_to_the_device_tensor_by_tensor(results: Results) -> None:
     """A list of all of them would not fit beside weights and KV; nor does SGLang prepare the old weights again."""
     assert results["ipc good"]["given"] == ["generator"]
@@ -135,11 +139,13 @@ def test_a_machine_that_cannot_look_at_new_weights_refuses_them(monkeypatch: pyt
     assert run.weights.current
 
 
+@pytest.mark.slow
 def test_an_interrupted_reading_goes_back_to_the_old_checkpoint(results: Results) -> None:
     found = results["disk stops half way"]
     assert found["calls"] == 2 and found["message"].endswith(f"the weights are those of {found['path']} again")
 
 
+@pytest.mark.slow
 def test_a_failed_packing_serves_bf16_until_a_later_one_works(results: Results) -> None:
     for label in ("packing fails", "packing failed", "packing fails, disk"):
         found = results[label]
@@ -152,6 +158,7 @@ def test_a_failed_packing_serves_bf16_until_a_later_one_works(results: Results) 
     assert results["packing works again"]["same"] and results["packing works again"]["fresh"]
 
 
+@pytest.mark.slow
 def test_an_open_session_serves_bf16(results: Results) -> None:
     if "session" not in results:
         return  # SGLang 0.5.17 has none: each call is an update of its own
@@ -159,6 +166,7 @@ def test_an_open_session_serves_bf16(results: Results) -> None:
     assert results["session over"]["same"] and results["session over"]["fresh"]
 
 
+@pytest.mark.slow
 def test_released_memory(results: Results) -> None:
     assert results["released"]["current"] is False and results["kv cache released"]["current"] is True
     resumed, reloaded = results["resumed"], results["resumed, reloaded"]

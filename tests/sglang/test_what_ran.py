@@ -16,7 +16,7 @@ import pytest
 from tests.support import tiny_models
 from tests.support.processes import module
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ALL = 1 << 30
 PROMPT = 37

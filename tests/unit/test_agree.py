@@ -8,6 +8,8 @@ import types
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.processes import importable_when_spawned
 
 
@@ -26,6 +28,7 @@ def _rank(rank: int, store: str, found: Any) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_agree(tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     found = spawn.Queue()

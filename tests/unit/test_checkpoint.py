@@ -634,6 +634,7 @@ def damage(model: Path, draw: random.Random) -> None:
         put_header(file, mutated(header_of(file), draw))
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_get_one_line_or_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rounds = int(os.environ.get("CHECKPOINT_MUTATIONS", "100"))
     draw, endings = random.Random(17), {0: 0, 1: 0}

@@ -85,6 +85,7 @@ def test_samples_depend_on_seed_and_step_and_follow_the_distribution() -> None:
     assert sum(a == b for a, b in zip(by_step, again, strict=True)) > 35  # the noise belongs to the token, not its rank
 
 
+@pytest.mark.slow
 def test_a_server_finds_the_processor_by_its_module_alone() -> None:
     from scripts.eval.processor import Replay, to_str
     from scripts.eval.run import processor_on_path
@@ -461,6 +462,7 @@ def test_an_ablation_shows_quality_beside_speed() -> None:
     assert lines[4].split()[0] == "mix" and lines[4].endswith(f"{fast['mix']:.2f}x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multi_turn", [False, True])
 def test_a_run_is_reported_from_its_files_and_goes_on(
     multi_turn: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

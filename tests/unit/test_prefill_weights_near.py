@@ -109,6 +109,7 @@ def _hadamard(k: int) -> torch.Tensor:
     return torch.block_diag(*[block] * (k // 16))
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_a_header_is_one_line(tmp_path: Path) -> None:
     """Each is refused with a MixQuantError, or changes nothing that is read."""
     ready, config = tiny.compressed_tensors(bf16_tensors())

@@ -78,6 +78,7 @@ def test_a_wrapper_runs_its_command_from_anywhere(name: str, tmp_path: Path) -> 
     assert run.stdout.splitlines() == [str(elsewhere), "1", str(copy / "__main__.py"), name, "--help", "two words"]
 
 
+@pytest.mark.slow
 def test_each_command_answers_help_from_anywhere(tmp_path: Path) -> None:
     """As the wrappers start them, but all in one process: most of the time goes into importing torch."""
     code = """
@@ -310,6 +311,7 @@ def test_the_pass_timer_is_found_as_a_plugin_and_writes_what_is_read(
     assert len(parse_passes(text[:-1])) == 1  # the last line is not there yet
 
 
+@pytest.mark.slow
 def test_measure_formats_gives_the_reasons_for_the_defaults() -> None:
     pytest.importorskip("torch")
     command = [*command_of("measure_formats"), "--tokens", "64", "--outputs", "64"]

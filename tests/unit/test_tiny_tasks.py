@@ -160,6 +160,7 @@ def test_an_agent_is_answered_by_pages_that_depend_on_its_calls() -> None:
     assert right.splitlines()[0] == "page 1234, 1 of 4"
 
 
+@pytest.mark.slow
 def test_the_agents_system_message_is_what_the_template_makes_of_its_tool(data: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -281,6 +282,7 @@ def test_the_default_shape_fits_what_is_shipped(tmp_path: Path) -> None:
     assert all(torch.equal(read[name], weight.bfloat16()) for name, weight in weights.items())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # transformers' own
 def test_transformers_computes_the_same(trained: Path, data: Path) -> None:
     from transformers import AutoTokenizer, Qwen3ForCausalLM
@@ -317,6 +319,7 @@ def test_training_learns(trained: Path) -> None:
     assert log[-1]["schedule"] == {"decay_from": 21, "steps": 30}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_an_uninterrupted_one(
     trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +333,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         assert (out / name).read_bytes() == (trained / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_without_steps_fits_its_schedule_into_the_time(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "timed"
     assert run(data, out, "--minutes", "0.06") in (0, 3)  # 3: a busy machine left no time for the decay
