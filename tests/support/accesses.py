@@ -1,7 +1,7 @@
 """Which attributes our code reads or writes on objects that SGLang hands it, found by reading the code.
 
-Such an object is a parameter or a variable that is annotated ``Any``, and whatever is taken out of one: by attribute, by
-a call of its method, by a loop, and what a method keeps of it in ``self``.
+Such an object is a parameter or a variable that is annotated ``Any``, and whatever is taken out of one: by attribute,
+by a call of its method, by a loop, and what a method keeps of it in ``self``.
 """
 
 from __future__ import annotations
@@ -52,12 +52,11 @@ def _root(node: ast.expr) -> str | None:
             node = node.value
         elif isinstance(node, ast.Call):
             named = isinstance(node.func, ast.Name) and node.func.id in {"getattr", "next", "iter", "zip", "enumerate"}
-            if named and node.args:
-                node = node.args[0]
-            else:
-                node = node.func
+            node = node.args[0] if named and node.args else node.func
         elif isinstance(node, ast.BoolOp):
             node = node.values[0]
+        elif isinstance(node, ast.NamedExpr):
+            node = node.value
         elif isinstance(node, ast.Name):
             return node.id
         else:
