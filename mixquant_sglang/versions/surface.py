@@ -73,6 +73,7 @@ SURFACE: tuple[Row, ...] = (
     ),
     Row("sglang.srt.environ.Envs", ("SGLANG_RUST_SERVER",), "versions/environment.py"),
     Row("sglang.srt.environ.Envs", ("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",), "versions/v0_5_17.py", OLD),
+    Row("sglang.srt.mem_cache.utils", ("storage_namespace_seed",), "versions/v0_5_23.py", NEW),
     Row("sglang.srt.debug_utils.dumper._Dumper", ("may_enable",), "versions/environment.py"),
     Row("sglang.srt.model_executor.cuda_graph_config.CudaGraphConfig", ("prefill",), "versions/v0_5_17.py"),
     Row("sglang.srt.model_executor.cuda_graph_config.PhaseConfig", ("backend", "bs"), "versions/graphs.py"),
