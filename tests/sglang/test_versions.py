@@ -83,6 +83,28 @@ def test_what_one_rank_has_of_a_linear() -> None:
     assert v0_5_23.tensor_parallel(SimpleNamespace()) == (0, 1)
 
 
+def test_versions_between_are_taken_as_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the wheels of 0.5.18 to 0.5.22 have."""
+    from sglang.srt.mem_cache import utils
+
+    assert v0_5_23.tensor_parallel(SimpleNamespace(tp_rank=1, tp_size=4)) == (1, 4)
+    ranges: list[tuple[int, int]] = []
+    v0_5_23.set_first_chunk(SimpleNamespace(set_extend_range=lambda *given: ranges.append(given)), 7)
+    newer = SimpleNamespace()
+    v0_5_23.set_first_chunk(newer, 7)
+    assert ranges == [(0, 7)] and newer.extend_end == 7
+    monkeypatch.delattr(utils, "storage_namespace_seed", raising=False)
+    assert not v0_5_23.stored_pages_are_named()
+    for module in (v0_5_17, v0_5_23):
+        lazy = SimpleNamespace(_forward_method=None, _resolve_forward_method=lambda: max)
+        assert module.forward_method(lazy) is max and lazy._forward_method is max
+    measuring = "sglang.srt.model_executor.runner.flashinfer_autotune.flashinfer_autotune_context"
+    monkeypatch.setattr(measuring, lambda runner, *, run_lm_head: None)
+    assert v0_5_17.autotune_logits() == {"run_lm_head": True}
+    monkeypatch.setattr(measuring, lambda runner, *, skip_logits: None)
+    assert v0_5_17.autotune_logits() == {"skip_logits": False}
+
+
 def test_arguments_of_the_measuring_are_those_it_takes() -> None:
     from sglang.srt.model_executor.runner.flashinfer_autotune import flashinfer_autotune_context
 
