@@ -25,7 +25,6 @@ _SPECIAL_BACKEND = (
 _SPECIAL_METADATA = (
     "local_attn_metadata",
     "swa_spec_metadata",
-    "encoder_lens_int32",
     "image_token_ranges",
     "scheduler_metadata",
 )

@@ -1,7 +1,9 @@
 """What differs between SGLang versions, and which of them is installed.
 
 One file a version (``v0_5_17.py``, ``v0_5_23.py``), each with the names of ``Dialect``.  The file is picked by what the
-installed SGLang has, never by its version string: the newest whose ``fits`` says so, else the oldest.
+installed SGLang has, never by its version string: the newest whose ``fits`` says so, else the oldest.  In versions
+between two files some things are still those of the older one: what a file's functions rest on and ``fits`` does not
+prove, they ask for themselves.
 """
 
 from __future__ import annotations

@@ -10,9 +10,12 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
+from mixquant_sglang.versions.surface import SURFACE
+
+_SETATTR = ("setattr", "object.__setattr__")
 _DOTTED = re.compile(r"sglang(\.[A-Za-z_]\w*)+")
 
 
@@ -38,19 +41,23 @@ def names_of(body: list[ast.stmt]) -> dict[str, ast.stmt]:
     return found
 
 
+@cache
+def _parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 class Source:
     """Below ``site``, the folder that holds the package ``sglang``."""
 
     def __init__(self, site: Path) -> None:
         self.site = site
         self._names: dict[Path, dict[str, ast.stmt]] = {}
-        self._trees: dict[Path, ast.Module] = {}
         self._members: dict[tuple[str, str], frozenset[str]] = {}
 
     def exists(self, target: str) -> bool:
         """Whether there is a module ``target``, such a name of a module, or such an attribute of a class or of an
         object that a module makes (``envs = Envs()``)."""
-        if self._file(target):
+        if self._file(target) or self.site.joinpath(*target.split(".")).is_dir():
             return True
         owner, _, name = target.rpartition(".")
         if not owner:
@@ -60,16 +67,22 @@ class Source:
         found = self._class(owner)
         return found is not None and name in self.members(*found)
 
-    def is_class(self, target: str) -> bool:
-        """Whether ``target`` is a class, or an object of one, that can be read here."""
-        return self._class(target) is not None
+    def has(self, owner: str, name: str) -> bool:
+        """Whether the class ``owner`` has the attribute, or the module ``owner`` defines it or sets it on an object."""
+        file = self._file(owner)
+        return self.exists(f"{owner}.{name}") or (file is not None and name in _assigned(self._tree(file)))
+
+    def elsewhere(self, target: str) -> bool:
+        """Whether ``target`` belongs to a function, or to an object whose class is none of SGLang's."""
+        owner = target.rpartition(".")[0]
+        return self.exists(owner) and self._file(owner) is None and self._class(owner) is None
 
     def members(self, module: str, node: ast.ClassDef) -> frozenset[str]:
         """The attributes of a class and of its objects."""
         key = module, node.name
         if key not in self._members:
             self._members[key] = frozenset()  # bases that lead back here
-            found = {*names_of(node.body), *_assigned_to_self(node)}
+            found = {*names_of(node.body), *_assigned(node, "self")}
             for base in self._bases(module, node):
                 found |= self.members(*base)
             self._members[key] = frozenset(found)
@@ -84,10 +97,9 @@ class Source:
                 return file
         return None
 
-    def _tree(self, file: Path) -> ast.Module:
-        if file not in self._trees:
-            self._trees[file] = ast.parse(file.read_text(encoding="utf-8"))
-        return self._trees[file]
+    @staticmethod
+    def _tree(file: Path) -> ast.Module:
+        return _parsed(file.resolve())
 
     def _find(self, module: str, name: str) -> tuple[str, ast.stmt] | None:
         """Where ``name`` of ``module`` is defined, followed through imports: the module there, and the definition."""
@@ -121,7 +133,13 @@ class Source:
 
     def _class(self, target: str) -> tuple[str, ast.ClassDef] | None:
         module, _, name = target.rpartition(".")
-        found = self._find(module, name) if module else None
+        if not module:
+            return None
+        found = self._find(module, name)
+        if found is None and not self._file(module):  # a class in a class
+            outer = self._class(module)
+            inner = names_of(outer[1].body).get(name) if outer else None
+            found = (outer[0], inner) if outer and inner else None
         if found is None:
             return None
         where, node = found
@@ -148,10 +166,18 @@ class Source:
         return []
 
 
-def _assigned_to_self(node: ast.ClassDef) -> Iterator[str]:
+def _assigned(node: ast.AST, owner: str = "") -> Iterator[str]:
+    """Attributes that are set on ``owner``, or on anything, by a statement or by ``setattr``."""
     for each in ast.walk(node):
-        if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store) and ast.unparse(each.value) == "self":
-            yield each.attr
+        on: ast.expr | None = None
+        name = ""
+        if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store):
+            on, name = each.value, each.attr
+        elif isinstance(each, ast.Call) and len(each.args) == 3 and ast.unparse(each.func) in _SETATTR:
+            on, constant = each.args[0], each.args[1]
+            name = str(constant.value) if isinstance(constant, ast.Constant) else ""
+        if on is not None and name and owner in ("", ast.unparse(on)):
+            yield name
 
 
 # -- what we rest on by name -------------------------------------------------------------------------------------------
@@ -200,6 +226,7 @@ class _Names(ast.NodeVisitor):
             self._add(node.value, node.lineno)
 
 
+@cache
 def names_used(source: str) -> dict[str, int]:
     """The dotted names of SGLang in a Python file of ours, each with the line of its first use: what it imports, in
     functions too, attributes of what it imports, and strings that are such a name (targets of hooks, classes of
@@ -231,10 +258,26 @@ class Package:
         found = {version for version in self.files.values() if version}
         return sorted(found, key=lambda version: [int(part) for part in version.split(".")])
 
+    def like(self, version: str) -> str:
+        """The version with a file whose names ``version`` is asked for: the newest for one that has none."""
+        return version if version in self.versions else self.versions[-1]
+
     def names(self, version: str) -> Iterator[tuple[str, str]]:
-        """(dotted name, file and line) of SGLang ``version``; one without a file of its own is read like the newest."""
-        like = version if version in self.versions else self.versions[-1]
+        """(dotted name, file and line) of what we use of SGLang ``version``."""
         for file, only in self.files.items():
-            if only in ("", like):
+            if only in ("", self.like(version)):
                 for name, line in names_used(file.read_text(encoding="utf-8")).items():
                     yield name, f"{file.relative_to(self.root).as_posix()}:{line}"
+
+    def rows(self, version: str) -> Iterator[tuple[str, str, str]]:
+        """(class or module, attribute, where it is used) of ``SURFACE`` for SGLang ``version``."""
+        for row in SURFACE:
+            if not row.versions or self.like(version) in row.versions:
+                yield from ((row.owner, name, row.used_in) for name in row.names)
+
+
+def gone(source: Source, package: Package, version: str) -> list[str]:
+    """What ``package`` uses of SGLang ``version`` and ``source`` does not have, each with where it is used."""
+    names = dict(reversed([*package.names(version)]))
+    lost = [f"{n} ({at})" for n, at in names.items() if not source.exists(n) and not source.elsewhere(n)]
+    return lost + [f"{owner}.{n} ({at})" for owner, n, at in package.rows(version) if not source.has(owner, n)]

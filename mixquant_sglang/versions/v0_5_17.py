@@ -1,8 +1,12 @@
-"""SGLang 0.5.17: server arguments resolve themselves as they are constructed, and hold what came of it."""
+"""SGLang 0.5.17: server arguments resolve themselves as they are constructed, and hold what came of it.
+
+The file of 0.5.18 too, whose two differences are asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 # No DualGemm, and no sessions of weight updates.
@@ -42,6 +46,8 @@ def prefill_graphs(model_runner: Any) -> Any:
 def forward_method(op: Any) -> Callable[..., Any]:
     """``MultiPlatformOp`` looks it up when it is constructed.  Norms are handed ``post_residual_addition`` by
     position."""
+    if op._forward_method is None:  # 0.5.18
+        op._forward_method = op._resolve_forward_method()
     method: Callable[..., Any] = op._forward_method
     return method
 
@@ -68,4 +74,8 @@ def set_first_chunk(req: Any, rows: int) -> None:
 
 
 def autotune_logits() -> Mapping[str, bool]:
+    from sglang.srt.model_executor.runner.flashinfer_autotune import flashinfer_autotune_context
+
+    if "skip_logits" not in signature(flashinfer_autotune_context).parameters:  # 0.5.18
+        return {"run_lm_head": True}
     return {"skip_logits": False}

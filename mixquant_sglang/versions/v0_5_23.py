@@ -1,9 +1,14 @@
-"""SGLang 0.5.23: server arguments stay as they were given; what came of them is kept beside the record."""
+"""SGLang 0.5.23: server arguments stay as they were given; what came of them is kept beside the record.
+
+``resolve_once`` came with 0.5.19.  What came later is asked for, and 0.5.17's way is taken where it is not there yet.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from mixquant_sglang.versions import v0_5_17
 
 HOOK_TARGETS: Mapping[str, str] = {
     "resolve_server_args": "sglang.srt.server_args.ServerArgs.resolve_once",
@@ -52,24 +57,34 @@ def forward_method(op: Any) -> Callable[..., Any]:
 
 def tensor_parallel(layer: Any) -> tuple[int, int]:
     """A group of the layer, which is None where it is replicated."""
+    if hasattr(layer, "tp_rank"):  # up to 0.5.21
+        return v0_5_17.tensor_parallel(layer)
     group = getattr(layer, "tp_group", None)
     return (0, 1) if group is None else (int(group.rank_in_group), int(group.world_size))
 
 
 def stored_pages_are_named() -> bool:
     """Their chain of hashes begins with ``extra_key`` (``mem_cache/utils.py``)."""
-    from sglang.srt.mem_cache.utils import storage_namespace_seed
+    from sglang.srt.mem_cache import utils
 
-    return bool(storage_namespace_seed("a", None) != storage_namespace_seed("b", None))
+    seed = getattr(utils, "storage_namespace_seed", None)
+    if seed is None:  # 0.5.19
+        return v0_5_17.stored_pages_are_named()
+    return bool(seed("a", None) != seed("b", None))
 
 
 def tree_ignores_keys() -> bool:
     """The radix tree in C++ is gone."""
-    return False
+    from sglang.srt.environ import envs
+
+    return hasattr(envs, "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE") and v0_5_17.tree_ignores_keys()  # up to 0.5.20
 
 
 def set_first_chunk(req: Any, rows: int) -> None:
-    req.extend_end = rows
+    if hasattr(req, "set_extend_range"):  # up to 0.5.21
+        v0_5_17.set_first_chunk(req, rows)
+    else:
+        req.extend_end = rows
 
 
 def autotune_logits() -> Mapping[str, bool]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mixquant_sglang.host import runtime
+from mixquant_sglang.weights.arriving import Arriving
 from mixquant_sglang.weights.refresh import Weights
 from tests.support.processes import module
 
@@ -125,7 +126,7 @@ def test_a_machine_that_cannot_look_at_new_weights_refuses_them(monkeypatch: pyt
     def problem(*_args: Any) -> str | None:
         raise RuntimeError("CUDA out of memory")
 
-    run = SimpleNamespace(weights=Weights(), known=SimpleNamespace(problem=problem))
+    run = SimpleNamespace(weights=Weights(), known=SimpleNamespace(problem=problem), arriving=Arriving())
     monkeypatch.setattr(runtime, "_runtime", run)
     model = torch.nn.Module()
     model.load_weights = None

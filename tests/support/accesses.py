@@ -55,6 +55,8 @@ def _root(node: ast.expr) -> str | None:
             node = node.args[0] if named and node.args else node.func
         elif isinstance(node, ast.BoolOp):
             node = node.values[0]
+        elif isinstance(node, ast.NamedExpr):
+            node = node.value
         elif isinstance(node, ast.Name):
             return node.id
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -34,6 +35,7 @@ def answers(recipes: tuple[str, ...], folder: Path) -> list[str]:
     return [(folder / str(rank)).read_text() for rank in range(len(recipes))]
 
 
+@pytest.mark.slow
 def test_a_difference_is_named_on_every_rank(tmp_path: Path) -> None:
     first, second = answers(("fp8", "nvfp4"), tmp_path)
     assert first == second and "\n" not in first
@@ -41,6 +43,7 @@ def test_a_difference_is_named_on_every_rank(tmp_path: Path) -> None:
     assert "give every node the same recipe" in first
 
 
+@pytest.mark.slow
 def test_the_same_numbers_under_another_name_are_no_difference(tmp_path: Path) -> None:
     copy = tmp_path / "mine.yaml"
     copy.write_text(recipe.shipped()["fp8"].read_text())
