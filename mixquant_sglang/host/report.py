@@ -109,6 +109,7 @@ def log_precisions(run: Runtime, total: int) -> None:
         100 * run.extra_weight_bytes / max(total, 1),
         total / 2**20,
     )
+    logger.info("mixquant: rows by role: %s", run.schedule.table.describe())
 
 
 def log_reasons(run: Runtime, reasons: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 At load, on one layer for each GEMM shape [N, K], with its own weight and random activations of a few row counts (one of
 them odd).  The activations lie on the NVFP4 grid already: every correct quantiser then returns the same codes, also one
 that uses approximate reciprocals, so that nothing but the GEMM's arithmetic is left to differ.  The native kernel runs
-as it will serve, with our quantiser or FlashInfer's (``blackwell.py``) and the GEMMs that were tuned.
+as it will serve, with our quantiser or FlashInfer's (``linear/native_nvfp4.py``) and the GEMMs that were tuned.
 
 Both kernels sum the same products, which are exact in FP32, apply alpha to the sum and round once to BF16.  Another
 order of summation can push a result over a rounding boundary, so that it is one BF16 step (at most 2^-7 of it) apart;

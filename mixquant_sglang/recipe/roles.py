@@ -57,3 +57,16 @@ class PrecisionTable(Mapping[tuple[Role, Kind], str]):
     def row(self, role: Role) -> dict[str, str]:
         """Kind -> precision, in words."""
         return {kind.value: self[role, kind] for kind in Kind}
+
+    def describe(self) -> str:
+        """In words: roles that take the same together."""
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for role in Role:
+            alike.setdefault(tuple(self.row(role).values()), []).append(role.value)
+        return "; ".join(f"{', '.join(roles)} {self._words(cells)}" for cells, roles in alike.items())
+
+    @staticmethod
+    def _words(cells: tuple[str, ...]) -> str:
+        if len({*cells}) == 1:
+            return cells[0]
+        return ", ".join(f"{precision} ({kind.value})" for kind, precision in zip(Kind, cells, strict=True))

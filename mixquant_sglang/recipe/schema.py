@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import yaml
 
+from mixquant_sglang.recipe.capabilities import NATIVE_FROM
+
 RECIPE_ENV = "MIXQUANT_RECIPE"
 DEFAULT = "auto"
 REGEX = "re:"
 
-PRECISIONS = ("bf16", "nvfp4", "fp8")
+PRECISIONS = ("bf16", *NATIVE_FROM)
 PREFILL_PRECISIONS = ("auto", *PRECISIONS)
 KERNELS = ("auto", "native", "emulated")
 SCALES = ("absmax", "search")

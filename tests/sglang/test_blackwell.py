@@ -121,7 +121,7 @@ def test_swizzle_is_sglangs(n: int, k: int) -> None:
 
 
 def test_some_rows_of_an_operand() -> None:
-    """What the last layer reads (fusion.py); -1 in a captured graph gives rows that nobody reads."""
+    """What the last layer reads (layers/last_layer.py); -1 in a captured graph gives rows that nobody reads."""
     torch.manual_seed(0)
     weight, bias = torch.randn(96, 80, dtype=torch.bfloat16), torch.randn(96, dtype=torch.bfloat16)
     native, x = native_linear(weight), tokens(300, 80)

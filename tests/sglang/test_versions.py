@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mixquant_sglang.host.hooks import table
+from mixquant_sglang.host.hooks import registry, table
 from mixquant_sglang.versions import dialect as picking
 from mixquant_sglang.versions import machine, v0_5_17, v0_5_23
 from mixquant_sglang.versions.dialect import VERSIONS, Dialect, dialect, hook_targets
@@ -69,9 +69,9 @@ def test_targets_that_differ_are_those_of_this_version() -> None:
     hooks = {hook.handler: hook for hook in table.HOOKS}
     for handler in handlers:
         assert hooks[handler].targets == hook_targets(handler)
-        assert (hooks[handler] in table.hooks_of()) == (handler in here)
+        assert (hooks[handler] in registry.hooks_of()) == (handler in here)
         if handler in here:
-            assert table.target_of(hooks[handler]) == here[handler]
+            assert registry.target_of(hooks[handler]) == here[handler]
 
 
 def test_what_one_rank_has_of_a_linear() -> None:
