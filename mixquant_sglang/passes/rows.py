@@ -63,15 +63,15 @@ def split_rows(requests: Iterable[RequestRows], *, last_prompt_token: bool, tail
         first = request.prompt - tail if last_prompt_token else request.prompt
         if request.decoding or request.bf16:
             first = request.prefix
-        kept = min(max(first - request.prefix, 0), request.new)
-        if kept < request.new:
-            start, stop = total + kept, total + request.new
+        low = min(max(first - request.prefix, 0), request.new)
+        if low < request.new:
+            start, stop = total + low, total + request.new
             if ranges and ranges[-1][1] == start:
                 start = ranges.pop()[0]
             ranges.append((start, stop))
         total += request.new
         last.append((total - 1, total))
-        shares.append((request.new, request.new - kept))
+        shares.append((request.new, request.new - low))
         decode += request.new if request.decoding else 0
     return RowSplit(
         total=total,
