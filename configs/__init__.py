@@ -1,1 +1,1 @@
-"""The shipped recipes: data only, read by ``mixquant_sglang/recipe/recipe.py``."""
+"""The shipped recipes: data only, read by ``mixquant_sglang/recipe/parse.py``."""

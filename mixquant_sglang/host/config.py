@@ -64,7 +64,10 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         assert current is not None
         self._runtime = current
         self._assignment = Assignment(self._recipe, selection, ready)
-        current.lifecycle = LoadSteps(current, self._assignment)
+        if current.lifecycle is None or current.lifecycle.loading:
+            current.lifecycle = LoadSteps(current, self._assignment)
+        else:  # no path of SGLang that is not refused does this
+            logger.warning("mixquant: SGLang built the quantization config again after the model was loaded: not used")
 
     @classmethod
     def get_name(cls) -> str:

@@ -7,8 +7,8 @@ bit.  In others it would leave out what the recipe asks for, and be handed activ
     DualGemm.can_run (0.5.23)                    gate and up of Qwen2, Qwen3, Llama: SM100, up to 16 rows      hook
     linear_with_fused_a_gemm                     MLA's and Nemotron-H's first projections: SM90, up to 16 rows  hook
     Qwen3_5GatedDeltaNet._forward_input_proj     both input projections in one: up to 1024 rows (0.5.23)       here
-    UnquantizedLinearMethod.apply_with_addend    Nemotron-H's latent projection (0.5.23)                       method.py
-    MiniMaxM3's fused qkv and index projections  the weights move to another module                            method.py
+    UnquantizedLinearMethod.apply_with_addend    Nemotron-H's latent projection (0.5.23)                       linear.py
+    MiniMaxM3's fused qkv and index projections  the weights move to another module                            packed.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Protected rows: the token rows of a prefill pass that must take the decode column (BF16) all the same.
+"""Protected rows: the token rows of a prefill pass that must not take the prompt's precision.
 
 Per request these are a suffix of its new rows, because token positions only grow:
 

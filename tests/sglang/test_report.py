@@ -126,6 +126,20 @@ def test_subclasses_of_fused_moe_are_in_the_report(monkeypatch: pytest.MonkeyPat
     assert run.state()["experts"] == {"bf16": 1}
 
 
+def test_a_config_built_after_load_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mixquant_sglang.host.config import MixQuantConfig
+
+    config, root = model(monkeypatch, "nvfp4", model__layers__0__fc="model.layers.0.fc")
+    run = finish(config, root)
+    steps = run.lifecycle
+    assert steps is not None and steps.unproved
+    with caplog.at_level(logging.WARNING):
+        MixQuantConfig()
+    assert run.lifecycle is steps and steps.unproved and "after the model was loaded: not used" in caplog.text
+
+
 # -- labels ---
 
 
