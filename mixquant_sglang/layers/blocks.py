@@ -18,7 +18,8 @@ from mixquant_sglang.layers.linear import MixQuantLinearMethod
 
 @dataclass(frozen=True)
 class Family:
-    """Full class names in SGLang.  A class that is left out has nothing replaced.
+    """Full class names in SGLang, each of which allows something; None allows nothing.  ``why``: what was read that
+    makes them safe, and what was seen to be harmless.
 
     ``decoder``: the results of both norms go to qkv_proj and gate_up_proj alone, so they may be handed over quantised.
     ``mlp``: the result of act_fn goes to down_proj alone.
@@ -29,15 +30,19 @@ class Family:
     """
 
     name: str
-    decoder: str
-    mlp: str
-    attention: str
-    model: str
+    why: str
+    decoder: str | None = None
+    mlp: str | None = None
+    attention: str | None = None
+    model: str | None = None
 
 
 FAMILIES = (
     Family(
         "Llama",
+        "On CUDA and the CPU the attention's forward_prepare_native splits qkv and applies RoPE to q and k; the NPU's "
+        "path, which reads qkv whole, is not ours.  Both norms' results go to self_attn and mlp, which begin with "
+        "qkv_proj and gate_up_proj.",
         decoder="sglang.srt.models.llama.LlamaDecoderLayer",
         mlp="sglang.srt.models.llama.LlamaMLP",
         attention="sglang.srt.models.llama.LlamaAttention",
@@ -45,6 +50,7 @@ FAMILIES = (
     ),
     Family(
         "Qwen2",
+        "As Llama; qkv_proj has a bias, which our products take.",
         decoder="sglang.srt.models.qwen2.Qwen2DecoderLayer",
         mlp="sglang.srt.models.qwen2.Qwen2MLP",
         attention="sglang.srt.models.qwen2.Qwen2Attention",
@@ -52,6 +58,8 @@ FAMILIES = (
     ),
     Family(
         "Qwen3",
+        "As Llama, with q_norm and k_norm behind the split, of each head by itself; the NPU's path and aiter's fused "
+        "one (ROCm), which read qkv whole, are not ours.",
         decoder="sglang.srt.models.qwen3.Qwen3DecoderLayer",
         mlp="sglang.srt.models.qwen2.Qwen2MLP",  # which Qwen3 takes from Qwen2
         attention="sglang.srt.models.qwen3.Qwen3Attention",
