@@ -52,6 +52,11 @@ _TABLES = frozenset({"lm_head", "embed_tokens"})
 
 _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
+# One linear of one routed expert in a checkpoint; ``experts`` is the MoE layer, as SGLang has it in one module.
+_EXPERT = re.compile(r"(?P<layer>(?:.*\.)?experts)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)")
+# What the linears of an expert are called: gate, up, down; the first two are one GEMM.
+EXPERT_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
 
 def why_bf16(name: str) -> str | None:
     """Why the module ``name`` is BF16 whatever the recipe says; None if its name does not say so."""
@@ -79,8 +84,14 @@ def block_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def expert_of(name: str) -> tuple[str, int, str] | None:
+    """(MoE layer, number of the expert, name of the linear in it) of ``model.layers.0.mlp.experts.3.up_proj``; None for
+    what is no linear of one routed expert."""
+    found = _EXPERT.fullmatch(name)
+    return (found["layer"], int(found["expert"]), found["leaf"]) if found else None
+
+
 def is_never_low(name: str) -> bool:
-    """Whether no linear of SGLang that a recipe makes low can be the checkpoint's module ``name``: tables of tokens,
-    experts, draft layers, and what lies outside of the language model."""
-    *path, leaf = name.split(".")
-    return leaf in _TABLES or "experts" in path or is_draft(name) or is_outside(name)
+    """Whether nothing of SGLang that a recipe makes low can be the checkpoint's module ``name``: tables of tokens,
+    draft layers, and what lies outside of the language model."""
+    return name.rpartition(".")[2] in _TABLES or is_draft(name) or is_outside(name)

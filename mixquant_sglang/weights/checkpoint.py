@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.weights.json_file import read_object
-from mixquant_sglang.weights.shard import DTYPES, Stored, read_bytes, read_header
+from mixquant_sglang.weights.shard import DTYPES, Stored, item_bytes, read_bytes, read_header
 
 INDEX = "model.safetensors.index.json"
 
@@ -72,7 +72,16 @@ class Source:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor of a dtype in ``DTYPES``, on the CPU, in memory of its own."""
+        return self._read(self.tensors[name])
+
+    def read_rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        """[count, K]: rows ``first`` to ``first + count`` of a tensor [..., K], all dimensions but the last taken as
+        one; like ``read``, and no other bytes are read."""
         stored = self.tensors[name]
+        begin = stored.begin + first * stored.shape[-1] * item_bytes(stored.dtype)
+        return self._read(replace(stored, shape=(count, stored.shape[-1]), begin=begin))
+
+    def _read(self, stored: Stored) -> torch.Tensor:
         if not stored.nbytes:
             return torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
         (data,) = read_bytes(self.folder / stored.shard, stored, stored.nbytes)

@@ -25,7 +25,8 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.tools import cli
 from mixquant_sglang.tools.quantize import checkpoint, command, writer
-from mixquant_sglang.tools.quantize.checkpoint import quantization_config, quantize_checkpoint
+from mixquant_sglang.tools.quantize.checkpoint import quantize_checkpoint
+from mixquant_sglang.tools.quantize.configs import quantization_config
 from mixquant_sglang.tools.quantize.progress import COLUMNS, PROGRESS, locked
 from mixquant_sglang.tools.quantize.scales import encode_scale
 from mixquant_sglang.tools.quantize.targets import Targets
