@@ -91,6 +91,11 @@ def expert_of(name: str) -> tuple[str, int, str] | None:
     return (found["layer"], int(found["expert"]), found["leaf"]) if found else None
 
 
+def is_experts(name: str) -> bool:
+    """Whether ``name`` is that of a MoE layer's routed experts: one module of SGLang."""
+    return name.rpartition(".")[2] == "experts"
+
+
 def is_never_low(name: str) -> bool:
     """Whether nothing of SGLang that a recipe makes low can be the checkpoint's module ``name``: tables of tokens,
     draft layers, and what lies outside of the language model."""
