@@ -70,7 +70,12 @@ def why_bf16(name: str) -> str | None:
 
 def is_outside(name: str) -> bool:
     """Whether ``name`` lies below a tower or a projector."""
-    return not _TOWERS.isdisjoint(name.split(".")[:-1])
+    return tower_of(name) is not None
+
+
+def tower_of(name: str) -> str | None:
+    """What the tower or projector is called below which ``name`` lies."""
+    return next((part for part in name.split(".")[:-1] if part in _TOWERS), None)
 
 
 def is_draft(name: str) -> bool:

@@ -171,7 +171,7 @@ def test_config_is_the_preset_of_compressed_tensors(tmp_path: Path) -> None:
             assert getattr(ours, key) == getattr(theirs, key)
     assert parsed.ignore is not None
     assert set(parsed.ignore) == {
-        *("lm_head", "model.layers.2.self_attn.q_proj", "visual.layers.0.attn.q_proj"),
+        *("lm_head", "model.layers.2.self_attn.q_proj", "visual.layers.0.attn.q_proj", r"re:(.*\.)?visual\."),
         *(f"model.layers.{layer}.{leaf}" for layer in (0, 1) for leaf in ("mlp.gate", "self_attn.kv_b_proj")),
     }
 

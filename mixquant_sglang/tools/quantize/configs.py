@@ -1,9 +1,9 @@
 """What ``config.json`` says of a quantised checkpoint, for engines that load it.
 
-Kept modules are named one by one, MoE layers by more: SGLang (0.5.17 ``compressed_tensors.py`` 735, 0.5.23 883) and
-vLLM ask for ``gate_proj``, ``up_proj`` and ``down_proj`` of expert 0, whatever the family calls them, and
-compressed-tensors for every linear. ModelOpt's list is of names with ``*``, which SGLang compares with the layer's own
-name.
+Kept modules are named one by one, and towers as a whole too, whose linears engines fuse and name in their own ways.
+MoE layers need more names: SGLang (0.5.17 ``compressed_tensors.py`` 735, 0.5.23 883) and vLLM ask for ``gate_proj``,
+``up_proj`` and ``down_proj`` of expert 0, whatever the family calls them, and compressed-tensors for every linear.
+ModelOpt's list is of names with ``*``, which SGLang compares with the layer's own name and with each part of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from mixquant_sglang import __version__
 from mixquant_sglang.formats import BLOCK
 from mixquant_sglang.recipe import REGEX
-from mixquant_sglang.recipe.modules import EXPERT_LEAVES
+from mixquant_sglang.recipe.modules import EXPERT_LEAVES, tower_of
 from mixquant_sglang.tools.quantize.targets import Targets
 from mixquant_sglang.weights.layouts import COMPRESSED_TENSORS, MODELOPT, Layout
 
@@ -26,7 +26,7 @@ _BESIDE = re.compile(r"(.*\blayers\.\d+)\.experts")
 def quantization_config(targets: Targets, layout: Layout = COMPRESSED_TENSORS) -> dict[str, Any]:
     """As llm-compressor's scheme NVFP4, in the keys that each compressed-tensors since 0.10 reads; or as ModelOpt's."""
     # a tied lm_head is a Linear without a tensor of its own; embeddings are none
-    kept = ["lm_head", *(name for name in targets.kept if "embed" not in name)]
+    kept = ["lm_head", *(name for name in targets.kept if not name.rpartition(".")[2].startswith("embed_"))]
     ignore = list(dict.fromkeys(entry for name in kept for entry in _entries(name, layout)))
     if layout is MODELOPT:
         numbers: dict[str, Any] = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
@@ -75,6 +75,8 @@ def modelopt_file(config: dict[str, Any]) -> dict[str, Any]:
 
 def _entries(name: str, layout: Layout) -> Iterator[str]:
     """What says in an ``ignore`` list that ``name`` is not quantised."""
+    if tower := tower_of(name):
+        yield tower if layout is MODELOPT else f"{REGEX}(.*\\.)?{tower}\\."
     if name.rpartition(".")[2] != "experts":
         yield name
         return
