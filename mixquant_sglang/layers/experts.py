@@ -204,18 +204,22 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
                 f"mixquant: {self.name} got {len(x)} rows in a pass of {rows.tokens}, so it cannot tell "
                 f"which are protected; keep it in BF16 with a recipe rule '{{match: {self.name}, prefill: bf16}}'"
             )
-        picked = pick(x, topk, rows)  # before SGLang's run of the others, which may write over x
         out = self._run(running.role, layer, x, topk)
-        high = self._run(Role.PROTECTED, layer, *picked)
+        if x.is_cuda and self.precision[Role.PROTECTED] == "bf16" and len(rows.index) <= FEW_ROWS:
+            from mixquant_sglang.kernels.triton.expert_rows import expert_rows_
+
+            assert self._form is not None
+            expert_rows_(out, rows.index, x.contiguous(), *_routing(topk), self.masters, self._form)
+            return StandardCombineInput(out)
+        high = self._run(Role.PROTECTED, layer, *pick(x, topk, rows))
         rows.scatter(out, high[: len(rows.index)])
         return StandardCombineInput(out)
 
     def _run(self, role: Role, layer: torch.nn.Module, x: torch.Tensor, topk: StandardTopKOutput) -> torch.Tensor:
-        """x BF16 [T, H] -> BF16 [T, H], each row in the precision of ``role``; ids may be -1."""
+        """x BF16 [T, H], which stays as it is -> BF16 [T, H], each row in the precision of ``role``; ids may be -1."""
         precision = self.precision[role]
         if precision != "bf16":
-            weights, ids = topk.topk_weights.float().contiguous(), topk.topk_ids.int().contiguous()
-            return self._packed[precision].run(x.contiguous(), weights, ids)
+            return self._packed[precision].run(x.contiguous(), *_routing(topk))
         dispatched = StandardDispatchOutput(x, None, topk)
         if not x.is_cuda:
             return super().apply(layer, dispatched).hidden_states  # type: ignore[no-any-return]
@@ -234,6 +238,16 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
             for role in (Role.PROMPT, Role.PROTECTED):
                 if self.precision[role] != "bf16" or (self.split and rows == FEW_ROWS):
                     self._run(role, self._layer, x, topk)
+        if self.split and self.precision[Role.PROTECTED] == "bf16" and self._form is not None:
+            from mixquant_sglang.kernels.triton import expert_rows
+
+            for slots in expert_rows.BUCKETS:
+                index = torch.full((slots,), -1, dtype=torch.int64, device=device)
+                expert_rows.expert_rows_(x, index, x, *_routing(topk), self.masters, self._form)
+
+
+def _routing(topk: StandardTopKOutput) -> tuple[torch.Tensor, torch.Tensor]:
+    return topk.topk_weights.float().contiguous(), topk.topk_ids.int().contiguous()
 
 
 def pick(x: torch.Tensor, topk: StandardTopKOutput, rows: Rows) -> tuple[torch.Tensor, StandardTopKOutput]:

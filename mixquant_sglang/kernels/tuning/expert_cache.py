@@ -61,12 +61,16 @@ def _measure_shape(shape: Shape, experts: Any, rows: Sequence[int], device: torc
             try:
                 call()
                 torch.cuda.synchronize()
+                # Captured: a run is ten kernels, and of few rows the host would be what is timed.
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    call()
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # Triton's too: more shared memory than there is
                 out[m][name] = first_line(error)
                 continue
-            calls[m, name] = call
+            calls[m, name] = graph.replay
     times = dict(zip(calls, medians([*calls.values()], SECONDS), strict=True)) if calls else {}
     found = {m: {name: round(ms, 6) for (rows_, name), ms in times.items() if rows_ == m} for m in rows}
     return {(*shape, m): Cell(found[m], out[m]) for m in rows if found[m]}
