@@ -1,0 +1,49 @@
+"""Every family of models on SGLang's own model runner: recipe bf16 is stock to the last bit, and what recipe auto makes
+low, protects, counts and reports is what it should.
+
+One process runs the families that have code for a CPU, another those whose Triton kernels need the interpreter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mixquant_sglang.versions import machine
+from scripts.models.families import FAMILIES
+from scripts.models.make_family_models import make
+from tests.support import families, model_runs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+ON_CPU = [name for name, expected in families.EXPECTED.items() if machine.sglang_version() not in expected.cpu]
+
+
+def test_each_family_is_expected_to_be_something() -> None:
+    assert [*families.EXPECTED] == [*FAMILIES]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("families")
+    out: dict[str, dict[str, Any]] = {}
+    for interpreted in (False, True):
+        names = [name for name in ON_CPU if families.EXPECTED[name].interpreted is interpreted]
+        more = {"survive": True, "steps": 1 if interpreted else 6}
+        cases = {
+            (name, kind): case
+            for name in names
+            for kind, case in families.cases(
+                name, str(make(folder, name)), more, families.EXPECTED[name].cpu_args
+            ).items()
+        }
+        env = model_runs.CPU | ({"TRITON_INTERPRET": "1"} if interpreted else {})
+        for (name, kind), result in zip(cases, model_runs.run([*cases.values()], folder, env, 300), strict=True):
+            out.setdefault(name, {})[kind] = result
+    return out
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_family(name: str, ran: dict[str, dict[str, Any]]) -> None:
+    assert not families.problems(name, ran[name], attention="fp8", others="nvfp4")
