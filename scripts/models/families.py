@@ -239,6 +239,15 @@ FAMILIES: dict[str, Family] = {
         {"hidden_size_per_layer_input": 128},
         {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": SLIDING["layer_types"] * 2},
         whole={**GEMMA4_TOKENS, "vision_config": GEMMA4_VISION},
+        # of layers that share keys and values, unused
+        extra={
+            "model.language_model.layers.2.self_attn.k_proj.weight": (128, HIDDEN),
+            "model.language_model.layers.2.self_attn.v_proj.weight": (128, HIDDEN),
+            "model.language_model.layers.3.self_attn.k_proj.weight": (256, HIDDEN),
+            "model.language_model.layers.3.self_attn.v_proj.weight": (256, HIDDEN),
+            "model.language_model.layers.2.self_attn.k_norm.weight": (64,),
+            "model.language_model.layers.3.self_attn.k_norm.weight": (128,),
+        },
     ),
     "qwen2_5_vl": _images(
         "Qwen2_5_VL",

@@ -15,13 +15,12 @@ import pytest
 from mixquant_sglang import recipe
 from mixquant_sglang.recipe.select import select
 from mixquant_sglang.versions import machine
-from scripts.models.families import FAMILIES
 from tests.support import families, model_runs
 from tests.support.commands import command_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-NAMES = os.environ.get("FAMILIES", "").split(",") if os.environ.get("FAMILIES") else [*FAMILIES]
+NAMES = families.chosen()
 ARGS: dict[str, Any] = {"sampling_backend": "pytorch", "max_total_tokens": 8192, "chunked_prefill_size": 2048}
 GRAPHS: dict[str, Any] = {
     "disable_cuda_graph": False,

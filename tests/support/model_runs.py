@@ -38,11 +38,12 @@ def _run_from(
     with log.open("wb") as errors:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert process.stdout is not None
+    lines = process.stdout
     watch = threading.Timer(limit, process.kill)
     watch.start()
     result: Result | None = None
     try:
-        for line in process.stdout:
+        for line in lines:
             if not line.startswith("{"):
                 continue
             watch.cancel()
@@ -56,5 +57,6 @@ def _run_from(
         watch.cancel()
         process.kill()
         process.wait()
+        lines.close()
     if result is not None:
         yield result | ({"broken": True} if status == BROKEN else {})

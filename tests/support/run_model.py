@@ -256,6 +256,10 @@ def _end_groups() -> None:
 
 
 def main() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.support import interpreted
+
+        interpreted.prepare()
     import sglang.srt.managers.scheduler  # noqa: F401  # tells the plugin that this process runs a model
     import torch
     from sglang.benchmark import one_batch
@@ -271,10 +275,6 @@ def main() -> None:
     registry.apply_hooks()
     plugin.offer_name()
     machine.allow_cpu()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        from tests.support import interpreted
-
-        interpreted.prepare()
     one_batch.get_tokenizer = lambda *_args, **_kwargs: None
     one_batch.suppress_other_loggers = lambda: None
     for case in json.loads(sys.argv[1])[int(sys.argv[2]) if len(sys.argv) > 2 else 0 :]:
