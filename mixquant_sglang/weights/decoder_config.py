@@ -14,7 +14,8 @@ from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.recipe import show
-from mixquant_sglang.weights.decoder import Attention, Block, Decoder, DeltaRule, Experts, Latent, Mixer
+from mixquant_sglang.weights.decoder import Block, Decoder, Experts
+from mixquant_sglang.weights.mixers import Attention, DeltaRule, Latent, Mixer
 
 Config = Mapping[str, Any]
 
@@ -24,9 +25,9 @@ _TOP_K = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_
 
 # What transformers assumes where a config.json leaves a key out, as far as it is not none or false.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "cohere2": {"sliding_window_pattern": 4},
+    "cohere2": {"sliding_window_pattern": 4, "sliding_window": 4096},
     "deepseek_v3": {"first_k_dense_replace": 3},
-    "exaone4": {"sliding_window_pattern": 4},
+    "exaone4": {"sliding_window_pattern": 4, "sliding_window": 4096},
     "gemma": {"tie_word_embeddings": True},
     "gemma2": {"tie_word_embeddings": True, "sliding_window_pattern": 2, "sliding_window": 4096},
     "gemma3_text": {"tie_word_embeddings": True, "sliding_window_pattern": 6, "sliding_window": 4096},
@@ -39,6 +40,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"sliding_window_pattern": 2, "sliding_window": 128, "head_dim": 64},
     "llama4_text": {"interleave_moe_layer_step": 1, "attention_chunk_size": 8192, "no_rope_layer_interval": 4},
     "olmo3": {"sliding_window_pattern": 4, "sliding_window": 4096},
+    "qwen2_moe": {"shared_expert_intermediate_size": 5632},
     "qwen3_5_moe_text": {"head_dim": 256, "shared_expert_intermediate_size": 512},
     "qwen3_5_text": {"head_dim": 256},
     "qwen3_next": {"head_dim": 256, "shared_expert_intermediate_size": 512},
@@ -92,6 +94,16 @@ class _Reader:
         most = 1000 if key == "num_hidden_layers" else 2**24
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             raise MixQuantError(f"{self.where}: {key}: must be an integer from 1 to {most}, is {show(str(value))}")
+        return value
+
+    def number(self, key: str) -> int:
+        """0 or more; 0 where the key is missing."""
+        return self.size(key) if self.get(key) else 0
+
+    def listed(self, key: str) -> list[Any] | None:
+        value = self.get(key)
+        if value is not None and not isinstance(value, list):
+            raise MixQuantError(f"{self.where}: {key}: must be a list, is {show(str(value))}")
         return value
 
     def any_size(self, keys: Sequence[str]) -> int:
@@ -194,8 +206,8 @@ def _delta_rule(read: _Reader) -> DeltaRule:
 def _layer_types(read: _Reader, layers: int) -> list[str]:
     """A type for each block, from ``layer_types`` or the pattern that stands for it."""
     known = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
-    types = read.get("layer_types")
-    if isinstance(types, list):
+    types = read.listed("layer_types")
+    if types is not None:
         strange = {str(one) for one in types} - {*known}
         if strange:
             raise MixQuantError(f"{read.where}: layer_types: {', '.join(sorted(strange))}; allowed: {', '.join(known)}")
@@ -221,7 +233,7 @@ def _block(read: _Reader, mixer: Mixer, i: int, hidden: int) -> Block:
     dense = 0
     if experts is None or parallel:
         dense = read.any_size(("intermediate_size_mlp", "intermediate_size"))
-        first_shared = read.size("num_hidden_layers") - read.get("num_kv_shared_layers", 0)
+        first_shared = read.size("num_hidden_layers") - read.number("num_kv_shared_layers")
         if read.get("use_double_wide_mlp") and i >= first_shared:
             dense *= 2
     norms = (2 if read.kind in _SANDWICHED else 0) + (3 if parallel and experts else 0)
@@ -231,16 +243,16 @@ def _block(read: _Reader, mixer: Mixer, i: int, hidden: int) -> Block:
 def _has_experts(read: _Reader, i: int) -> bool:
     if not any(read.get(key) for key in _COUNTS) or read.get("enable_moe_block", True) is False:
         return False
-    types = read.get("mlp_layer_types")
-    if isinstance(types, list) and i < len(types):
+    types = read.listed("mlp_layer_types")
+    if types is not None and i < len(types):
         return bool(types[i] == "sparse")
     if read.kind == "llama4_text":
-        listed = read.get("moe_layers")
-        return i in listed if isinstance(listed, list) else (i + 1) % read.size("interleave_moe_layer_step") == 0
-    if i in read.get("mlp_only_layers", []) or i < read.get("first_k_dense_replace", 0):
+        listed = read.listed("moe_layers")
+        return (i + 1) % read.size("interleave_moe_layer_step") == 0 if listed is None else i in listed
+    if i in (read.listed("mlp_only_layers") or ()) or i < read.number("first_k_dense_replace"):
         return False
-    frequency = read.get("moe_layer_freq", 1)
-    if isinstance(frequency, list):
+    if isinstance(read.get("moe_layer_freq"), list):
+        frequency = read.get("moe_layer_freq")
         return i < len(frequency) and bool(frequency[i])
     return (i + 1) % read.size("decoder_sparse_step", 1) == 0 and i % read.size("moe_layer_freq", 1) == 0
 
@@ -279,7 +291,8 @@ def _towers(config: Config, where: str, hidden: int) -> tuple[int, tuple[str, ..
 
     width = first("embed_dim", "hidden_size", "width")
     depth = first("depth", "num_hidden_layers", "layers")
-    inner = first("intermediate_size") or int(width * float(vision.get("mlp_ratio") or 0))
+    ratio = vision.get("mlp_ratio")
+    inner = first("intermediate_size") or int(width * ratio if isinstance(ratio, int | float) else 0)
     if not (width and depth and inner):
         return 0, ("vision_config", *unread)
     kind = str(vision.get("model_type", ""))
@@ -289,7 +302,8 @@ def _towers(config: Config, where: str, hidden: int) -> tuple[int, tuple[str, ..
     merged = width * (first("spatial_merge_size") or 1) ** 2
     embedding = 3 * patch**2 * (first("temporal_patch_size") or 1) * width
     out = first("out_hidden_size") or hidden
-    mergers = 1 + len(vision.get("deepstack_visual_indexes") or ())
+    deep = vision.get("deepstack_visual_indexes")
+    mergers = 1 + (len(deep) if isinstance(deep, list) else 0)
     projector = mergers * merged * (merged + out) if first("spatial_merge_size") else width * out
     positions = first("num_position_embeddings") * width + 2 * first("position_embedding_size") * width
     blocks = depth * (4 * width**2 + (3 if kind.startswith(_GATED_TOWERS) else 2) * width * inner)

@@ -24,8 +24,9 @@ from mixquant_sglang.recipe import LayerRule, Recipe
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import FUSED, why_bf16
 from mixquant_sglang.recipe.select import Device, Selection, select
-from mixquant_sglang.weights.decoder import Attention, Block, Decoder, DeltaRule, Experts
+from mixquant_sglang.weights.decoder import Block, Decoder, Experts
 from mixquant_sglang.weights.decoder_config import read_decoder
+from mixquant_sglang.weights.mixers import Attention, DeltaRule
 
 MEMORY_SHARE = 0.9  # [assumed] what SGLang gives to weights and KV pool, about --mem-fraction-static
 STATE_RATIO = 0.9  # bytes of recurrent states for each of KV cache: SGLang's --mamba-full-memory-ratio

@@ -12,10 +12,17 @@ which prompts end reads the weights of the decode precision once more for its pr
 does pay for the launches. A decode step reads weights and KV and has an overhead by layer. The fractions and where they
 come from: ``rates.py``.
 
+Experts (``cost_experts.py``) are grouped GEMMs at a rate over rows for each expert, read no more experts than tokens
+reach, and move a row for each token and expert; protected rows read experts of their own. Attention goes by layer:
+windows see their tokens, latent attention expands in prefill and absorbs in decode, the gated delta rule takes FLOPs
+for each row and a state in place of a cache. Blocks other than Llama-like ones are planned without fusion. What a
+recipe takes of the memory: ``memory.py``; from how many tokens on it pays: ``advice.py``.
+
 Refused: arguments out of range, and what ``models.py`` and ``gpus.py`` refuse. Not modelled: passes that mix prefill
 and decode rows, that passes with more than 64 protected rows run without a graph, rates by linear rather than by layer,
 which linears the last layer has in low precision (each counts by 1 / layers), blocks that are not fused, tile
-quantisation at small M. Needs neither a GPU nor torch nor SGLang.
+quantisation at small M; uneven routers, shared experts beside the routed ones at the same time, the expansion of a
+cached latent prefix, towers. Needs neither a GPU nor torch nor SGLang.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from mixquant_sglang.tools.plan.gpus import Gpu
 from mixquant_sglang.tools.plan.linears import Plan
 from mixquant_sglang.tools.plan.roofline import Roofline
 from mixquant_sglang.tools.plan.workload import Workload
-from mixquant_sglang.weights.decoder import Decoder, DeltaRule
+from mixquant_sglang.weights.decoder import Decoder
 from mixquant_sglang.weights.footprint import Placed, request_bytes
+from mixquant_sglang.weights.mixers import DeltaRule
 
 _PARTS = ("linears", "attention", "elementwise", "quantise", "dequantise", "protected", "all_reduce", "fixed")
 

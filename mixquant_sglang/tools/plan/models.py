@@ -11,8 +11,9 @@ from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.recipe import did_you_mean, nearest, show
-from mixquant_sglang.weights.decoder import Attention, Block, Decoder
+from mixquant_sglang.weights.decoder import Block, Decoder
 from mixquant_sglang.weights.decoder_config import read_decoder
+from mixquant_sglang.weights.mixers import Attention
 
 
 def _dense(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from mixquant_sglang.tools.plan.gpus import Gpu
 from mixquant_sglang.tools.plan.rates import ALL_REDUCE_US, LINK, Rates
-from mixquant_sglang.weights.decoder import Attention, Decoder, DeltaRule, Mixer
+from mixquant_sglang.weights.decoder import Decoder
+from mixquant_sglang.weights.mixers import Attention, DeltaRule, Mixer
 
 
 @dataclass(frozen=True)

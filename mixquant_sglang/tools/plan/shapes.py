@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.weights.decoder import Decoder, Matrix
+from mixquant_sglang.weights.decoder import Decoder
+from mixquant_sglang.weights.mixers import Matrix
 
 
 def linear_shapes(model: Decoder, tp: int) -> list[Matrix]:
