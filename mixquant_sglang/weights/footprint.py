@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mixquant_sglang import recipe as recipes
-from mixquant_sglang.kernels.registry import refusal
+from mixquant_sglang.kernels.registry import KERNELS, refusal
 from mixquant_sglang.recipe import LayerRule, Recipe
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import FUSED, why_bf16
+from mixquant_sglang.recipe.roles import Kind
 from mixquant_sglang.recipe.select import Device, Selection, select
 from mixquant_sglang.weights.decoder import Block, Decoder, Experts
 from mixquant_sglang.weights.decoder_config import read_decoder
@@ -64,6 +65,12 @@ class Placed:
         return ((self.n, self.k), (self.k, self.n // 2)) if self.experts else ((self.n, self.k),)
 
     @property
+    def products(self) -> float:
+        """Multiplications for a row in one of them."""
+        each = min(self.experts.top_k, self.copies) if self.experts else 1
+        return each * sum(n * k for n, k in self.sizes)
+
+    @property
     def extra_bytes(self) -> int:
         """Of the packed copies of all of them."""
         return self.count * sum(self.bytes_in(precision) for precision in {self.prefill, self.decode} - {"bf16"})
@@ -91,12 +98,21 @@ def place(decoder: Decoder, recipe: Recipe, selection: Selection, tp: int = 1, e
                 names.append(name)
                 prefill, decode = matcher.precisions(name, selection.prefill, selection.decode)
             low = {prefill, decode} - {"bf16"}
-            if any(refusal(precision, selection.kernels[precision], *size) for precision in low for size in one.sizes):
+            if any(_refuses(one, precision, selection.kernels[precision]) for precision in low):
                 prefill = decode = "bf16"  # as a server does with a shape that a kernel refuses
             placed = replace(one, prefill=prefill, decode=decode)
             counts[placed] = counts.get(placed, 0) + 1
     matcher.check_all_matched(names)
     return [replace(placed, count=count) for placed, count in counts.items()]
+
+
+def _refuses(one: Placed, precision: str, kernel: str) -> bool:
+    """Whether no kernel packs it; experts go by the registry's rows for experts if it has any, else by linears'."""
+    rows = [row for row in KERNELS if row.kind is Kind.EXPERTS]
+    if not one.experts or not rows:
+        return any(refusal(precision, kernel, n, k) for n, k in one.sizes)
+    fitting = [row for row in rows if (row.precision, row.kernel) == (precision, kernel)]
+    return not fitting or any(row.refuses(one.n // 2, one.k) for row in fitting)
 
 
 def _shapes(block: Block, hidden: int, tp: int, ep: int) -> list[Placed]:

@@ -62,8 +62,10 @@ def test_our_fp8_is_predicted_and_says_so() -> None:
     assert ours.sources["fp8"].startswith("predicted: as SGLang's --quantization fp8")
     assert ours.sources["bf16"] == stock.sources["fp8"].replace("fp8", "bf16")
     assert stock.sources["fp8"].startswith("measured on an H200")
-    assert passes(ours) == pytest.approx(passes(stock), rel=0.03)
     assert ours.prefill_parts["experts"] == pytest.approx(stock.prefill_parts["experts"])
+    assert passes(ours) < passes(stock)  # the activation within the first GEMM, faster quantisers
+    moved = (768 + 2048) / (3 * 768 + 2048)
+    assert ours.prefill_parts["move"] == pytest.approx(moved * stock.prefill_parts["move"])
     b200 = predict("nvfp4", 8192, gpu=find_gpu("B200"))
     assert {source.partition(":")[0] for source in b200.sources.values()} == {"predicted"}
     assert predict("fp8", 8192, find_model("Qwen3-8B")).sources == {}

@@ -80,7 +80,7 @@ class Cost:
         for expert, placed in self._experts(plan):
             precision = placed.prefill if low else "bf16"
             emulated = precision in plan.emulated
-            made = {"experts": expert.gemm(precision, emulated, rows), "move": expert.move(rows)}
+            made = {"experts": expert.gemm(precision, emulated, rows), "move": expert.move(precision, rows)}
             made["elementwise"] = expert.norm(rows)
             if low and plan.protect and placed.prefill != placed.decode and not eager:
                 made["protected"] = expert.protected(protected)

@@ -5,7 +5,8 @@ T tokens make A = T k / ep rows for one rank's E / ep experts. Its GEMMs take
     max(6 A I H / (peak * fraction(precision, T k / E)), (E / ep) (1 - (1 - k / E)^T) 3 I H bytes / bandwidth),
 
 the second being the weights of the experts that some token reaches, if the router spreads tokens evenly. SGLang's
-``fused_experts`` writes a row of 2 I, I and H numbers for each of the A rows, and reads it ("move").
+``fused_experts`` writes a row of 2 I, I and H numbers for each of the A rows, and reads it; our kernels leave out the
+first ("move").
 """
 
 from __future__ import annotations
@@ -56,10 +57,12 @@ class ExpertCost:
         moved = self.weights(run, tokens)
         return max(compute, self.roof.memory(moved, rates.read[run])), moved
 
-    def move(self, tokens: int) -> tuple[float, float]:
-        """(milliseconds, bytes) of the caches with a row for each token and expert."""
+    def move(self, precision: str, tokens: int) -> tuple[float, float]:
+        """(milliseconds, bytes) of the caches with a row for each token and expert: our kernels apply the activation
+        before they write."""
         inner = self.placed.n // 2
-        moved = self.placed.count * self.rows(tokens) * (3 * inner + self.placed.k) * 4.0
+        numbers = (3 if precision == "bf16" or self.plan.stock else 1) * inner + self.placed.k
+        moved = self.placed.count * self.rows(tokens) * numbers * 4.0
         return self.roof.memory(moved, self.roof.rates.experts.move), moved
 
     def norm(self, tokens: int) -> tuple[float, float]:
@@ -71,19 +74,26 @@ class ExpertCost:
         """(activation quantisers, weight dequantiser), milliseconds: the tokens, and the rows between the GEMMs."""
         if precision == "bf16":
             return 0.0, 0.0
-        form = format_of(precision, emulated)
-        elements = self.placed.count * (tokens * self.placed.k + self.rows(tokens) * self.placed.n / 2)
-        fraction = self.roof.rates.stock_quantise.get(form, self.roof.rates.copy)
-        quantise = self.roof.memory(elements * (2 + INPUT_BYTES[form]), fraction)
+        form, rates, quantise = format_of(precision, emulated), self.roof.rates, 0.0
+        for rows, width in ((tokens, self.placed.k), (round(self.rows(tokens)), self.placed.n // 2)):
+            fraction = (
+                rates.stock_quantise[form] if self.plan.stock else at(rates.quantise["alone"][form], max(1, rows))
+            )
+            quantise += self.roof.memory(self.placed.count * rows * width * (2 + INPUT_BYTES[form]), fraction)
         if not emulated:
             return quantise, 0.0
         weights = self.placed.count * self.placed.copies * 1.5 * self.placed.n * self.placed.k
         return quantise, self.roof.memory(weights * (WEIGHT_BYTES[precision] + 2), self.roof.rates.dequantise)
 
     def protected(self, tokens: int) -> tuple[float, float]:
-        """(milliseconds, bytes): SGLang's own run over the protected rows; without any, a captured graph's unused
-        slots stand for one row."""
-        emulated = self.placed.decode in self.plan.emulated
-        ms, moved = self.gemm(self.placed.decode, emulated, max(1, tokens))
-        ms += self.move(max(1, tokens))[0] + sum(self.conversions(self.placed.decode, emulated, max(1, tokens)))
-        return ms + self.placed.count * self.roof.rates.experts.block_us / 1e3, moved
+        """(milliseconds, bytes): a run in the decode precision over the protected rows. Unused slots of a captured
+        graph read no expert, so without any rows it is the launches."""
+        launches = self.placed.count * self.roof.rates.experts.block_us / 1e3
+        if not tokens:
+            return launches, 0.0
+        precision = self.placed.decode
+        emulated = precision in self.plan.emulated
+        ms, moved = self.gemm(precision, emulated, tokens)
+        return ms + launches + self.move(precision, tokens)[0] + sum(
+            self.conversions(precision, emulated, tokens)
+        ), moved

@@ -35,9 +35,9 @@ class Plan:
 
     @cached_property
     def mean_products(self) -> float:
-        """Multiplications for each row of a linear that prefill quantises, on average."""
-        low = [linear for linear in self.linears if linear.prefill != "bf16"]
-        return sum(x.n * x.k * x.count for x in low) / max(1, sum(x.count for x in low))
+        """Multiplications for each row of a linear, or of a block's experts, that prefill quantises, on average."""
+        low = [one for one in self.placed if one.prefill != "bf16"]
+        return sum(x.products * x.count for x in low) / max(1, sum(x.count for x in low))
 
     @property
     def extra_weight_bytes(self) -> int:
