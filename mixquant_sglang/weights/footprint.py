@@ -47,7 +47,8 @@ def packed_bytes(precision: str, n: int, k: int) -> int:
 @dataclass(frozen=True)
 class Placed:
     """``count`` modules alike and their precisions: a linear [n, k], or, with ``experts``, all experts of a block on
-    one rank: ``copies`` of a pair [n, k] and [k, n / 2]. ``queries`` as in ``Matrix``."""
+    one rank: ``copies`` of a pair [n, k] and [k, n / 2]. ``queries`` as in ``Matrix``. ``refusal``: why it
+    is in BF16 although low precision is asked for."""
 
     name: str
     n: int
@@ -58,6 +59,7 @@ class Placed:
     queries: int = 0
     experts: Experts | None = None
     copies: int = 1
+    refusal: str | None = None
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -97,22 +99,25 @@ def place(decoder: Decoder, recipe: Recipe, selection: Selection, tp: int = 1, e
             if not why_bf16(name):
                 names.append(name)
                 prefill, decode = matcher.precisions(name, selection.prefill, selection.decode)
-            low = {prefill, decode} - {"bf16"}
-            if any(_refuses(one, precision, selection.kernels[precision]) for precision in low):
-                prefill = decode = "bf16"  # as a server does with a shape that a kernel refuses
-            placed = replace(one, prefill=prefill, decode=decode)
+            asked = sorted({prefill, decode} - {"bf16"})
+            refused = next(filter(None, (_refusal(one, low, selection.kernels[low]) for low in asked)), None)
+            if refused:
+                prefill = decode = "bf16"  # as a server does
+            placed = replace(one, prefill=prefill, decode=decode, refusal=refused)
             counts[placed] = counts.get(placed, 0) + 1
     matcher.check_all_matched(names)
     return [replace(placed, count=count) for placed, count in counts.items()]
 
 
-def _refuses(one: Placed, precision: str, kernel: str) -> bool:
-    """Whether no kernel packs it; experts go by the registry's rows for experts if it has any, else by linears'."""
+def _refusal(one: Placed, precision: str, kernel: str) -> str | None:
+    """Why no kernel packs it; experts go by the registry's rows for experts if it has any, else by linears'."""
     rows = [row for row in KERNELS if row.kind is Kind.EXPERTS]
     if not one.experts or not rows:
-        return any(refusal(precision, kernel, n, k) for n, k in one.sizes)
+        return next(filter(None, (refusal(precision, kernel, n, k) for n, k in one.sizes)), None)
     fitting = [row for row in rows if (row.precision, row.kernel) == (precision, kernel)]
-    return not fitting or any(row.refuses(one.n // 2, one.k) for row in fitting)
+    if not fitting:
+        return f"no {kernel} kernel for experts in {precision}"
+    return next(filter(None, (row.refuses(one.n // 2, one.k) for row in fitting)), None)
 
 
 def _shapes(block: Block, hidden: int, tp: int, ep: int) -> list[Placed]:
@@ -255,3 +260,26 @@ def smallest_tp(
             if one.needed(1, 1) <= MEMORY_SHARE * memory:
                 return tp
     return None
+
+
+def shortage(
+    config: Mapping[str, Any] | Decoder,
+    recipe: Recipe | str,
+    device: Device,
+    memory: float,
+    tp: int = 1,
+    ep: int = 1,
+) -> str:
+    """One line for a server that ran out of memory while it loaded: what the recipe takes of each GPU of ``memory``
+    bytes, and what would fit. MixQuantError as ``footprint`` has it."""
+    decoder = config if isinstance(config, Decoder) else read_decoder(config, "the model")
+    one = footprint(decoder, recipe, device, tp, ep)
+    name = recipe if isinstance(recipe, str) else recipe.name
+    fewest = smallest_tp(decoder, recipe, device, memory, ep)
+    fit = [other for other, _ in that_fit(decoder, memory, device, tp, ep) if other != name]
+    kept = f"{one.packed / 1e9:.1f} of it packed beside {one.bf16 / 1e9:.1f} GB of BF16 weights"
+    return (
+        f"recipe {name} takes {one.weights / 1e9:.1f} GB of each {device} ({kept}) and {one.kv_token / 1e3:.1f} kB for "
+        f"each token; about {MEMORY_SHARE * memory / 1e9:.1f} of {memory / 1e9:.1f} GB are for them; it fits on "
+        f"{'none' if fewest is None else f'--tp {fewest}'}; on --tp {tp} fit: {', '.join(fit) or 'none'}"
+    )

@@ -12,10 +12,11 @@ import pytest
 
 from mixquant_sglang import recipe as recipes
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.recipe.select import Device
+from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.tools.plan.models import find_model
 from mixquant_sglang.weights import footprint as module
-from mixquant_sglang.weights.footprint import MEMORY_SHARE, footprint, smallest_tp, that_fit
+from mixquant_sglang.weights.decoder_config import read_decoder
+from mixquant_sglang.weights.footprint import MEMORY_SHARE, footprint, place, shortage, smallest_tp, that_fit
 
 H200 = Device("H200", (9, 0))  # where NVFP4 is emulated; it has the bytes of the native kernel
 CONFIG: dict[str, Any] = {
@@ -73,6 +74,10 @@ def test_a_shape_that_no_kernel_takes_is_not_packed() -> None:
     odd = {**CONFIG, "moe_intermediate_size": 40}  # K = 40 of the second matrix is no multiple of 16
     assert footprint(odd, "fp8", H200).packed_experts == 0
     assert footprint(odd, "fp8", H200).packed_linears == footprint(CONFIG, "fp8", H200).packed_linears
+    fp8 = recipes.load("fp8")
+    (experts,) = (one for one in place(read_decoder(odd, "x"), fp8, select(fp8, H200)) if one.experts)
+    assert (experts.prefill, experts.decode, experts.count) == ("bf16", "bf16", 3)
+    assert "multiple of 16" in (experts.refusal or "")
 
 
 # A study of both SGLang versions, from published dimensions: GB (1e9 bytes) in BF16, and with a copy in FP8 and NVFP4.
@@ -162,6 +167,17 @@ def test_the_shape_of_a_server_out_of_memory() -> None:
     with pytest.raises(MixQuantError, match="--tp: 3 does not divide the model"):
         footprint(CONFIG, "fp8", H200, tp=3)
     assert smallest_tp(CONFIG, "fp8", H200, 1e3) is None
+
+
+def test_a_line_for_a_server_out_of_memory() -> None:
+    line = shortage(find_model("Qwen3-30B-A3B"), recipes.load("fp8"), Device("H100", (9, 0)), 80e9)
+    assert line == (
+        "recipe fp8 takes 91.1 GB of each H100, SM90 (30.0 of it packed beside 61.1 GB of BF16 weights) and 98.3 kB "
+        "for each token; about 72.0 of 80.0 GB are for them; it fits on --tp 2; on --tp 1 fit: "
+        f"fp8 {module.KEEP_EXPERTS}, "
+        f"nvfp4-fp8 {module.KEEP_EXPERTS}, nvfp4 {module.KEEP_EXPERTS}, bf16"
+    )
+    assert shortage(CONFIG, "fp8", H200, 1e3).endswith("it fits on none; on --tp 1 fit: none")
 
 
 def test_it_needs_neither_torch_nor_sglang() -> None:

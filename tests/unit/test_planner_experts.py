@@ -237,6 +237,16 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Tokens of a pass from which on" not in out
 
 
+def test_what_no_kernel_takes_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    odd = {"model_type": "mixtral", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "head_dim": 20}
+    odd |= {"num_attention_heads": 2, "intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2}
+    (tmp_path / "config.json").write_text(json.dumps(odd))
+    run(str(tmp_path), "--gpu", "H200", "--input-len", "512", "--recipe", "fp8", "bf16")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "stays BF16" in line]
+    names = [line.split(" stays BF16: ")[0] for line in lines]
+    assert names == [f"fp8: {name}" for name in ("self_attn.qkv_proj", "self_attn.o_proj", "block_sparse_moe.experts")]
+
+
 def test_a_rule_from_would_fit_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("Qwen3-30B-A3B", "--gpu", "H100", "--input-len", "512", "--json", "--recipe", "fp8")
     (first, *_) = json.loads(capsys.readouterr().out)["fp8"]["memory"]["would_fit"]

@@ -24,7 +24,7 @@ class Prediction:
     """Milliseconds for the whole batch: its prefill, one decode step at the mean context. Ratios: above 1 is faster
     than ``bf16``. Bytes and KV tokens per GPU. ``prefill_parts``: milliseconds by cause. ``points``: (FLOP/byte,
     FLOP/s) of the prefill and of a decode step, per GPU. ``sources``: where the rates of the experts' grouped GEMMs
-    come from, by precision."""
+    come from, by precision. ``stays_bf16``: linears and experts that no kernel takes, and why."""
 
     recipe: str
     describe: str
@@ -38,6 +38,7 @@ class Prediction:
     prefill_parts: Mapping[str, float]
     points: Mapping[str, tuple[float, float]]
     sources: Mapping[str, str]
+    stays_bf16: Mapping[str, str]
 
 
 def predict(
@@ -76,6 +77,7 @@ def predict(
             "decode": (step_flops / step_moved, step_flops / (decode / 1e3)),
         },
         sources=_sources(plan, gpu),
+        stays_bf16={one.name: one.refusal for one in plan.placed if one.refusal},
     )
 
 

@@ -57,6 +57,7 @@ def as_table(
             f"{one.end_to_end_speedup:9.2f}x  {one.extra_weight_bytes / 2**20:9.1f} MiB  "
             f"{one.kv_tokens_displaced:19d}  {one.describe}{'' if one.fits else '; DOES NOT FIT into the memory'}"
         )
+    lines += [f"{one.recipe}: {name} stays BF16: {why}" for one in predictions for name, why in one.stays_bf16.items()]
     lines += ["", *_memory(predictions, memories, gpu, width)]
     if advice:
         lines += ["", "Tokens of a pass from which on it is faster than bf16, by prompts that end in it (min_tokens):"]
