@@ -43,20 +43,27 @@ class Experts:
 
 @dataclass(frozen=True)
 class Block:
-    """``dense``: intermediate size of an MLP that every token takes, 0 for none. ``kept``: parameters that every rank
-    holds in BF16 beside these. ``norms``: beyond the two before the mixer and the MLP."""
+    """``dense``: intermediate size of an MLP that every token takes, 0 for none; ``mlp``: its name; ``halves``: its
+    linears where it has no gate. ``kept``: parameters that every rank holds in BF16 beside these. ``norms``: beyond the
+    two before the mixer and the MLP."""
 
     mixer: Mixer
     dense: int = 0
     experts: Experts | None = None
     kept: int = 0
     norms: int = 0
+    mlp: str = "mlp"
+    halves: tuple[str, str] | None = None
 
     def matrices(self, hidden: int, tp: int) -> list[Matrix]:
         """All but the experts, in the order in which they run."""
         made = self.mixer.matrices(hidden, tp)
-        if self.dense:
-            made += _mlp("mlp", self.dense // tp, hidden)
+        inner = self.dense // tp
+        if self.dense and self.halves:
+            up, down = (f"{self.mlp}.{half}" for half in self.halves)
+            made += [Matrix(up, inner, hidden), Matrix(down, hidden, inner)]
+        elif self.dense:
+            made += _mlp(self.mlp, inner, hidden)
         if self.experts:
             made.append(Matrix(f"{self.experts.name.rpartition('.')[0]}.gate", self.experts.count, hidden))
             if self.experts.shared:
@@ -101,8 +108,9 @@ class Decoder:
     def is_plain(self) -> bool:
         """Whether all blocks are alike, each grouped-query attention over all tokens and one MLP: as Llama's."""
         (block, _), *others = self.kinds
-        plain = isinstance(block.mixer, Attention) and not (block.mixer.window or block.mixer.gated)
-        return not others and plain and block == Block(block.mixer, block.dense)
+        if others or not isinstance(block.mixer, Attention) or block != Block(block.mixer, block.dense):
+            return False
+        return block.mixer == Attention(block.mixer.heads, block.mixer.kv_heads, block.mixer.head_dim)
 
     @property
     def has_experts(self) -> bool:

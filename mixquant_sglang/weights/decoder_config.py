@@ -9,7 +9,7 @@ counted, and named in ``Decoder.unread``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
@@ -54,6 +54,9 @@ _ALIASES = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "llama4": "llama4_
 # Of the families where blocks, or SGLang's names, are not those of most.
 _EXPERTS_AT = {"mixtral": "block_sparse_moe", "phimoe": "block_sparse_moe", "gemma4_text": "moe"}
 _SHARED_AT = "mlp.shared_expert"  # Qwen's; DeepSeek's and GLM's are shared_experts
+_NO_GATE = {"phi": ("fc1", "fc2"), "starcoder2": ("c_fc", "c_proj")}
+_OUT = {"phi": "dense"}
+_ATTENTION_NOT_OFFERED = frozenset({"gpt_oss", "stablelm"})
 _SANDWICHED = frozenset({"gemma2", "gemma3_text", "gemma4_text", "glm4", "olmo2", "olmo3"})
 # Those whose windowed layers SGLang gives a pool of their own (configs/model_config.py, is_hybrid_swa_model), and how
 # many tokens it has for each of full attention's (--swa-full-tokens-ratio).
@@ -175,15 +178,17 @@ def _mixers(read: _Reader, layers: int, hidden: int) -> list[Mixer]:
     head_dim = read.size("head_dim", hidden // heads)
     types = _layer_types(read, layers)
     gated = "linear_attention" in types and bool(read.get("attn_output_gate", True))
-    made: dict[str, Mixer] = {"full_attention": Attention(heads, kv_heads, head_dim, gated=gated)}
+    offered, out = read.kind not in _ATTENTION_NOT_OFFERED, _OUT.get(read.kind, "o_proj")
+    basic = Attention(heads, kv_heads, head_dim, None, gated, offered, out)
+    made: dict[str, Mixer] = {"full_attention": basic}
     if read.kind == "gemma4_text":  # its windowless layers have heads of their own; SGLang holds k = v twice
         shared = read.get("attention_k_eq_v") and read.get("num_global_key_value_heads")
         wide_kv = read.size("num_global_key_value_heads") if shared else kv_heads
         made["full_attention"] = Attention(heads, wide_kv, read.size("global_head_dim"))
     if "sliding_attention" in types:
-        made["sliding_attention"] = Attention(heads, kv_heads, head_dim, read.size("sliding_window"))
+        made["sliding_attention"] = replace(basic, window=read.size("sliding_window"))
     if "chunked_attention" in types:  # on average a query sees half of its chunk
-        made["chunked_attention"] = Attention(heads, kv_heads, head_dim, read.size("attention_chunk_size") // 2)
+        made["chunked_attention"] = replace(basic, window=read.size("attention_chunk_size") // 2)
     if "linear_attention" in types:
         made["linear_attention"] = _delta_rule(read)
     return [made[kind] for kind in types]
@@ -237,7 +242,15 @@ def _block(read: _Reader, mixer: Mixer, i: int, hidden: int) -> Block:
         if read.get("use_double_wide_mlp") and i >= first_shared:
             dense *= 2
     norms = (2 if read.kind in _SANDWICHED else 0) + (3 if parallel and experts else 0)
-    return Block(mixer, dense, experts, kept=3 * hidden * _per_layer_inputs(read), norms=norms)
+    return Block(
+        mixer,
+        dense,
+        experts,
+        kept=3 * hidden * _per_layer_inputs(read),
+        norms=norms,
+        mlp="feed_forward" if read.kind == "llama4_text" else "mlp",
+        halves=_NO_GATE.get(read.kind),
+    )
 
 
 def _has_experts(read: _Reader, i: int) -> bool:

@@ -92,18 +92,19 @@ def place(decoder: Decoder, recipe: Recipe, selection: Selection, tp: int = 1, e
     shapes = {block: _shapes(block, decoder.hidden, tp, ep) for block, _ in decoder.kinds}
     counts: dict[Placed, int] = {}
     names = []
+    low = {selection.prefill, selection.decode} != {"bf16"}
     for at, block in decoder.named():
         for one in shapes[block]:
             name = f"{at}.{one.name}"
             prefill = decode = "bf16"
-            if not why_bf16(name):
+            if not (why_bf16(name) or one.refusal):
                 names.append(name)
                 prefill, decode = matcher.precisions(name, selection.prefill, selection.decode)
             asked = sorted({prefill, decode} - {"bf16"})
-            refused = next(filter(None, (_refusal(one, low, selection.kernels[low]) for low in asked)), None)
+            refused = next(filter(None, (_refusal(one, each, selection.kernels[each]) for each in asked)), None)
             if refused:
                 prefill = decode = "bf16"  # as a server does
-            placed = replace(one, prefill=prefill, decode=decode, refusal=refused)
+            placed = replace(one, prefill=prefill, decode=decode, refusal=(one.refusal if low else None) or refused)
             counts[placed] = counts.get(placed, 0) + 1
     matcher.check_all_matched(names)
     return [replace(placed, count=count) for placed, count in counts.items()]
@@ -123,7 +124,7 @@ def _refusal(one: Placed, precision: str, kernel: str) -> str | None:
 def _shapes(block: Block, hidden: int, tp: int, ep: int) -> list[Placed]:
     """What a block holds on one rank, in BF16."""
     made = [
-        Placed(matrix.name, matrix.n, matrix.k, 1, "bf16", "bf16", matrix.queries)
+        Placed(matrix.name, matrix.n, matrix.k, 1, "bf16", "bf16", matrix.queries, refusal=matrix.refusal)
         for matrix in block.matrices(hidden, tp)
     ]
     if block.experts:

@@ -7,36 +7,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+NOT_OFFERED = "SGLang gives it no quantization config"
 DELTA_CHUNK = 64  # tokens that the gated delta rule's prefill kernels take together (sglang, layers/attention/fla)
 
 
 @dataclass(frozen=True)
 class Matrix:
     """A weight [n, k] of one rank; ``name`` within its block. ``queries``: how much of the result are queries that
-    attention reads apart from the rest."""
+    attention reads apart from the rest. ``refusal``: why it is BF16 whatever a recipe says."""
 
     name: str
     n: int
     k: int
     queries: int = 0
+    refusal: str | None = None
 
 
 @dataclass(frozen=True)
 class Attention:
     """Grouped-query attention. ``window``: tokens that a query sees, None for all; ``gated``: half of the query
-    projection is a gate on the result."""
+    projection is a gate on the result; ``offered``: SGLang builds its linears with a quantization config; ``out``: the
+    name of the last."""
 
     heads: int
     kv_heads: int
     head_dim: int
     window: int | None = None
     gated: bool = False
+    offered: bool = True
+    out: str = "o_proj"
 
     def matrices(self, hidden: int, tp: int) -> list[Matrix]:
         q, kv = self.heads // tp * self.head_dim, self.kv_width(tp)
+        why = None if self.offered else NOT_OFFERED
         return [
-            Matrix("self_attn.qkv_proj", q * (1 + self.gated) + 2 * kv, hidden, q),
-            Matrix("self_attn.o_proj", hidden, q),
+            Matrix("self_attn.qkv_proj", q * (1 + self.gated) + 2 * kv, hidden, q, why),
+            Matrix(f"self_attn.{self.out}", hidden, q, 0, why),
         ]
 
     def kv_width(self, tp: int) -> int:

@@ -39,6 +39,7 @@ PUBLISHED = {
 TEXT = (
     *("qwen3", "llama", "mistral", "gemma2", "gemma3_text", "gemma4_text", "glm4", "olmo2", "olmo3", "cohere2"),
     *("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "glm4_moe", "glm4_moe_lite"),
+    *("phi", "phi3", "starcoder2", "stablelm", "granite", "cohere"),
     *("deepseek_v3", "gpt_oss", "mixtral", "phimoe", "olmoe", "granitemoe", "llama4_text", "minimax_m2"),
 )
 WRAPPED = ("gemma3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
@@ -145,6 +146,21 @@ def test_windows_and_k_that_is_v() -> None:
     assert read_decoder(small("gemma3_text"), "gemma3").window_share == 1.0  # one pool for all layers
     llama4 = read_decoder(small("llama4_text"), "scout")
     assert [block.mixer.window for block in llama4.blocks[:5]] == [4096, 4096, 4096, None, 4096]
+
+
+def test_families_whose_linears_sglang_names_or_builds_otherwise() -> None:
+    phi, stablelm = (read_decoder(small(kind), kind).blocks[0] for kind in ("phi", "stablelm"))
+    names = [matrix.name for matrix in phi.matrices(2048, 1)]
+    assert names == ["self_attn.qkv_proj", "self_attn.dense", "mlp.fc1", "mlp.fc2"]
+    for block in (stablelm, read_decoder(small("gpt_oss"), "x").blocks[0]):
+        refused = {matrix.name for matrix in block.matrices(2560, 1) if matrix.refusal}
+        assert refused == {"self_attn.qkv_proj", "self_attn.o_proj"}
+    llama4 = read_decoder({**small("llama4_text"), "moe_layers": [1]}, "x")
+    assert [matrix.name for matrix in llama4.blocks[0].matrices(5120, 1)][2:] == [
+        "feed_forward.gate_up_proj",
+        "feed_forward.down_proj",
+    ]
+    assert not any(read_decoder(small(kind), kind).is_plain for kind in ("phi", "stablelm", "olmo2"))
 
 
 MOE = {

@@ -80,6 +80,16 @@ def test_a_shape_that_no_kernel_takes_is_not_packed() -> None:
     assert "multiple of 16" in (experts.refusal or "")
 
 
+def test_what_sglang_does_not_offer_stays_bf16() -> None:
+    odd = {**CONFIG, "model_type": "stablelm", "num_experts": None}
+    fp8 = recipes.load("fp8")
+    placed = place(read_decoder(odd, "x"), fp8, select(fp8, H200))
+    assert {one.name for one in placed if one.prefill == "fp8"} == {"mlp.gate_up_proj", "mlp.down_proj"}
+    assert {one.refusal for one in placed if one.prefill == "bf16"} == {"SGLang gives it no quantization config"}
+    bf16 = recipes.load("bf16")
+    assert not any(one.refusal for one in place(read_decoder(odd, "x"), bf16, select(bf16, H200)))
+
+
 # A study of both SGLang versions, from published dimensions: GB (1e9 bytes) in BF16, and with a copy in FP8 and NVFP4.
 SIZES = {
     "Qwen3-30B-A3B": (61, 91, 78),

@@ -19,7 +19,8 @@ _BEFORE = {
     **{"linear_attn.in_proj_qkvz": "norm", "linear_attn.out_proj": "silu"},  # RMSNorm, gated by z
     **{"self_attn.fused_qkv_a_proj_with_mqa": "norm", "self_attn.q_b_proj": "norm", "self_attn.q_proj": "norm"},
     **{f"mlp.{shared}.down_proj": "silu" for shared in ("shared_expert", "shared_experts")},
-    "feed_forward.shared_expert.down_proj": "silu",
+    **{"feed_forward.gate_up_proj": "norm", "feed_forward.down_proj": "silu"},
+    **{"feed_forward.shared_expert.down_proj": "silu", "mlp.fc1": "norm", "mlp.c_fc": "norm"},
 }
 _BEFORE_BYTES = {"norm": 6.0, "silu": 4.0}  # x, the residual and its new value; gate and up
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mixquant_sglang import recipe as recipes
-from mixquant_sglang.recipe.modules import why_bf16
 from mixquant_sglang.recipe.select import Device, Selection, select
 from mixquant_sglang.tools.plan.gpus import Gpu
 from mixquant_sglang.tools.plan.linears import Plan
@@ -21,8 +18,7 @@ def make_plan(name: str, model: Decoder, gpu: Gpu, tp: int = 1, protect: bool | 
     MixQuantError where the recipe is wrong, asks what the GPU cannot do, or a rule matches no layer.
     """
     if name == STOCK_FP8:
-        bf16 = place(model, recipes.load("bf16"), Selection("bf16", "bf16", {}, ""), tp, ep)
-        stock = (one if why_bf16(f"model.{one.name}") else replace(one, prefill="fp8", decode="fp8") for one in bf16)
+        stock = place(model, recipes.load("bf16"), Selection("fp8", "fp8", {"fp8": "native"}, ""), tp, ep)
         return Plan(
             name, "SGLang --quantization fp8", tuple(stock), False, 1, keeps_bf16=False, fused=False, stock=True
         )
