@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mixquant_sglang import recipe as recipes
-from mixquant_sglang.kernels.registry import KERNELS, refusal
+from mixquant_sglang.kernels.registry import refusal
 from mixquant_sglang.recipe import LayerRule, Recipe
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import FUSED, why_bf16
@@ -111,14 +111,10 @@ def place(decoder: Decoder, recipe: Recipe, selection: Selection, tp: int = 1, e
 
 
 def _refusal(one: Placed, precision: str, kernel: str) -> str | None:
-    """Why no kernel packs it; experts go by the registry's rows for experts if it has any, else by linears'."""
-    rows = [row for row in KERNELS if row.kind is Kind.EXPERTS]
-    if not one.experts or not rows:
-        return next(filter(None, (refusal(precision, kernel, n, k) for n, k in one.sizes)), None)
-    fitting = [row for row in rows if (row.precision, row.kernel) == (precision, kernel)]
-    if not fitting:
-        return f"no {kernel} kernel for experts in {precision}"
-    return next(filter(None, (row.refuses(one.n // 2, one.k) for row in fitting)), None)
+    """Why no kernel packs it."""
+    if one.experts:
+        return refusal(precision, kernel, one.n // 2, one.k, Kind.EXPERTS)
+    return refusal(precision, kernel, one.n, one.k)
 
 
 def _shapes(block: Block, hidden: int, tp: int, ep: int) -> list[Placed]:
