@@ -38,6 +38,18 @@ def is_by_rows(module: torch.nn.Module) -> bool:
     return any(_name(module) in family.by_rows for family in FAMILIES)
 
 
+def backbone(model: Any) -> Any:
+    """What has the ``layers`` and the last ``norm`` of a model for which ``is_model`` holds."""
+    family = model_family(model)
+    assert family is not None
+    return attrgetter(family.backbone)(model)
+
+
+def attention_of(layer: Any) -> Any:
+    """What has qkv_proj and o_proj: Qwen3.5's layers have them themselves."""
+    return getattr(layer, "self_attn", layer)
+
+
 def takes_q_apart(attention: Any) -> bool:
     """Whether q may be a matrix of its own there: one kernel for norm and RoPE (Qwen3-MoE) reads qkv whole."""
     return is_attention(attention) and not getattr(attention, "use_fused_qk_norm_rope", False)
@@ -68,10 +80,8 @@ def norms(layer: Any) -> Iterator[tuple[Any, MixQuantLinearMethod]]:
     """Norms of a decoder layer whose results may be handed over quantised, each with the method of its reader."""
     family = _decoder_family(layer)
     for norm, reader in family.norms if family else ():
-        owner, linear = reader.split(".")
-        block = getattr(layer, owner)
-        if owner != "self_attn" and not is_mlp(block):
+        if reader.startswith("mlp.") and not is_mlp(layer.mlp):
             continue  # experts, whose gate reads the norm's result too
-        method = fusable_method(getattr(block, linear))
+        method = fusable_method(attrgetter(reader)(layer))
         if method:
             yield attrgetter(norm)(layer), method

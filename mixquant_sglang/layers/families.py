@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 _QKV = ("input_layernorm", "self_attn.qkv_proj")
+_GATE_UP = ("post_attention_layernorm", "mlp.gate_up_proj")
 
 
 @dataclass(frozen=True)
@@ -12,17 +13,19 @@ class Family:
     """Full class names in SGLang, each of which allows something; None allows nothing.  ``why``: what was read that
     makes them safe, and what was seen to be harmless.
 
-    ``decoder``: the result of each of its ``norms`` goes to the linear named beside it alone, so it may be handed over
-    quantised.  What follows its attention treats each row by itself.
+    ``decoder``: the result of each of its ``norms`` goes to the linear named beside it alone (to one of an MLP only
+    where that is an ``mlp``), so it may be handed over quantised.  What follows its attention treats each row by
+    itself.
     ``mlp``: the result of act_fn goes to down_proj alone.
     ``attention``: takes the result of qkv_proj apart with ``split`` and does nothing else with it, so q may be a matrix
     of its own; its result goes to o_proj alone, row by row.
     ``model``: logits come from ``logits_processor(norm(last layer))`` and nothing else, so of the last layer's rows
     those that nobody samples from may be left out.
 
-    ``block``: where a decoder layer has its MLP or experts.  ``by_rows``: such classes as give, for rows that are
-    picked out, what they give for them among all; they run on the rows that are read.  The last layer of a family
-    without them is as Llama's: its second norm takes the residual, and ``mlp`` and the last norm follow.
+    ``backbone``: where the model has ``layers`` and ``norm``.  ``blocks``: where a decoder layer has its MLP and
+    experts.  ``by_rows``: such classes of theirs as give, for rows that are picked out, what they give for them among
+    all; they run on the rows that are read.  The last layer of a family without them is as Llama's: its second norm
+    takes the residual, and ``mlp`` and the last norm follow.
     """
 
     name: str
@@ -31,8 +34,9 @@ class Family:
     mlp: str | None = None
     attention: str | None = None
     model: str | None = None
-    norms: tuple[tuple[str, str], ...] = (_QKV, ("post_attention_layernorm", "mlp.gate_up_proj"))
-    block: str = "mlp"
+    norms: tuple[tuple[str, str], ...] = (_QKV, _GATE_UP)
+    backbone: str = "model"
+    blocks: tuple[str, ...] = ("mlp",)
     by_rows: tuple[str, ...] = ()
 
 
@@ -149,7 +153,8 @@ FAMILIES = (
         decoder="sglang.srt.models.mixtral.MixtralDecoderLayer",
         attention="sglang.srt.models.mixtral.MixtralAttention",
         model="sglang.srt.models.mixtral.MixtralForCausalLM",
-        block="block_sparse_moe",
+        norms=(_QKV,),
+        blocks=("block_sparse_moe",),
         by_rows=("sglang.srt.models.mixtral.MixtralMoE",),
     ),
     Family(
@@ -161,5 +166,96 @@ FAMILIES = (
         attention="sglang.srt.models.glm4_moe.Glm4MoeAttention",
         model="sglang.srt.models.glm4_moe.Glm4MoeForCausalLM",
         by_rows=("sglang.srt.models.glm4_moe.Glm4MoeSparseMoeBlock", "sglang.srt.models.glm4_moe.Glm4MoeMLP"),
+    ),
+    Family(
+        "Gemma-3",
+        "Zero-centred norms and GELU.  input_layernorm and pre_feedforward_layernorm take the residual and feed "
+        "qkv_proj and gate_up_proj; the two that follow attention and MLP are of each row.  q and k are transposed "
+        "behind the split, so nothing is gained by a q of its own.  The soft cap of logits comes behind lm_head.",
+        decoder="sglang.srt.models.gemma3_causal.Gemma3DecoderLayer",
+        mlp="sglang.srt.models.gemma3_causal.Gemma3MLP",
+        model="sglang.srt.models.gemma3_causal.Gemma3ForCausalLM",
+        norms=(_QKV, ("pre_feedforward_layernorm", "mlp.gate_up_proj")),
+        by_rows=("sglang.srt.models.gemma3_causal.Gemma3MLP",),
+    ),
+    Family(
+        "Gemma-3 with images",
+        "Gemma-3 as language_model, which computes the logits.  That image rows attend to each other is attention's.",
+        model="sglang.srt.models.gemma3_mm.Gemma3ForConditionalGeneration",
+        backbone="language_model.model",
+        by_rows=("sglang.srt.models.gemma3_causal.Gemma3MLP",),
+    ),
+    Family(
+        "Gemma-4",
+        "As Gemma-3, with plain RMSNorms.  Experts run beside the MLP: router and pre_feedforward_layernorm_2 read the "
+        "residual, so the result of pre_feedforward_layernorm goes to the MLP alone.  SGLang's fused kernels read the "
+        "weights of the norms that follow, of which none is fused.  Norms, sums, per-layer inputs and the layer's "
+        "scale are of each row, and so are the experts, which are picked from logits that are given.",
+        decoder="sglang.srt.models.gemma4_causal.Gemma4DecoderLayer",
+        mlp="sglang.srt.models.gemma3_causal.Gemma3MLP",
+        model="sglang.srt.models.gemma4_mm.Gemma4ForConditionalGeneration",
+        norms=(_QKV, ("pre_feedforward_layernorm", "mlp.gate_up_proj")),
+        backbone="language_model",
+        blocks=("mlp", "moe"),
+        by_rows=("sglang.srt.models.gemma3_causal.Gemma3MLP", "sglang.srt.models.gemma4_causal.Gemma4MoE"),
+    ),
+    Family(
+        "Qwen3.5",
+        "Zero-centred norms (GemmaRMSNorm).  Of full-attention layers, which hold qkv_proj and o_proj themselves: the "
+        "first norm feeds qkv_proj alone.  Its first columns are q and the output's gate, head by head, which a kernel "
+        "takes apart, so q is not apart.  The gate is of each row.  An MLP that SGLang lets finish elsewhere (0.5.23, "
+        "defer_finalize) is of several ranks and no call of ours.",
+        decoder="sglang.srt.models.qwen3_5.Qwen3_5AttentionDecoderLayer",
+        mlp="sglang.srt.models.qwen2_moe.Qwen2MoeMLP",
+        model="sglang.srt.models.qwen3_5.Qwen3_5ForConditionalGeneration",
+        norms=(("input_layernorm", "qkv_proj"), _GATE_UP),
+        by_rows=("sglang.srt.models.qwen2_moe.Qwen2MoeMLP",),
+    ),
+    Family(
+        "Qwen3.5's layers of linear attention",
+        "The first norm feeds in_proj_qkvz and in_proj_ba, of which the second stays BF16; the second norm as above.",
+        decoder="sglang.srt.models.qwen3_5.Qwen3_5LinearDecoderLayer",
+        norms=(_GATE_UP,),
+    ),
+    Family(
+        "Qwen3.5-MoE",
+        "As Qwen3.5, with Qwen2-MoE's experts.",
+        model="sglang.srt.models.qwen3_5.Qwen3_5MoeForConditionalGeneration",
+        by_rows=("sglang.srt.models.qwen2_moe.Qwen2MoeSparseMoeBlock",),
+    ),
+    Family(
+        "Qwen3-Next",
+        "As Qwen3.5-MoE, in other classes; the prologue that reads qkv whole is for gfx950.",
+        decoder="sglang.srt.models.qwen3_next.Qwen3HybridAttentionDecoderLayer",
+        mlp="sglang.srt.models.qwen2_moe.Qwen2MoeMLP",
+        model="sglang.srt.models.qwen3_next.Qwen3NextForCausalLM",
+        norms=(("input_layernorm", "qkv_proj"), _GATE_UP),
+        by_rows=(
+            "sglang.srt.models.qwen2_moe.Qwen2MoeSparseMoeBlock",
+            "sglang.srt.models.qwen2_moe.Qwen2MoeMLP",
+        ),
+    ),
+    Family(
+        "Qwen3-Next's layers of linear attention",
+        "As Qwen3.5's layers of linear attention.",
+        decoder="sglang.srt.models.qwen3_next.Qwen3HybridLinearDecoderLayer",
+        norms=(_GATE_UP,),
+    ),
+    Family(
+        "Qwen2.5-VL",
+        "Qwen2's blocks behind the embedding of images; logits as there.",
+        model="sglang.srt.models.qwen2_5_vl.Qwen2_5_VLForConditionalGeneration",
+    ),
+    Family(
+        "Qwen3-VL",
+        "Qwen3's blocks.  What images add to the first layers' results is added to each row, also behind a last layer, "
+        "or by a norm, which then computes all rows in BF16.",
+        model="sglang.srt.models.qwen3_vl.Qwen3VLForConditionalGeneration",
+    ),
+    Family(
+        "Qwen3-VL-MoE",
+        "Qwen3-MoE's blocks, the rest as Qwen3-VL.",
+        model="sglang.srt.models.qwen3_vl_moe.Qwen3VLMoeForConditionalGeneration",
+        by_rows=("sglang.srt.models.qwen3_moe.Qwen3MoeSparseMoeBlock",),
     ),
 )

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mixquant_sglang.kernels.operands import QuantizedActivations
-from mixquant_sglang.layers.blocks import fusable_method, is_by_rows, is_decoder, is_mlp, model_family, norms
+from mixquant_sglang.layers.blocks import (
+    attention_of,
+    backbone,
+    fusable_method,
+    is_by_rows,
+    is_decoder,
+    is_mlp,
+    model_family,
+    norms,
+)
 from mixquant_sglang.layers.fused import call_norm, plain_method
 from mixquant_sglang.layers.outputs import ReadRows
 from mixquant_sglang.layers.read_rows import ReadRowsProduct
@@ -87,9 +97,10 @@ class ReadRowsSiluAndMul:
 
 
 class ReadRowsBlock:
-    """Takes the place of the ``forward`` of the last layer's MLP or experts: only of the rows that are read.
+    """Takes the place of the ``forward`` of the last layer's MLP or experts: only of the rows that are read, of each
+    matrix that it is given by position.
 
-    These are protected all, or low save some; in the latter case they run twice, since they are few."""
+    These rows are protected all, or low save some; in the latter case they run twice, since they are few."""
 
     def __init__(self, block: Any) -> None:
         self._forward = block.forward
@@ -100,14 +111,19 @@ class ReadRowsBlock:
         if read is None:
             return self._forward(hidden_states, *args, **kwargs)
         out = torch.zeros_like(hidden_states)
-        part = read.gather(hidden_states)
-        if not len(part):
+        if not len(read.index):
             return out
+        tokens = len(hidden_states)
+
+        def picked(given: Any) -> Any:  # experts may write their result over what they are given
+            if not isinstance(given, torch.Tensor) or given.shape[:1] != (tokens,):
+                return given
+            return read.gather(given)
 
         def run(role: Role) -> torch.Tensor:
             one = replace(running, role=role, rows=None, read=None, queries=None)
-            with within(one):  # experts may write their result over what they are given
-                result = self._forward(part.clone(), *args, **kwargs)
+            with within(one):
+                result = self._forward(*map(picked, (hidden_states, *args)), **kwargs)
             assert isinstance(result, torch.Tensor), f"the last layer's block gave {type(result).__name__}"
             return result
 
@@ -138,17 +154,22 @@ def prune_last_layer(model: Any) -> bool:
     family = model_family(model)
     if family is None or getattr(model, "capture_aux_hidden_states", False):
         return False
-    layer = model.model.layers[-1]
+    body = backbone(model)
+    layer = body.layers[-1]
     if not is_decoder(layer):
         return False
-    block = getattr(layer, family.block)
-    pruned = _prune_block(layer, block) if is_by_rows(block) else is_mlp(block) and _prune_mlp(layer)
+    blocks = [block for name in family.blocks if (block := getattr(layer, name, None)) is not None]
+    if all(is_by_rows(block) for block in blocks):
+        pruned = _prune_blocks(layer, blocks)
+    else:
+        pruned = all(is_mlp(block) for block in blocks) and _prune_mlp(layer)
     if not pruned:
         return False
-    o, qkv = fusable_method(layer.self_attn.o_proj), fusable_method(layer.self_attn.qkv_proj)
+    attention = attention_of(layer)
+    o, qkv = fusable_method(attention.o_proj), fusable_method(attention.qkv_proj)
     if o:
         o.read_rows = ReadRowsProduct()
-    model.model.norm._forward_method = ReadRowsFinalNorm(model.model.norm)
+    body.norm._forward_method = ReadRowsFinalNorm(body.norm)
     if qkv and qkv.split_product:
         qkv.split_product.reads_only = True
     return True
@@ -168,12 +189,13 @@ def _prune_mlp(layer: Any) -> bool:
     return True
 
 
-def _prune_block(layer: Any, block: Any) -> bool:
-    """Of any other layer: rows are picked out and put back around ``block``; norms and sums see all rows."""
+def _prune_blocks(layer: Any, blocks: Sequence[Any]) -> bool:
+    """Of any other layer: rows are picked out and put back around each of ``blocks``; norms and sums see all rows."""
     if not any(fusable_method(linear) for linear in layer.modules()):
         return False
     for norm, reader in norms(layer):
-        if reader is not fusable_method(layer.self_attn.qkv_proj):
+        if reader is not fusable_method(attention_of(layer).qkv_proj):
             norm._forward_method = WholeNorm(norm)
-    block.forward = ReadRowsBlock(block)
+    for block in blocks:
+        block.forward = ReadRowsBlock(block)
     return True

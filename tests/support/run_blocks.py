@@ -2,7 +2,8 @@
 
     python -m tests.support.run_blocks '[{"model": PATH, "recipe": NAME|FILE}, ...]'
 
-Each result has ``rows`` too: of each call of the last layer's MLP or experts for picked rows, how many they were.
+Each result has ``rows`` too: of each call of the last layer's MLP or experts in prefill, where rows may be picked for
+them, how many they were.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def _sum_exactly() -> None:
 
 def _count_rows(rows: list[int]) -> None:
     from mixquant_sglang.layers import last_layer
+    from mixquant_sglang.passes.running import current
+    from mixquant_sglang.recipe.roles import Role
 
     class Counted(last_layer.ReadRowsBlock):
         def __init__(self, block: Any) -> None:
@@ -38,7 +41,8 @@ def _count_rows(rows: list[int]) -> None:
             forward = self._forward
 
             def counted(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                rows.append(len(x))
+                if current().role is not Role.DECODE:
+                    rows.append(len(x))
                 return forward(x, *args, **kwargs)
 
             self._forward = counted
