@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mixquant_sglang.kernels.limits import FEW_ROWS
 from mixquant_sglang.kernels.operands import QuantizedActivations
 from mixquant_sglang.layers.blocks import (
     attention_of,
@@ -19,6 +20,7 @@ from mixquant_sglang.layers.blocks import (
     model_family,
     norms,
 )
+from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.fused import call_norm, plain_method
 from mixquant_sglang.layers.outputs import ReadRows
 from mixquant_sglang.layers.read_rows import ReadRowsProduct
@@ -118,14 +120,19 @@ class ReadRowsBlock:
         def picked(given: Any) -> Any:  # experts may write their result over what they are given
             if not isinstance(given, torch.Tensor) or given.shape[:1] != (tokens,):
                 return given
-            return read.gather(given)
+            part = read.gather(given)
+            if not part.is_cuda:
+                return part
+            # in blocks, so that SGLang's kernels for few rows, which it compiles by their number, are not asked
+            more = -len(part) % FEW_ROWS
+            return torch.cat([part, part.new_zeros(more, *part.shape[1:])]) if more else part
 
         def run(role: Role) -> torch.Tensor:
             one = replace(running, role=role, rows=None, read=None, queries=None)
             with within(one):
                 result = self._forward(*map(picked, (hidden_states, *args)), **kwargs)
             assert isinstance(result, torch.Tensor), f"the last layer's block gave {type(result).__name__}"
-            return result
+            return result[: len(read.index)]
 
         if read is rows:
             result = run(Role.PROTECTED)
@@ -175,6 +182,11 @@ def prune_last_layer(model: Any) -> bool:
     return True
 
 
+def _low_experts(module: torch.nn.Module) -> bool:
+    method = getattr(module, "quant_method", None)
+    return isinstance(method, MixQuantExpertsMethod) and bool(method.low)
+
+
 def _prune_mlp(layer: Any) -> bool:
     """Of a layer like Llama's: rows are picked out by the norm before the MLP, and put back behind it."""
     gate_up, down = fusable_method(layer.mlp.gate_up_proj), fusable_method(layer.mlp.down_proj)
@@ -191,7 +203,7 @@ def _prune_mlp(layer: Any) -> bool:
 
 def _prune_blocks(layer: Any, blocks: Sequence[Any]) -> bool:
     """Of any other layer: rows are picked out and put back around each of ``blocks``; norms and sums see all rows."""
-    if not any(fusable_method(linear) for linear in layer.modules()):
+    if not any(fusable_method(linear) or _low_experts(linear) for linear in layer.modules()):
         return False
     for norm, reader in norms(layer):
         if reader is not fusable_method(attention_of(layer).qkv_proj):

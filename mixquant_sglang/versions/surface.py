@@ -194,7 +194,34 @@ SURFACE: tuple[Row, ...] = (
     Row("sglang.srt.layers.linear.LinearBase", ("tp_group",), "versions/v0_5_23.py", NEW),
     Row("sglang.srt.layers.linear.MergedColumnParallelLinear", ("output_sizes",), "weights/incoming.py"),
     Row("sglang.srt.layers.linear.QKVParallelLinear", ("num_kv_head_replicas",), "layers/linear.py"),
-    Row("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE", ("quant_method",), "host/report.py, host/probe.py"),
+    Row(
+        "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE",
+        ("quant_method", "use_triton_kernels", "use_flashinfer_trtllm_moe", "use_deep_gemm", "moe_runner_config"),
+        "host/config.py, layers/experts.py",
+    ),
+    Row(
+        f"{_QUANTIZATION}.unquant.UnquantizedFusedMoEMethod",
+        ("create_weights", "create_moe_runner", "get_triton_quant_info", "use_flashinfer_cutlass", "runner"),
+        "layers/experts.py",
+    ),
+    Row(
+        "sglang.srt.layers.moe.moe_runner.base.MoeRunnerConfig",
+        (
+            *("activation", "apply_router_weight_on_input", "gate_up_interleaved", "gemm1_alpha", "gemm1_clamp_limit"),
+            *("inplace", "is_gated", "no_combine", "num_experts", "routed_scaling_factor", "swiglu_limit", "top_k"),
+        ),
+        "layers/experts.py",
+    ),
+    Row(
+        "sglang.srt.layers.moe.token_dispatcher.standard.StandardDispatchOutput",
+        ("hidden_states", "topk_output"),
+        "layers/experts.py, host/probe.py",
+    ),
+    Row(
+        "sglang.srt.layers.moe.topk.StandardTopKOutput",
+        ("topk_weights", "topk_ids", "router_logits"),
+        "layers/experts.py",
+    ),
     Row(
         "sglang.srt.layers.layernorm.RMSNorm",
         (

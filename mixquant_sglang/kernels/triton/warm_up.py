@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from mixquant_sglang.kernels.triton import activations, few_rows, row_kernels, rows, scale_search, unpack
+from mixquant_sglang.kernels.triton import activations, few_rows, grouped, row_kernels, rows, scale_search, unpack
 
 ROWS = 16  # of what is launched; any number is of the same kind
 KERNELS: tuple[Any, ...] = (
     few_rows._linear_rows,
+    grouped.grouped_matmul,
     row_kernels.quantize_rows,
     row_kernels.quantize_pairs,
     unpack._unpack_weights,
