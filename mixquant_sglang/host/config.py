@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
@@ -22,6 +23,7 @@ from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.lifecycle import LoadSteps
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.kernels.environment import NOTHING
+from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.recipe.select import select
 from mixquant_sglang.versions import fp4, machine
@@ -93,13 +95,17 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         return []
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if not isinstance(layer, LinearBase):
-            return None  # embeddings, lm_head, attention and MoE experts take SGLang's unquantised default
+        if not isinstance(layer, (LinearBase, FusedMoE)):
+            return None  # embeddings, lm_head and attention take SGLang's unquantised default
         with refusing():
             assigned = self._assignment.of(prefix, self.packed_modules_mapping)
         if assigned.bf16:
             self._assignment.left[layer] = assigned.why
-            return UnquantizedLinearMethod()
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if isinstance(layer, FusedMoE):
+            flags = layer.use_triton_kernels, layer.use_flashinfer_trtllm_moe, layer.use_deep_gemm
+            precisions = assigned.prefill, assigned.decode
+            return MixQuantExpertsMethod(self._runtime, prefix, *precisions, assigned.ready_experts, flags=flags)
         return MixQuantLinearMethod(self._runtime, prefix, assigned.prefill, assigned.decode, assigned.ready)
 
 

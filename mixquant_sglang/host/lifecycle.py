@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,9 +14,10 @@ from mixquant_sglang.host import probe, refusals, report
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.ranks import check_same
 from mixquant_sglang.host.runtime import Runtime
-from mixquant_sglang.kernels.tuning import fp4_gemm, fp8_cache, fp8_gemm
+from mixquant_sglang.kernels.tuning import expert_cache, expert_tiles, fp4_gemm, fp8_cache, fp8_gemm
 from mixquant_sglang.kernels.verify import verify
 from mixquant_sglang.layers import attention, bypasses, fused, last_layer
+from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.layers.warm_up import warm_up
 from mixquant_sglang.recipe.text import show, some
@@ -24,6 +25,8 @@ from mixquant_sglang.versions import batches, fp4, machine
 from mixquant_sglang.versions.groups import agree, rank_group, tensor_parallel_ranks
 
 logger = logging.getLogger(__name__)
+
+Packed: TypeAlias = "MixQuantLinearMethod | MixQuantExpertsMethod"
 
 
 class LoadSteps:
@@ -50,13 +53,17 @@ class LoadSteps:
             packed = self._check_packed()
         self._report(model, packed, device)
         self.unproved = bool(packed)
-        self._tune_fp4(model_runner, packed)
-        self._verify(packed, device)
+        linears = [m for m in packed if isinstance(m, MixQuantLinearMethod)]
+        experts = [m for m in packed if isinstance(m, MixQuantExpertsMethod)]
+        self._tune_fp4(model_runner, linears)
+        self._verify(linears, device)
         self._guard(model)
         self._fuse(model_runner)
-        self._tune_fp8(model_runner, packed, device)
+        self._tune_fp8(model_runner, linears, device)
+        self._tune_experts(model_runner, experts, device)
         if packed and device.type == "cuda":
-            logger.info("mixquant: %s", warm_up(model, packed, device))
+            rows = prefill_rows(model_runner)
+            logger.info("mixquant: %s", warm_up(model, linears, experts, rows, device))
 
     def finish_attention(self, model_runner: Any) -> None:
         """Completes what ``_fuse`` began, each time that the model's attention back end was built."""
@@ -111,11 +118,11 @@ class LoadSteps:
                     "SGLang, so ready-made weights cannot be told apart; leave 'weights' out"
                 )
 
-    def _check_packed(self) -> list[MixQuantLinearMethod]:
-        """The linears that have a low precision; refuses a low recipe of which nothing is left."""
+    def _check_packed(self) -> list[Packed]:
+        """The linears and experts that have a low precision; refuses a low recipe of which nothing is left."""
         run = self._run
-        methods = [m for m in run.layers if isinstance(m, MixQuantLinearMethod)]
-        packed = [m for m in methods if m.low]
+        methods = [m for m in run.layers if isinstance(m, (MixQuantLinearMethod, MixQuantExpertsMethod))]
+        packed: list[Packed] = [m for m in methods if m.low]
         if run.selection.kernels and not packed:
             raise MixQuantError(
                 f"recipe {run.recipe.name} wants {' and '.join(run.selection.kernels)}, but no layer of this "
@@ -125,7 +132,7 @@ class LoadSteps:
 
     # -- what is said ----------------------------------------------------------------------------------------------
 
-    def _report(self, model: torch.nn.Module, packed: Sequence[MixQuantLinearMethod], device: torch.device) -> None:
+    def _report(self, model: torch.nn.Module, packed: Sequence[Packed], device: torch.device) -> None:
         run = self._run
         run.schedule.split = any(m.split for m in packed)
         total = report.describe(model, run, self._assignment.left)
@@ -194,7 +201,18 @@ class LoadSteps:
         shapes = {shape for m in packed if m.runs("fp8", "native") for shape in m.gemm_shapes}
         if not shapes:
             return
-        most = fp8_gemm.bucket(batches.most_prefill_rows(model_runner))
         with refusing():
-            rows = [2**e for e in range(8, max(most.bit_length(), 9))]
+            rows = [m for m in prefill_rows(model_runner) if m >= 256]
             fp8_gemm.use(fp8_cache.load_or_tune(sorted(shapes), rows, device, machine.kernel_versions()))
+
+    def _tune_experts(self, model_runner: Any, methods: Sequence[MixQuantExpertsMethod], device: torch.device) -> None:
+        shapes = {m.sizes: m.copy_in("fp8") for m in methods if m.runs("fp8", "native")}
+        if shapes:
+            rows = prefill_rows(model_runner)
+            expert_tiles.use(expert_cache.load_or_tune(shapes, rows, device, machine.kernel_versions()))
+
+
+def prefill_rows(model_runner: Any) -> list[int]:
+    """Powers of two up to the rows of the longest prefill pass, at least 256: the sizes that kernels are timed for."""
+    most = fp8_gemm.bucket(batches.most_prefill_rows(model_runner))
+    return [2**e for e in range(4, max(most.bit_length(), 9))]

@@ -25,6 +25,7 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host import report
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.passes.counters import PassCounters
 from mixquant_sglang.passes.running import current
@@ -47,7 +48,7 @@ class Unproven(Exception):
 
 
 class Record:
-    """Which methods each pass called: name of the pass -> method or MoE layer -> (role, precision, rows)."""
+    """Which methods each pass called: name of the pass -> method -> (role, precision, rows)."""
 
     def __init__(self) -> None:
         self.calls: dict[str, dict[object, tuple[Role, str, int]]] = {}
@@ -59,19 +60,16 @@ class Record:
         yield
         self._now = {}
 
-    def note(self, method: MixQuantLinearMethod, rows: int) -> None:
+    def note(self, method: MixQuantLinearMethod | MixQuantExpertsMethod, rows: int) -> None:
         role = current().role
         self._now[method] = role, method.precision[role], rows
-
-    def note_experts(self, layer: object) -> None:
-        self._now[layer] = current().role, "bf16", 0
 
     def called(self, what: object, *passes: str) -> bool:
         return any(what in self.calls.get(name, {}) for name in passes)
 
     @contextmanager
     def listening(self, model: torch.nn.Module) -> Iterator[None]:
-        """Puts itself before ``apply`` and ``apply_into`` of every linear of ours and ``apply`` of MoE layers."""
+        """Puts itself before ``apply`` and ``apply_into`` of every linear of ours and ``apply`` of experts."""
         changed: list[tuple[Any, str]] = []
 
         def wrap(method: Any, attribute: str, noting: Callable[..., None]) -> None:
@@ -89,9 +87,9 @@ class Record:
                 if "apply" not in vars(method):  # one method may serve several modules
                     wrap(method, "apply", self._noting(method))
                     wrap(method, "apply_into", self._noting(method))
-            for _, layer in report.experts(model):
-                if "apply" not in vars(layer.quant_method):
-                    wrap(layer.quant_method, "apply", self._noting_experts(layer.quant_method))
+            for _, experts in report.experts(model):
+                if "apply" not in vars(experts):
+                    wrap(experts, "apply", self._noting_experts(experts))
             yield
         finally:
             for method, attribute in changed:
@@ -103,8 +101,12 @@ class Record:
 
         return noting
 
-    def _noting_experts(self, method: object) -> Callable[..., None]:
-        return lambda *_args, **_kwargs: self.note_experts(method)
+    def _noting_experts(self, method: MixQuantExpertsMethod) -> Callable[..., None]:
+        def noting(*args: Any, **kwargs: Any) -> None:
+            dispatched = kwargs.get("dispatch_output") or args[-1]
+            self.note(method, len(dispatched.hidden_states))
+
+        return noting
 
 
 def prove(
@@ -133,10 +135,10 @@ def _correct(
     assignment: Assignment,
 ) -> None:
     prefills = [name for name in record.calls if name != DECODE]
-    low = [method for _, method in report.linears(model) if method.low]
+    low = [method for _, method in report.packed(model) if method.low]
     missed = False
     partly: dict[str, list[str]] = {}
-    for name, method in report.linears(model):
+    for name, method in report.packed(model):
         if not method.low:
             continue
         if not record.called(method, *prefills):
@@ -144,10 +146,10 @@ def _correct(
             if rules:
                 raise MixQuantError(
                     f"{rules[0].where} layers: {show(rules[0].match)} wants {name} in low precision, but SGLang does "
-                    "not run it through its linear method: it multiplies by the weight itself, or no prompt of text "
-                    "reaches it; leave it out of the rule, or mark the rule 'optional: true'"
+                    f"not run it through its {method.kind.value} method: it multiplies by the weight itself, or no "
+                    "prompt of text reaches it; leave it out of the rule, or mark the rule 'optional: true'"
                 )
-            if method.read_rows is not None:
+            if isinstance(method, MixQuantLinearMethod) and method.read_rows is not None:
                 run.schedule.prunes = run.schedule.prunes_attention = False
             method.stay_bf16(report.MULTIPLIED)
             missed = True
@@ -157,9 +159,8 @@ def _correct(
             expected = method.precision[role] != "bf16" and not _ran_protected(calls, role)
             if expected and method not in calls:
                 partly.setdefault(one, []).append(name)
-    silent = [name for name, layer in report.experts(model) if not record.called(layer.quant_method, *record.calls)]
     if missed:
-        run.schedule.split = any(m.split for _, m in report.linears(model))
+        run.schedule.split = any(m.split for _, m in report.packed(model))
         weights = report.describe(model, run, assignment.left)
         report.log_precisions(run, weights)
         report.log_reasons(run, [report.MULTIPLIED])
@@ -167,10 +168,9 @@ def _correct(
         reason = f"{report.MULTIPLIED} in {'decode steps of 2 rows' if one == DECODE else f'passes of {one}'}"
         run.stays_bf16[reason] = names
         report.log_reasons(run, [reason])
-    if silent:
-        logger.warning("mixquant: no pass of the probe reached these MoE layers: %s", ", ".join(silent[:4]))
     ran = sum(bool(method.low) for method in low)
-    logger.info("mixquant: a tiny prompt ran %d of %d low linears (passes: %s)", ran, len(low), ", ".join(record.calls))
+    what, passes = "linears and MoE layers" if run.experts else "linears", ", ".join(record.calls)
+    logger.info("mixquant: a tiny prompt ran %d of %d low %s (passes: %s)", ran, len(low), what, passes)
 
 
 def _ran_protected(calls: Mapping[object, tuple[Role, str, int]], role: Role) -> bool:

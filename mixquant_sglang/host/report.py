@@ -15,6 +15,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
 from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.recipe.modules import NEVER, OUTSIDE, why_bf16
 from mixquant_sglang.recipe.roles import Role
@@ -22,7 +23,6 @@ from mixquant_sglang.recipe.text import some
 
 logger = logging.getLogger(__name__)
 
-EXPERTS = "MoE experts, never quantised by this version"
 NOT_OFFERED = "SGLang gives it no quantization config"
 MULTIPLIED = "SGLang multiplies by its weight itself"
 
@@ -38,11 +38,18 @@ def linears(model: torch.nn.Module) -> Iterator[tuple[str, MixQuantLinearMethod]
             yield name, method
 
 
-def experts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """MoE layers."""
+def experts(model: torch.nn.Module) -> Iterator[tuple[str, MixQuantExpertsMethod]]:
+    """Our methods of MoE layers under the names of their modules."""
     for name, module in model.named_modules():
-        if isinstance(module, FusedMoE):
-            yield name, module
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, MixQuantExpertsMethod):
+            yield name, method
+
+
+def packed(model: torch.nn.Module) -> Iterator[tuple[str, MixQuantLinearMethod | MixQuantExpertsMethod]]:
+    """Both."""
+    yield from linears(model)
+    yield from experts(model)
 
 
 def language_model(model: Any) -> torch.nn.Module:
@@ -63,7 +70,7 @@ def keep_outside_bf16(model: torch.nn.Module) -> None:
     inside = {id(module) for module in language_model(model).modules()}
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
-        if not isinstance(method, MixQuantLinearMethod):
+        if not isinstance(method, (MixQuantLinearMethod, MixQuantExpertsMethod)):
             continue
         reason = why_bf16(name) or (None if id(module) in inside else OUTSIDE)
         if reason is not None and method.low:
@@ -71,9 +78,9 @@ def keep_outside_bf16(model: torch.nn.Module) -> None:
 
 
 def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Module, str]) -> int:
-    """Counts into ``run`` what the modules are; returns the bytes of the linears' BF16 weights.
+    """Counts into ``run`` what the modules are; returns the bytes of BF16 weights of linears and experts.
 
-    ``asked``: why a linear that was offered to the recipe was left to SGLang."""
+    ``asked``: why a layer that was offered to the recipe was left to SGLang."""
     total = 0
     run.precisions.clear()
     run.experts.clear()
@@ -92,8 +99,9 @@ def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Modul
             run.precisions["bf16"] += 1
             reason = NEVER
         elif isinstance(module, FusedMoE):
-            run.experts["bf16"] += 1
-            reason = EXPERTS
+            run.experts[method.precision[Role.PROMPT] if isinstance(method, MixQuantExpertsMethod) else "bf16"] += 1
+            total += sum(p.nbytes for p in module.parameters(recurse=False))
+            reason = method.refusal if isinstance(method, MixQuantExpertsMethod) else asked.get(module) or NOT_OFFERED
         if reason is not None:
             run.stays_bf16.setdefault(reason, []).append(name)
     run.schedule.label(run.layers)
@@ -101,15 +109,21 @@ def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Modul
 
 
 def log_precisions(run: Runtime, total: int) -> None:
-    by_precision = ", ".join(f"{n} {precision}" for precision, n in sorted(run.precisions.items()))
     logger.info(
-        "mixquant: linears by prefill precision: %s; packed weights add %.1f MiB (%.0f%% of the linears' %.1f MiB)",
-        by_precision,
+        "mixquant: %s by prefill precision: %s%s; packed weights add %.1f MiB (%.0f%% of %s %.1f MiB)",
+        "linears and experts" if run.experts else "linears",
+        _counted(run.precisions),
+        f"; MoE layers: {_counted(run.experts)}" if run.experts else "",
         run.extra_weight_bytes / 2**20,
         100 * run.extra_weight_bytes / max(total, 1),
+        "their" if run.experts else "the linears'",
         total / 2**20,
     )
     logger.info("mixquant: rows by role: %s", run.schedule.table.describe())
+
+
+def _counted(precisions: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {precision}" for precision, n in sorted(precisions.items()))
 
 
 def log_reasons(run: Runtime, reasons: Iterable[str]) -> None:

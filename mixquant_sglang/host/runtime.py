@@ -14,7 +14,7 @@ from mixquant_sglang.passes.counters import PassCounters
 from mixquant_sglang.passes.graphs import Graphs
 from mixquant_sglang.passes.schedule import Schedule, ScheduledPass
 from mixquant_sglang.recipe.fingerprint import fingerprint
-from mixquant_sglang.recipe.roles import Kind, Role
+from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.schema import Recipe
 from mixquant_sglang.recipe.select import Selection
 from mixquant_sglang.recipe.text import some
@@ -88,7 +88,7 @@ class Runtime:
             "version": __version__,
             "recipe": self.recipe.name,
             "fingerprint": self.fingerprint,
-            "precision": {"prefill": table[Role.PROMPT, Kind.LINEAR], "decode": table[Role.DECODE, Kind.LINEAR]},
+            "precision": {"prefill": self.schedule.words[Role.PROMPT], "decode": self.schedule.words[Role.DECODE]},
             "roles": {role.value: table.row(role) for role in Role},
             "kernel": dict(self.selection.kernels),
             "layers": dict(self.precisions),

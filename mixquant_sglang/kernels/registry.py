@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mixquant_sglang.kernels.limits import BLOCK
 from mixquant_sglang.recipe.capabilities import NATIVE_FROM
 from mixquant_sglang.recipe.roles import Kind
 
 if TYPE_CHECKING:
+    from mixquant_sglang.kernels.experts.base import PackedExperts
     from mixquant_sglang.kernels.linear.base import PackedLinear
 
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class Kernel:
     """``kernel``: "native" or "emulated".  ``capability``: the least (major, minor) of CUDA,
     None where it runs on any machine.  A weight [N, K] must have multiples of ``n`` and ``k``, and K > 0; ``refusal``
-    is formatted with ``n`` and ``k`` of one that has not.  ``path``: module and class."""
+    is formatted with ``n`` and ``k`` of one that has not.  Of experts these are the sizes [I, H] of each: w13 is
+    [2I, H], w2 [H, I].  ``path``: module and class."""
 
     precision: str
     kind: Kind
@@ -37,13 +39,14 @@ class Kernel:
         """Why no [n, k] weight can be packed, or None if it can."""
         return self.refusal.format(n=n, k=k) if n % self.n or k % self.k or not k else None
 
-    def load(self) -> type[PackedLinear]:
+    def load(self) -> Any:
         module, _, name = self.path.rpartition(".")
-        found: type[PackedLinear] = getattr(import_module(module), name)
-        return found
+        return getattr(import_module(module), name)
 
 
 _HERE = "mixquant_sglang.kernels.linear"
+_EXPERTS = "mixquant_sglang.kernels.experts"
+_BOTH = f"experts of [{{n}}, {{k}}] are not a multiple of {BLOCK} in both sizes"
 KERNELS = (
     Kernel(
         *("nvfp4", Kind.LINEAR, "native", NATIVE_FROM["nvfp4"]),
@@ -65,6 +68,21 @@ KERNELS = (
         *(1, BLOCK, f"K = {{k}} is not a multiple of {BLOCK}"),
         f"{_HERE}.emulated_fp8.EmulatedFP8",
     ),
+    Kernel(
+        *("fp8", Kind.EXPERTS, "native", NATIVE_FROM["fp8"]),
+        *(BLOCK, BLOCK, _BOTH),
+        f"{_EXPERTS}.native_fp8.NativeFP8Experts",
+    ),
+    Kernel(
+        *("fp8", Kind.EXPERTS, "emulated", None),
+        *(BLOCK, BLOCK, _BOTH),
+        f"{_EXPERTS}.emulated.EmulatedFP8Experts",
+    ),
+    Kernel(
+        *("nvfp4", Kind.EXPERTS, "emulated", None),
+        *(BLOCK, BLOCK, _BOTH),
+        f"{_EXPERTS}.emulated.EmulatedNVFP4Experts",
+    ),
 )
 
 
@@ -76,11 +94,21 @@ def find(precision: str, kernel: str, kind: Kind = Kind.LINEAR) -> Kernel:
     raise LookupError(f"no {kernel} kernel for {kind.value} in {precision}")
 
 
-def refusal(precision: str, kernel: str, n: int, k: int) -> str | None:
+def refusal(precision: str, kernel: str, n: int, k: int, kind: Kind = Kind.LINEAR) -> str | None:
     """Why ``kernel`` packs no [n, k] weight in ``precision``, or None if it does."""
-    return find(precision, kernel).refuses(n, k)
+    try:
+        return find(precision, kernel, kind).refuses(n, k)
+    except LookupError as error:
+        return str(error)
 
 
 def packed_linear(precision: str, kernel: str) -> type[PackedLinear]:
     """The class that packs weights in ``precision`` for ``kernel``."""
-    return find(precision, kernel).load()
+    found: type[PackedLinear] = find(precision, kernel).load()
+    return found
+
+
+def packed_experts(precision: str, kernel: str) -> type[PackedExperts]:
+    """The class that packs experts."""
+    found: type[PackedExperts] = find(precision, kernel, Kind.EXPERTS).load()
+    return found

@@ -16,7 +16,7 @@ from mixquant_sglang.kernels import registry
 from mixquant_sglang.kernels.limits import FEW_ROWS
 from mixquant_sglang.kernels.registry import packed_linear
 from mixquant_sglang.kernels.verify import Pair
-from mixquant_sglang.recipe.roles import Role, by_role
+from mixquant_sglang.recipe.roles import Kind, Role, by_role
 from mixquant_sglang.versions.dialect import dialect
 from mixquant_sglang.weights.ready_made_linear import ReadyMadeLinear, Share
 from mixquant_sglang.weights.refresh import fingerprint
@@ -41,6 +41,8 @@ class Server(Protocol):
 
 
 class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+    kind = Kind.LINEAR
+
     def __init__(
         self, runtime: Server, name: str, prefill: str, decode: str, ready: ReadyMadeLinear | None = None
     ) -> None:

@@ -8,13 +8,22 @@ from collections.abc import Sequence
 
 import torch
 
-from mixquant_sglang.layers.fused import FusedRMSNorm, FusedSiluAndMul
+from mixquant_sglang.layers.experts import MixQuantExpertsMethod
+from mixquant_sglang.layers.fused import FusedActivation, FusedNorm
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.recipe.roles import Role
 
 
-def warm_up(model: torch.nn.Module, methods: Sequence[MixQuantLinearMethod], device: torch.device) -> str:
-    """What was compiled, for the log; call it once, on a GPU, after fusion and after the GEMMs were chosen."""
+def warm_up(
+    model: torch.nn.Module,
+    methods: Sequence[MixQuantLinearMethod],
+    experts: Sequence[MixQuantExpertsMethod],
+    rows: Sequence[int],
+    device: torch.device,
+) -> str:
+    """What was compiled, for the log; call it once, on a GPU, after fusion and after the GEMMs were chosen.
+
+    ``rows``: of passes, each of a kind of its own for experts."""
     from mixquant_sglang.kernels.triton import warm_up as kernels
 
     begin, before = time.perf_counter(), kernels.compiled()
@@ -39,10 +48,13 @@ def warm_up(model: torch.nn.Module, methods: Sequence[MixQuantLinearMethod], dev
             for cut in {0, method.split_product.columns if method.split_product else 0}:
                 if new("few", n, k, cut, bias is not None):
                     kernels.few(method.master, bias, cut)
+    for method in experts:
+        if new("experts", method.sizes, tuple(method.low)):
+            method.warm_up([1, *rows])
     for module in model.modules():
         forward = getattr(module, "_forward_method", None)
-        if isinstance(forward, (FusedRMSNorm, FusedSiluAndMul)):
-            source, linear = "norm" if isinstance(forward, FusedRMSNorm) else "silu", forward.linear
+        if isinstance(forward, (FusedNorm, FusedActivation)):
+            source, linear = forward.source, forward.linear
             fmt, k = linear.activation_format, linear.shape[1]
             if fmt and new(source, fmt, k, linear.split):
                 kernels.quantise(source, k, fmt, device, protects=linear.split)

@@ -34,13 +34,14 @@ class ScheduledPass:
 
 
 class Packed(Protocol):
-    """A linear with packed copies."""
+    """A linear, or the experts of a layer, with packed copies."""
 
+    kind: Kind
     precision: dict[Role, str]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[N, K] of its weight."""
+        """[N, K] of the weights that a row is multiplied by."""
 
 
 class Copies(Protocol):
@@ -58,6 +59,7 @@ class Schedule:
         self.recipe = recipe
         self.selection = selection
         self.table = PrecisionTable(by_role(selection.prefill, selection.decode))
+        self.words = by_role(selection.prefill, selection.decode)  # role -> what passes and tokens count under
         self.split = selection.prefill != selection.decode  # whether rows can need protection
         self.prunes = False  # whether the last layer leaves out rows that nobody reads
         self.prunes_attention = False  # whether its attention does so too
@@ -65,21 +67,26 @@ class Schedule:
         self._name_roles()
 
     def label(self, layers: Collection[Packed]) -> None:
-        """Makes ``table`` what the layers run; call it when these are known.
+        """Makes ``table`` and ``words`` what the layers run; call it when these are known.
 
         A role goes by the recipe's own precision where that is low and some layer runs it, else by the low ones that
         rules gave some layers, else by ``bf16``."""
+        kinds = {kind: [layer for layer in layers if layer.kind is kind] for kind in (Kind.LINEAR, Kind.EXPERTS)}
+        self.table = PrecisionTable(self._words(kinds[Kind.LINEAR]), self._words(kinds[Kind.EXPERTS]))
+        self.words = self._words(layers)
+        self._name_roles()
+
+    def _words(self, layers: Collection[Packed]) -> dict[Role, str]:
         own = by_role(self.selection.prefill, self.selection.decode)
-        linear = {}
+        words = {}
         for role in Role:
             low = {layer.precision[role] for layer in layers} - {"bf16"}
-            linear[role] = own[role] if own[role] in low else "+".join(sorted(low)) or "bf16"
-        self.table = PrecisionTable(linear)
-        self._name_roles()
+            words[role] = own[role] if own[role] in low else "+".join(sorted(low)) or "bf16"
+        return words
 
     def _name_roles(self) -> None:
         self._prompt, self._protected, self.decode = (
-            self.table[role, Kind.LINEAR] for role in (Role.PROMPT, Role.PROTECTED, Role.DECODE)
+            self.words[role] for role in (Role.PROMPT, Role.PROTECTED, Role.DECODE)
         )
 
     def prefill(

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.recipe.roles import Kind, Role
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,10 @@ _OPEN = "a weight update is open"
 
 
 class Layer(Protocol):
-    """What is asked of a linear method."""
+    """What is asked of the method of a linear or of a layer's experts."""
 
     name: str
+    kind: Kind
     precision: dict[Role, str]
 
     @property

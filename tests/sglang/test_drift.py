@@ -32,7 +32,9 @@ NOT_SGLANG = {
     "Python's own": (
         *("__closure__", "__func__", "__wrapped__", "cell_contents", "environ", "get", "name", "value", "values"),
     ),
-    "ours": ("RECIPE_ENV", "activation_format", "mixquant", "mixquant_bf16", "takes_stock_now"),
+    "ours": (
+        *("RECIPE_ENV", "activation_format", "gemm_shapes", "mixquant", "mixquant_bf16", "runs", "takes_stock_now"),
+    ),
 }
 
 

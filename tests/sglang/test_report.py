@@ -122,7 +122,7 @@ def test_subclasses_of_fused_moe_are_in_the_report(monkeypatch: pytest.MonkeyPat
 
     root.get_submodule("model.layers.0").add_module("experts", Special())
     run = finish(config, root)
-    assert run.experts == {"bf16": 1} and run.stays_bf16[report.EXPERTS] == ["model.layers.0.experts"]
+    assert run.experts == {"bf16": 1} and run.stays_bf16[report.NOT_OFFERED] == ["model.layers.0.experts"]
     assert run.state()["experts"] == {"bf16": 1}
 
 
@@ -146,7 +146,7 @@ def test_a_config_built_after_load_changes_nothing(
 def labels(asked: str, *layers: tuple[str, str], **changes: object) -> tuple[str, str]:
     made = replace(recipe.load(asked), **changes)
     run = Runtime(made, select(made, CPU))
-    run.schedule.label([SimpleNamespace(precision=by_role(*each), shape=(64, 64)) for each in layers])
+    run.schedule.label([SimpleNamespace(kind=Kind.LINEAR, precision=by_role(*each), shape=(64, 64)) for each in layers])
     table = run.schedule.table
     assert table[Role.PROTECTED, Kind.LINEAR] == table[Role.DECODE, Kind.LINEAR] == table[Role.VERIFY, Kind.LINEAR]
     return table[Role.PROMPT, Kind.LINEAR], table[Role.DECODE, Kind.LINEAR]
@@ -167,7 +167,7 @@ def test_passes_and_tokens_are_counted_under_the_label() -> None:
     made = recipe.load("bf16")
     run = Runtime(made, select(made, CPU))
     run.schedule.split = True
-    run.schedule.label([SimpleNamespace(precision=by_role("fp8", "bf16"), shape=(64, 64))])
+    run.schedule.label([SimpleNamespace(kind=Kind.LINEAR, precision=by_role("fp8", "bf16"), shape=(64, 64))])
     plan = run.schedule.prefill([RequestRows(9, 0, 9)], torch.device("cpu"))
     assert plan.precision == "fp8"
     assert {key: n for key, n in plan.tokens.items() if n} == {("prefill", "fp8"): 8, ("prefill", "bf16"): 1}

@@ -32,7 +32,7 @@ class Fakes:
         self.ms: dict[str, float] = {"cutlass": 1.0, "cublas": 0.5}
         self.errors: dict[str, Callable[[int, int, int], Exception | None]] = {}
         monkeypatch.setattr(fp8_gemm, "CANDIDATES", {name: self.candidate(name) for name in self.ms})
-        monkeypatch.setattr(fp8_measure, "_medians", self.medians)
+        monkeypatch.setattr(fp8_measure, "medians", self.medians)
         monkeypatch.setattr(fp8_gemm, "_table", GemmTable({}))
 
     def candidate(self, name: str) -> fp8_gemm.Gemm:
@@ -133,7 +133,7 @@ def test_pick_at_the_edges_of_buckets() -> None:
     ],
 )
 def test_a_tie_goes_to_the_first_candidate(cutlass: float, cublas: float, chosen: str) -> None:
-    assert cell(cublas=cublas, cutlass=cutlass).pick == chosen
+    assert cell(cutlass=cutlass, cublas=cublas).pick == chosen
 
 
 def test_scaled_mm_runs_what_the_table_says(fakes: Fakes) -> None:
@@ -214,7 +214,7 @@ class Clock:
 @pytest.mark.parametrize(("each", "rounds"), [(0.001, 20), (0.11, 6), (0.3, 3), (0.6, 2), (5.0, 1)])
 def test_repetitions_alternate_and_end_in_time(monkeypatch: pytest.MonkeyPatch, each: float, rounds: int) -> None:
     clock = Clock(monkeypatch)
-    ms = fp8_measure._medians([clock.call(0, each, each, each / 2), clock.call(1, each)], 1.0)
+    ms = fp8_measure.medians([clock.call(0, each, each, each / 2), clock.call(1, each)], 1.0)
     assert [clock.order.count(i) for i in (0, 1)] == [rounds] * 2
     assert clock.order[:4] == [0, 1, 1, 0][: 2 * rounds]
     assert ms[1] == pytest.approx(1e3 * each) and ms[0] == pytest.approx(1e3 * (each / 2 if rounds > 4 else each))
@@ -367,11 +367,11 @@ def test_what_another_rank_wrote_meanwhile_goes_first(
     """Two ranks with close times would else choose differently."""
 
     def slow_rank(calls: Sequence[Callable[[], torch.Tensor]], seconds: float) -> list[float]:
-        monkeypatch.setattr(fp8_measure, "_medians", fakes.medians)
+        monkeypatch.setattr(fp8_measure, "medians", fakes.medians)
         load([(48, 32)], [16])  # the other rank, done before this one
         return [1.0, 5.0]
 
-    monkeypatch.setattr(fp8_measure, "_medians", slow_rank)
+    monkeypatch.setattr(fp8_measure, "medians", slow_rank)
     assert load([(48, 32)], [16]).pick(48, 32, 16) == "cublas"
     assert load([(48, 32)], [16]).pick(48, 32, 16) == "cublas"
 
@@ -382,17 +382,17 @@ def test_racing_writers_leave_a_whole_file(folder: Path, tmp_path: Path) -> None
         {(16 * n, 16, 16): Cell({"cutlass": float(rank + 1), "cublas": 1.0}, {}) for n in range(1, 400)}
         for rank in range(4)
     ]
-    fp8_cache._write(path, key, tables[0])
+    fp8_cache.FILE._write(path, key, tables[0])
     seen: list[str] = []
     done = threading.Event()
 
     def write(rank: int) -> None:
         for _ in range(15):
-            fp8_cache._write(path, key, tables[rank])
+            fp8_cache.FILE._write(path, key, tables[rank])
 
     def read() -> None:
         while not done.is_set():
-            cells, complaint = fp8_cache._read(path, key)
+            cells, complaint = fp8_cache.FILE._read(path, key)
             seen.append(complaint if cells in tables else complaint or "mixed or missing")
 
     threads = [threading.Thread(target=write, args=(rank,)) for rank in range(4)]

@@ -11,11 +11,24 @@ from typing import Any
 
 import torch
 
-from mixquant_sglang.kernels.triton import activations, few_rows, row_kernels, rows, scale_search, unpack
+from mixquant_sglang.kernels.triton import (
+    activations,
+    expert_rows,
+    few_rows,
+    grouped,
+    row_kernels,
+    rows,
+    scale_search,
+    unpack,
+)
 
 ROWS = 16  # of what is launched; any number is of the same kind
 KERNELS: tuple[Any, ...] = (
+    expert_rows._up,
+    expert_rows._down,
+    expert_rows._combine,
     few_rows._linear_rows,
+    grouped.grouped_matmul,
     row_kernels.quantize_rows,
     row_kernels.quantize_pairs,
     unpack._unpack_weights,
@@ -44,13 +57,17 @@ def few(weight: torch.Tensor, bias: torch.Tensor | None, cut: int) -> None:
 
 
 def quantise(source: str, k: int, fmt: str, device: torch.device, *, protects: bool) -> None:
-    """``activations`` from ``source``, "rows", "norm" or "silu", with kept rows too where the linear ``protects``."""
-    x = torch.zeros(ROWS, 2 * k if source == "silu" else k, dtype=torch.bfloat16, device=device)
+    """``activations`` from ``source``, a name of ``quantize_rows``; with kept rows if the linear ``protects``."""
+    x = torch.zeros(ROWS, 2 * k if source in ("silu", "gelu") else k, dtype=torch.bfloat16, device=device)
     slots = torch.full((ROWS,), -1, dtype=torch.int32, device=device)
     kept = x.new_empty(ROWS, k)
     for keeping in ({}, {"slots": slots, "kept": kept}) if protects else ({},):
-        if source == "norm":
+        if source in ("norm", "zero_centred_norm"):
+            zero_centred = source == "zero_centred_norm"
             for residual in (None, torch.zeros_like(x)):
-                activations.rmsnorm(x, x.new_zeros(k), 1e-6, fmt, residual=residual, **keeping)
+                activations.rmsnorm(
+                    x, x.new_zeros(k), 1e-6, fmt, zero_centred=zero_centred, residual=residual, **keeping
+                )
         else:
-            {"rows": activations.quantize, "silu": activations.silu_mul}[source](x, fmt, **keeping)
+            made = {"rows": activations.quantize, "silu": activations.silu_mul, "gelu": activations.gelu_mul}
+            made[source](x, fmt, **keeping)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels.tuning import fp8_gemm
+from mixquant_sglang.kernels.tuning.cache_file import first_line
 from mixquant_sglang.kernels.tuning.fp8_gemm import Cell, GemmTable, Shape, Where, bucket
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def _measure_shape(n: int, k: int, rows: list[int], device: torch.device, second
             "use 'kernel: emulated', or keep such layers in BF16 with a rule of the recipe"
         )
     calls = [partial(fp8_gemm.CANDIDATES[name], x[:m], w, sx[:m], sw, None) for m in rows for name in left]
-    ms = iter(_medians(calls, seconds))
+    ms = iter(medians(calls, seconds))
     return {(n, k, m): Cell({name: round(next(ms), 6) for name in left}, out) for m in rows}
 
 
@@ -87,7 +88,7 @@ def _random(rows: int, columns: int, seed: torch.Generator) -> Tensor:
     return data
 
 
-def _medians(calls: Sequence[Callable[[], Tensor]], seconds: float) -> list[float]:
+def medians(calls: Sequence[Callable[[], Tensor]], seconds: float) -> list[float]:
     """Milliseconds of each call on the GPU, over up to 20 rounds through all of them, fewer when time is up."""
     # Written before each call.  It is more than twice any L2, so weights come from memory as they do between layers; it
     # takes tens of microseconds, in which the host gets ahead of the GPU.
@@ -105,7 +106,3 @@ def _medians(calls: Sequence[Callable[[], Tensor]], seconds: float) -> list[floa
         torch.cuda.synchronize()
         rounds.append([start.elapsed_time(stop) for start, stop in events])
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
