@@ -9,10 +9,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from mixquant_sglang.recipe.matching import RuleMatcher
-from mixquant_sglang.recipe.modules import FUSED, NEVER, why_bf16
+from mixquant_sglang.recipe.modules import FUSED, NEVER, is_experts, why_bf16
 from mixquant_sglang.recipe.schema import LayerRule, Recipe
 from mixquant_sglang.recipe.select import Selection
 from mixquant_sglang.weights.ready_made import ReadyMadeWeights
+from mixquant_sglang.weights.ready_made_experts import ReadyMadeExperts
 from mixquant_sglang.weights.ready_made_linear import ReadyMadeLinear
 
 
@@ -24,6 +25,7 @@ class Assigned:
     decode: str
     why: str
     ready: ReadyMadeLinear | None = None
+    ready_experts: ReadyMadeExperts | None = None
 
     @property
     def bf16(self) -> bool:
@@ -42,7 +44,7 @@ class Assignment:
         self._selection = selection
 
     def of(self, name: str, packed_modules: Mapping[str, Sequence[str]]) -> Assigned:
-        """Of the linear ``name``; ``packed_modules``: the model's ``packed_modules_mapping``."""
+        """Of the linear, or the MoE layer, ``name``; ``packed_modules``: the model's ``packed_modules_mapping``."""
         if self.matcher is None:
             self.matcher = RuleMatcher(self._recipe.layers, {**FUSED, **packed_modules})
         self.names[name] = None
@@ -53,15 +55,20 @@ class Assignment:
         if never:
             prefill = decode = "bf16"
             why = never
-        ready = None
+        linear = experts = None
         if self.ready is not None and "nvfp4" in (prefill, decode):
-            ready = self.ready.linear(name, shards)
-            if ready is None:
+            if is_experts(name):
+                experts = self.ready.experts(name)
+            else:
+                linear = self.ready.linear(name, shards)
+            if linear is None and experts is None:
                 why = "not in the ready-made weights"
                 prefill, decode = ("bf16" if p == "nvfp4" else p for p in (prefill, decode))
+        elif self.ready is not None and is_experts(name):
+            self.ready.keep_experts(name, NEVER if never else why)
         elif self.ready is not None:
             self.ready.keep(name, shards, NEVER if never else why)
-        return Assigned(prefill, decode, why, ready)
+        return Assigned(prefill, decode, why, linear, experts)
 
     def asking(self, name: str) -> tuple[LayerRule, ...]:
         """The rules that want the linear ``name`` low, not counting optional ones."""

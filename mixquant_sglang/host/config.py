@@ -104,7 +104,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if isinstance(layer, FusedMoE):
             flags = layer.use_triton_kernels, layer.use_flashinfer_trtllm_moe, layer.use_deep_gemm
-            return MixQuantExpertsMethod(self._runtime, prefix, assigned.prefill, assigned.decode, flags=flags)
+            precisions = assigned.prefill, assigned.decode
+            return MixQuantExpertsMethod(self._runtime, prefix, *precisions, assigned.ready_experts, flags=flags)
         return MixQuantLinearMethod(self._runtime, prefix, assigned.prefill, assigned.decode, assigned.ready)
 
 

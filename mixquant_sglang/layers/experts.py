@@ -18,27 +18,38 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
+from mixquant_sglang.errors import refusing
 from mixquant_sglang.kernels import registry
-from mixquant_sglang.kernels.experts.base import Form, Masters
+from mixquant_sglang.kernels.experts.base import Form, Masters, Ready
 from mixquant_sglang.kernels.limits import FEW_ROWS
 from mixquant_sglang.kernels.registry import packed_experts
 from mixquant_sglang.passes.running import current
 from mixquant_sglang.recipe.roles import Kind, Role, by_role
+from mixquant_sglang.weights.ready_made_experts import ExpertShare
 from mixquant_sglang.weights.refresh import fingerprint
 
 if TYPE_CHECKING:
-    from mixquant_sglang.kernels.experts.base import PackedExperts
+    from mixquant_sglang.kernels.experts.base import PackedExperts, ReadyExperts
     from mixquant_sglang.kernels.rows import Rows
     from mixquant_sglang.layers.packed import Server
+    from mixquant_sglang.weights.ready_made_experts import ReadyMadeExperts
 
 
 class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
     kind = Kind.EXPERTS
 
     def __init__(
-        self, runtime: Server, name: str, prefill: str, decode: str, *, flags: tuple[bool, bool, bool]
+        self,
+        runtime: Server,
+        name: str,
+        prefill: str,
+        decode: str,
+        ready: ReadyMadeExperts | None = None,
+        *,
+        flags: tuple[bool, bool, bool],
     ) -> None:
-        """``flags``: what SGLang gives its own method: Triton kernels of OpenAI's, FlashInfer's, DeepGEMM."""
+        """``ready``: where the NVFP4 copy comes from instead of the masters. ``flags``: what SGLang gives its own
+        method: Triton kernels of OpenAI's, FlashInfer's, DeepGEMM."""
         super().__init__(*flags)
         self.name = name
         self.precision = by_role(prefill, decode)
@@ -50,6 +61,8 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         self._form: Form | None = None
         self._packed: dict[str, PackedExperts] = {}
         self._print: tuple[tuple[int, int], ...] | None = None  # of the masters that the copies were packed from
+        self._ready = ready
+        self._ready_print: tuple[tuple[int, int], ...] | None = None  # of those that the ready-made weights belong to
         self._padded_runner: MoeRunner | None = None
 
     # -- weights ---------------------------------------------------------------------------------------------------
@@ -86,6 +99,9 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         elif isinstance(form, Form):
             # On a CPU SGLang leaves the scaling to the model.
             self._form = form if layer.w13_weight.is_cuda else replace(form, scaling=1.0)
+            if self._ready is not None:
+                with refusing():
+                    self._ready.place(_share(layer, self.masters))
         self._runtime.weights.layers.append(self)
 
     def stay_bf16(self, reason: str) -> None:
@@ -93,7 +109,7 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         self.refusal = reason
         self.precision = by_role("bf16", "bf16")
         self.split = False
-        self._packed = {}
+        self._packed, self._ready = {}, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self._runtime.weights.loaded(self)  # before SGLang may repack the masters for a CPU's own kernels
@@ -173,13 +189,29 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         run, masters, now = self._runtime, self.masters, self._fingerprint()
         for precision in sorted(self.low):
             packed = self._packed.get(precision)
-            if packed is not None:
+            made = self._ready if precision == "nvfp4" else None
+            if packed is None:
+                kernel = packed_experts(precision, run.selection.kernels[precision])
+                scales, environment = run.recipe.scales, run.environment
+                ready = None if made is None else self._reader(made, masters, check=True)
+                self._packed[precision] = kernel(
+                    masters, self._form, scales=scales, ready=ready, environment=environment
+                )
+                self._ready_print = now
+            elif made is not None and now == self._ready_print:
+                packed.replace(self._reader(made, masters, check=False))  # the memory was released in between
+            else:
                 packed.refresh(masters)
-                continue
-            kernel = packed_experts(precision, run.selection.kernels[precision])
-            scales, environment = run.recipe.scales, run.environment
-            self._packed[precision] = kernel(masters, self._form, scales=scales, environment=environment)
+                if made is not None:
+                    made.warn_updated()
         self._print = now
+
+    def _reader(self, made: ReadyMadeExperts, masters: Masters, *, check: bool) -> ReadyExperts:
+        def read(expert: int) -> Ready:
+            with refusing():
+                return Ready(*made.load(expert, masters.w13[expert], masters.w2[expert], check=check))
+
+        return read
 
     # -- products --------------------------------------------------------------------------------------------------
 
@@ -204,18 +236,22 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
                 f"mixquant: {self.name} got {len(x)} rows in a pass of {rows.tokens}, so it cannot tell "
                 f"which are protected; keep it in BF16 with a recipe rule '{{match: {self.name}, prefill: bf16}}'"
             )
-        picked = pick(x, topk, rows)  # before SGLang's run of the others, which may write over x
         out = self._run(running.role, layer, x, topk)
-        high = self._run(Role.PROTECTED, layer, *picked)
+        if x.is_cuda and self.precision[Role.PROTECTED] == "bf16" and len(rows.index) <= FEW_ROWS:
+            from mixquant_sglang.kernels.triton.expert_rows import expert_rows_
+
+            assert self._form is not None
+            expert_rows_(out, rows.index, x.contiguous(), *_routing(topk), self.masters, self._form)
+            return StandardCombineInput(out)
+        high = self._run(Role.PROTECTED, layer, *pick(x, topk, rows))
         rows.scatter(out, high[: len(rows.index)])
         return StandardCombineInput(out)
 
     def _run(self, role: Role, layer: torch.nn.Module, x: torch.Tensor, topk: StandardTopKOutput) -> torch.Tensor:
-        """x BF16 [T, H] -> BF16 [T, H], each row in the precision of ``role``; ids may be -1."""
+        """x BF16 [T, H], which stays as it is -> BF16 [T, H], each row in the precision of ``role``; ids may be -1."""
         precision = self.precision[role]
         if precision != "bf16":
-            weights, ids = topk.topk_weights.float().contiguous(), topk.topk_ids.int().contiguous()
-            return self._packed[precision].run(x.contiguous(), weights, ids)
+            return self._packed[precision].run(x.contiguous(), *_routing(topk))
         dispatched = StandardDispatchOutput(x, None, topk)
         if not x.is_cuda:
             return super().apply(layer, dispatched).hidden_states  # type: ignore[no-any-return]
@@ -234,6 +270,25 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
             for role in (Role.PROMPT, Role.PROTECTED):
                 if self.precision[role] != "bf16" or (self.split and rows == FEW_ROWS):
                     self._run(role, self._layer, x, topk)
+        if self.split and self.precision[Role.PROTECTED] == "bf16" and self._form is not None:
+            from mixquant_sglang.kernels.triton import expert_rows
+
+            for slots in expert_rows.BUCKETS:
+                index = torch.full((slots,), -1, dtype=torch.int64, device=device)
+                expert_rows.expert_rows_(x, index, x, *_routing(topk), self.masters, self._form)
+
+
+def _share(layer: Any, masters: Masters) -> ExpertShare:
+    """What this rank holds of the FusedMoE ``layer``; as ``FusedMoE._map_global_expert_id_to_local_expert_id``."""
+    shared: int = layer.num_fused_shared_experts
+    held, hidden, inner = masters.w2.shape
+    first = layer.moe_ep_rank * (held - shared)
+    local = tuple(range(first, first + held - shared))
+    return ExpertShare(layer.num_experts - shared, local, inner, hidden, layer.moe_tp_rank, layer.moe_tp_size, shared)
+
+
+def _routing(topk: StandardTopKOutput) -> tuple[torch.Tensor, torch.Tensor]:
+    return topk.topk_weights.float().contiguous(), topk.topk_ids.int().contiguous()
 
 
 def pick(x: torch.Tensor, topk: StandardTopKOutput, rows: Rows) -> tuple[torch.Tensor, StandardTopKOutput]:

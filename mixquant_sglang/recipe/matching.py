@@ -7,6 +7,10 @@ first rule that matches wins. A rule that matches nothing is refused, unless it 
 SGLang fuses checkpoint layers: ``qkv_proj`` holds ``q_proj``, ``k_proj`` and ``v_proj`` in one GEMM, which has one
 precision. A rule may name the fused module or its shards. A rule matches a shard if it matches the shard's name or the
 fused name; each shard takes its first rule, and shards that come out different are refused: there is no half-low GEMM.
+
+The experts of a layer are one module of SGLang, ``model.layers.0.mlp.experts``, with one precision. A rule matches it
+by that name, or by the names of all linears of all experts (``re:.*\\.experts\\.\\d+\\.``). One that matches only some
+of them, such as ``experts.3.up_proj`` or ``re:.*down_proj``, is refused, unless an earlier one has the layer.
 """
 
 from __future__ import annotations
@@ -16,8 +20,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.recipe.modules import EXPERT_LEAVES, is_experts
 from mixquant_sglang.recipe.schema import REGEX, LayerRule
 from mixquant_sglang.recipe.text import did_you_mean, nearest, show
+
+_EXPERTS = 512  # numbers that are tried; a rule for a higher one alone matches nothing, which is refused as well
 
 
 class RuleMatcher:
@@ -35,7 +42,10 @@ class RuleMatcher:
         self._matched: set[int] = set()
 
     def precisions(self, name: str, default_prefill: str, default_decode: str) -> tuple[str, str]:
-        """(prefill, decode) of a module; MixQuantError if the shards of a fused module disagree."""
+        """(prefill, decode) of a module; MixQuantError if the shards of a fused module disagree, or if a rule is for
+        some of a layer's experts."""
+        if is_experts(name):
+            return self._result(self._of_experts(name), default_prefill, default_decode)
         shards = self.shards(name)
         by_fused = self._matching(name)
         first = {shard: min(by_fused | self._matching(shard), default=None) for shard in shards or (name,)}
@@ -54,8 +64,11 @@ class RuleMatcher:
 
     def asking(self, name: str) -> tuple[LayerRule, ...]:
         """The rules that decided on a module, and are not optional, where they ask for low precision."""
-        by_fused = self._matching(name)
-        first = {min(by_fused | self._matching(shard), default=None) for shard in self.shards(name) or (name,)}
+        if is_experts(name):
+            first = {self._of_experts(name)}
+        else:
+            by_fused = self._matching(name)
+            first = {min(by_fused | self._matching(shard), default=None) for shard in self.shards(name) or (name,)}
         rules = [self._rules[rule] for rule in sorted(rule for rule in first if rule is not None)]
         return tuple(r for r in rules if not r.optional and {r.prefill, r.decode} - {None, "bf16"})
 
@@ -78,6 +91,25 @@ class RuleMatcher:
         """The checkpoint's modules that the fused module ``name`` holds, in order; none for any other module."""
         parent, dot, leaf = name.rpartition(".")
         return tuple(f"{parent}{dot}{shard}" for shard in self._fused.get(leaf, ()))
+
+    def _of_experts(self, layer: str) -> int | None:
+        """The first rule that matches a MoE layer."""
+        whole = self._matching(layer)
+        for i, (rule, test) in enumerate(zip(self._rules, self._tests, strict=True)):
+            if i in whole:
+                return i
+            linears = [
+                [test(f"{layer}.{e}.{leaf}") for e in range(_EXPERTS) for leaf in each] for each in EXPERT_LEAVES
+            ]
+            if any(map(any, linears)):
+                self._matched.add(i)
+                if any(map(all, linears)):
+                    return i
+                raise MixQuantError(
+                    f"{rule.where} layers.match: {show(rule.match)} matches some linears of the experts of {layer}, "
+                    f"which run in one precision; allowed: {layer!r}, {REGEX}.*\\.experts$, or a rule that matches none"
+                )
+        return None
 
     def _matching(self, name: str) -> set[int]:
         """Every rule that matches this very name, by its place; remembers them."""

@@ -52,6 +52,11 @@ _TABLES = frozenset({"lm_head", "embed_tokens"})
 
 _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
+# One linear of one routed expert in a checkpoint; ``experts`` is the MoE layer, as SGLang has it in one module.
+_EXPERT = re.compile(r"(?P<layer>(?:.*\.)?experts)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)")
+# What the linears of an expert are called: gate, up, down; the first two are one GEMM.
+EXPERT_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
 
 def why_bf16(name: str) -> str | None:
     """Why the module ``name`` is BF16 whatever the recipe says; None if its name does not say so."""
@@ -65,7 +70,12 @@ def why_bf16(name: str) -> str | None:
 
 def is_outside(name: str) -> bool:
     """Whether ``name`` lies below a tower or a projector."""
-    return not _TOWERS.isdisjoint(name.split(".")[:-1])
+    return tower_of(name) is not None
+
+
+def tower_of(name: str) -> str | None:
+    """What the tower or projector is called below which ``name`` lies."""
+    return next((part for part in name.split(".")[:-1] if part in _TOWERS), None)
 
 
 def is_draft(name: str) -> bool:
@@ -79,8 +89,19 @@ def block_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def expert_of(name: str) -> tuple[str, int, str] | None:
+    """(MoE layer, number of the expert, name of the linear in it) of ``model.layers.0.mlp.experts.3.up_proj``; None for
+    what is no linear of one routed expert."""
+    found = _EXPERT.fullmatch(name)
+    return (found["layer"], int(found["expert"]), found["leaf"]) if found else None
+
+
+def is_experts(name: str) -> bool:
+    """Whether ``name`` is that of a MoE layer's routed experts: one module of SGLang."""
+    return name.rpartition(".")[2] == "experts"
+
+
 def is_never_low(name: str) -> bool:
-    """Whether no linear of SGLang that a recipe makes low can be the checkpoint's module ``name``: tables of tokens,
-    experts, draft layers, and what lies outside of the language model."""
-    *path, leaf = name.split(".")
-    return leaf in _TABLES or "experts" in path or is_draft(name) or is_outside(name)
+    """Whether nothing of SGLang that a recipe makes low can be the checkpoint's module ``name``: tables of tokens,
+    draft layers, and what lies outside of the language model."""
+    return name.rpartition(".")[2] in _TABLES or is_draft(name) or is_outside(name)

@@ -196,7 +196,10 @@ SURFACE: tuple[Row, ...] = (
     Row("sglang.srt.layers.linear.QKVParallelLinear", ("num_kv_head_replicas",), "layers/linear.py"),
     Row(
         "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE",
-        ("quant_method", "use_triton_kernels", "use_flashinfer_trtllm_moe", "use_deep_gemm", "moe_runner_config"),
+        (
+            *("quant_method", "use_triton_kernels", "use_flashinfer_trtllm_moe", "use_deep_gemm", "moe_runner_config"),
+            *("num_experts", "num_fused_shared_experts", "moe_ep_rank", "moe_tp_rank", "moe_tp_size"),
+        ),
         "host/config.py, layers/experts.py",
     ),
     Row(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ import torch
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.weights.json_file import read_object
-from mixquant_sglang.weights.shard import DTYPES, Stored, read_bytes, read_header
+from mixquant_sglang.weights.shard import DTYPES, Stored, item_bytes, read_bytes, read_header
 
 INDEX = "model.safetensors.index.json"
 
 _CHUNK = 2**26
+_READ = {**DTYPES, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 _SMALL = 2**26  # a larger file beside the shards is no tokenizer, but weights in another format
 _WEIGHTS = (".safetensors", "safetensors.index.json", ".bin", "bin.index.json", ".pt", ".pth", ".gguf", ".onnx", ".h5")
 
@@ -71,12 +72,21 @@ class Source:
         return cls(folder, shards, sharded, config, tensors, fingerprint, tuple(others))
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor of a dtype in ``DTYPES``, on the CPU, in memory of its own."""
+        """One tensor of plain floating point, U8 or F8_E4M3, on the CPU, in memory of its own."""
+        return self._read(self.tensors[name])
+
+    def read_rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        """[count, K]: rows ``first`` to ``first + count`` of a tensor [..., K], all dimensions but the last taken as
+        one; like ``read``, and no other bytes are read."""
         stored = self.tensors[name]
+        begin = stored.begin + first * stored.shape[-1] * item_bytes(stored.dtype)
+        return self._read(replace(stored, shape=(count, stored.shape[-1]), begin=begin))
+
+    def _read(self, stored: Stored) -> torch.Tensor:
         if not stored.nbytes:
-            return torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+            return torch.empty(stored.shape, dtype=_READ[stored.dtype])
         (data,) = read_bytes(self.folder / stored.shard, stored, stored.nbytes)
-        return torch.frombuffer(data, dtype=DTYPES[stored.dtype]).view(stored.shape)
+        return torch.frombuffer(data, dtype=_READ[stored.dtype]).view(stored.shape)
 
     def chunks(self, name: str) -> Iterator[bytearray]:
         """The bytes of one tensor of any dtype, 64 MiB at a time."""

@@ -18,21 +18,23 @@ _ALLOWED = f"allowed: compressed-tensors' {_COMPRESSED} and ModelOpt's {' and '.
 
 @dataclass(frozen=True)
 class Layout:
-    """The last parts of the tensors' names.  ``encodes``: the tensor scale is stored as its reciprocal.  ``known``: all
-    that a quantised linear may have; biases and scales of activations and KV cache among them, which are not read."""
+    """The last parts of the tensors' names.  ``encodes``: tensor scales are stored as their reciprocals, [1]; else as
+    they are, without a dimension.  ``input_scale``: that of activations.  ``known``: all that a quantised linear may
+    have; biases and scales of activations and KV cache among them, which are not read."""
 
     name: str
     codes: str
     scales: str
     tensor_scale: str
+    input_scale: str
     encodes: bool
     known: frozenset[str]
 
     @classmethod
-    def of(cls, name: str, codes: str, tensor_scale: str, unread: str, *, encodes: bool) -> Layout:
+    def of(cls, name: str, codes: str, tensor_scale: str, input_scale: str, *, encodes: bool) -> Layout:
         kv_cache = ("k_scale", "v_scale", "q_scale", "output_scale")
-        known = frozenset((codes, "weight_scale", tensor_scale, unread, "bias", *kv_cache))
-        return cls(name, codes, "weight_scale", tensor_scale, encodes, known)
+        known = frozenset((codes, "weight_scale", tensor_scale, input_scale, "bias", *kv_cache))
+        return cls(name, codes, "weight_scale", tensor_scale, input_scale, encodes, known)
 
 
 COMPRESSED_TENSORS = Layout.of(

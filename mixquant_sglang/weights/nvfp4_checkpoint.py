@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import BLOCK
@@ -26,6 +25,7 @@ class NVFP4Checkpoint:
     source: Source
     layout: Layout
     quantised: dict[str, set[str]]  # module -> the last parts of its tensors' names
+    taken: set[str] = field(default_factory=set)  # modules that a layer of SGLang takes
     _warned: bool = field(default=False, init=False)
 
     @property
@@ -90,17 +90,18 @@ class NVFP4Checkpoint:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "mixquant: the BF16 weights were updated, so linears that changed no longer prefill with the "
+                "mixquant: the BF16 weights were updated, so layers that changed no longer prefill with the "
                 "ready-made weights of %s, but are quantised from the new BF16 weights",
                 self.folder,
             )
 
     def _slice(self, name: str, rows: slice, columns: slice, per: int) -> torch.Tensor:
-        if columns.start is not None:
-            columns = slice(columns.start // per, columns.stop // per)
+        """[rows, columns]; reads the rows whole."""
+        first, stop, _ = rows.indices(self.source.tensors[name].shape[0])
         try:
-            with safe_open(self.file(name), "pt") as file:
-                values: torch.Tensor = file.get_slice(name)[rows, columns]
-        except (SafetensorError, OSError) as error:
+            values = self.source.read_rows(name, first, stop - first)
+        except OSError as error:
             raise MixQuantError(f"{self.file(name)}: {name} cannot be read: {error}") from None
+        if columns.start is not None:
+            values = values[:, columns.start // per : columns.stop // per]
         return values.contiguous()

@@ -234,7 +234,7 @@ def test_an_update_replaces_them(
             assert torch.equal(held, expected)
             assert torch.equal(model.apply(same, y, Pass(Role.PROMPT)), before[1])
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [
-        "mixquant: the BF16 weights were updated, so linears that changed no longer prefill with the ready-made "
+        "mixquant: the BF16 weights were updated, so layers that changed no longer prefill with the ready-made "
         f"weights of {folder}, but are quantised from the new BF16 weights"
     ]
     for linear, layer in model.linears.items():
@@ -260,7 +260,7 @@ def test_what_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     of_o_proj = {n: t.clone() for n, t in ready.items() if n.startswith(LINEARS[3])}
     extra = {f"model.layers.0.extra.{n.rpartition('.')[2]}": t for n, t in of_o_proj.items()}
     extended = save(tmp_path / "extended", {**ready, **extra}, config)
-    with pytest.raises(SystemExit, match=r"model\.layers\.0\.extra\.weight_packed belongs to no linear of this model"):
+    with pytest.raises(SystemExit, match=r"model\.layers\.0\.extra\.weight_packed belongs to no layer of this model"):
         Model(monkeypatch, extended, made).load().finish()
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixquant_sglang.formats import nvfp4
-from mixquant_sglang.tools.quantize.checkpoint import quantization_config
+from mixquant_sglang.tools.quantize.configs import quantization_config
 from mixquant_sglang.tools.quantize.scales import encode_scale
 from mixquant_sglang.tools.quantize.targets import Targets
 from mixquant_sglang.weights.checkpoint import INDEX

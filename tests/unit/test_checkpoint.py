@@ -25,7 +25,8 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.tools import cli
 from mixquant_sglang.tools.quantize import checkpoint, command, writer
-from mixquant_sglang.tools.quantize.checkpoint import quantization_config, quantize_checkpoint
+from mixquant_sglang.tools.quantize.checkpoint import quantize_checkpoint
+from mixquant_sglang.tools.quantize.configs import quantization_config
 from mixquant_sglang.tools.quantize.progress import COLUMNS, PROGRESS, locked
 from mixquant_sglang.tools.quantize.scales import encode_scale
 from mixquant_sglang.tools.quantize.targets import Targets
@@ -170,7 +171,7 @@ def test_config_is_the_preset_of_compressed_tensors(tmp_path: Path) -> None:
             assert getattr(ours, key) == getattr(theirs, key)
     assert parsed.ignore is not None
     assert set(parsed.ignore) == {
-        *("lm_head", "model.layers.2.self_attn.q_proj", "visual.layers.0.attn.q_proj"),
+        *("lm_head", "model.layers.2.self_attn.q_proj", "visual.layers.0.attn.q_proj", r"re:(.*\.)?visual\."),
         *(f"model.layers.{layer}.{leaf}" for layer in (0, 1) for leaf in ("mlp.gate", "self_attn.kv_b_proj")),
     }
 

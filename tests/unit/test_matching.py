@@ -140,6 +140,66 @@ def test_a_fused_layer_at_the_root() -> None:
     assert ask(asked, "mlp.gate_up_proj") == ("nvfp4", "bf16")
 
 
+# Experts
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        EXPERTS,
+        r"re:.*\.experts$",
+        r"re:.*\.experts",
+        r"re:.*\.mlp\.",
+        r"re:.*\.experts\.\d+\.",
+        r"re:.*\.experts\.[0-9]+\.(gate|up|down)_proj$",
+        r"re:.*\.experts\.\d+\.w[123]$",
+        r"re:.*\.(gate|up|down)_proj$",
+    ],
+)
+def test_a_rule_for_experts_is_for_all_of_a_layer(pattern: str) -> None:
+    asked = matcher((pattern, "fp8", None))
+    assert ask(asked, EXPERTS) == ("fp8", "bf16")
+    assert [rule.match for rule in asked.asking(EXPERTS)] == [pattern]
+    assert asked.unmatched() == ()
+    assert ask(asked, "model.layers.0.self_attn.o_proj") == ("nvfp4", "bf16")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        f"{EXPERTS}.3.gate_proj",
+        r"re:.*\.experts\.3\.",
+        r"re:.*\.experts\.[0-9]\.",
+        r"re:.*\.experts\.\d+\.down_proj",
+        r"re:.*down_proj",
+        r"re:.*\.experts\.\d+\.w2$",
+        r"re:.*\.experts\.511\.w2$",
+    ],
+)
+def test_a_rule_for_some_experts_is_refused(pattern: str) -> None:
+    message = refusal(matcher(("re:.*o_proj", "fp8", None), (pattern, "bf16", None)), EXPERTS)
+    assert message == (
+        f"r.yaml:2 layers.match: {pattern!r} matches some linears of the experts of {EXPERTS}, which run in one "
+        rf"precision; allowed: '{EXPERTS}', re:.*\.experts$, or a rule that matches none"
+    ).replace("\\\\", "\\")
+
+
+def test_an_earlier_rule_for_the_experts_beats_one_for_some() -> None:
+    asked = matcher((r"re:.*\.experts$", "fp8", None), (r"re:.*down_proj", "bf16", None))
+    assert ask(asked, EXPERTS) == ("fp8", "bf16")
+    assert ask(asked, DOWN) == ("bf16", "bf16")
+    assert ask(asked, "model.layers.0.mlp.shared_expert.down_proj") == ("bf16", "bf16")
+
+
+def test_shared_experts_are_linears() -> None:
+    asked = matcher((r"re:.*\.shared_experts\.", "fp8", None))
+    assert ask(asked, EXPERTS) == ("nvfp4", "bf16")
+    assert ask(asked, "model.layers.0.mlp.shared_experts.gate_up_proj") == ("fp8", "bf16")
+    assert asked.asking(EXPERTS) == ()
+
+
 # Rules that match nothing
 
 

@@ -7,6 +7,7 @@ from mixquant_sglang.recipe.modules import (
     NEVER,
     OUTSIDE,
     block_of,
+    expert_of,
     is_draft,
     is_never_low,
     is_outside,
@@ -61,10 +62,28 @@ def test_what_no_linear_takes() -> None:
     for name in (
         "lm_head",
         "model.embed_tokens",
-        "model.layers.0.mlp.experts.7.up_proj",
         "mtp.fc",
+        "mtp.layers.0.mlp.experts.7.up_proj",
         "visual.blocks.0.fc",
     ):
         assert is_never_low(name), name
-    for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.shared_expert.up_proj", "model.experts"):
+    for name in (
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.shared_expert.up_proj",
+        "model.layers.0.mlp.experts.7.up_proj",
+        "model.experts",
+    ):
         assert not is_never_low(name), name
+
+
+def test_linears_of_experts() -> None:
+    assert expert_of("model.layers.0.mlp.experts.12.up_proj") == ("model.layers.0.mlp.experts", 12, "up_proj")
+    assert expert_of("a.block_sparse_moe.experts.3.w2") == ("a.block_sparse_moe.experts", 3, "w2")
+    for name in (
+        "a.experts",
+        "a.shared_experts.0.up_proj",
+        "a.experts.up_proj",
+        "a.experts.3",
+        "a.experts.3.up_proj.x",
+    ):
+        assert expert_of(name) is None, name

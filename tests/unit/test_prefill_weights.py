@@ -274,7 +274,7 @@ def test_layers_that_the_checkpoint_keeps(tmp_path: Path) -> None:
 
 def test_what_no_linear_takes(tmp_path: Path) -> None:
     made = bf16_tensors()
-    extra = ["lm_head", "model.layers.0.mlp.experts.3.up_proj", "model.layers.2.self_attn.q_proj", "mtp.layers.0.q"]
+    extra = ["lm_head", "model.layers.2.mlp.experts.3.up_proj", "model.layers.2.self_attn.q_proj", "mtp.layers.0.q"]
     for name in extra:
         made.setdefault(f"{name}.weight", torch.randn(16, 32).bfloat16())
     weights = opened(save(tmp_path / "ready", *tiny.compressed_tensors(made, [*LINEARS[:-1], *extra])))
@@ -286,7 +286,7 @@ def test_what_no_linear_takes(tmp_path: Path) -> None:
         if name not in ("mlp.gate_up_proj", "mlp.down_proj"):
             weights.linear(f"model.layers.1.{name}", shards_of(f"model.layers.1.{name}"))
     weights.keep("model.layers.1.mlp.down_proj", (), "by rule of the recipe")  # and is not quantised there
-    with pytest.raises(MixQuantError, match=r"mlp\.(gate|up)_proj\.weight_packed belongs to no linear of this model"):
+    with pytest.raises(MixQuantError, match=r"mlp\.(gate|up)_proj\.weight_packed belongs to no layer of this model"):
         weights.check_all_taken()
     weights.linear("model.layers.1.mlp.gate_up_proj", shards_of("model.layers.1.mlp.gate_up_proj"))
     weights.check_all_taken()

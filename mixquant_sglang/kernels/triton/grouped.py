@@ -104,7 +104,7 @@ def grouped_matmul(
         total *= weighted
         second *= weighted
     if GATED:
-        total = _activated(total, second, alpha, limit, ACT)
+        total = activated(total, second, alpha, limit, ACT)
     tl.store(out_ptrs, total.to(tl.bfloat16), mask=wanted)
 
 
@@ -130,7 +130,7 @@ def _tile(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _activated(gate: tl.tensor, up: tl.tensor, alpha: tl.tensor, limit: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
+def activated(gate: tl.tensor, up: tl.tensor, alpha: tl.tensor, limit: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
     if ACT == "silu":
         root = tl.rsqrt(1.0 + tl.exp2(gate * -1.4426950408889634))
         return gate * root * root * up

@@ -11,10 +11,22 @@ from typing import Any
 
 import torch
 
-from mixquant_sglang.kernels.triton import activations, few_rows, grouped, row_kernels, rows, scale_search, unpack
+from mixquant_sglang.kernels.triton import (
+    activations,
+    expert_rows,
+    few_rows,
+    grouped,
+    row_kernels,
+    rows,
+    scale_search,
+    unpack,
+)
 
 ROWS = 16  # of what is launched; any number is of the same kind
 KERNELS: tuple[Any, ...] = (
+    expert_rows._up,
+    expert_rows._down,
+    expert_rows._combine,
     few_rows._linear_rows,
     grouped.grouped_matmul,
     row_kernels.quantize_rows,

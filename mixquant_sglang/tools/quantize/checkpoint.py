@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -14,14 +13,16 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.formats import BLOCK, nvfp4
+from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.tools.quantize import writer
 from mixquant_sglang.tools.quantize.calibration import Inputs, measure_inputs, read_samples
+from mixquant_sglang.tools.quantize.configs import modelopt_file, quantization_config
 from mixquant_sglang.tools.quantize.progress import COLUMNS, PROGRESS, Progress, locked
 from mixquant_sglang.tools.quantize.quantizer import Quantizer
 from mixquant_sglang.tools.quantize.targets import Targets
 from mixquant_sglang.tools.quantize.writer import publish
 from mixquant_sglang.weights.checkpoint import INDEX, Source
+from mixquant_sglang.weights.layouts import COMPRESSED_TENSORS, MODELOPT, Layout
 
 WEIGHTED = "weighted"
 SCALES = (*nvfp4.SCALE_MODES, WEIGHTED)
@@ -35,9 +36,10 @@ def quantize_checkpoint(
     ignore: Sequence[str] = (),
     device: str = "cpu",
     calibration: Path | None = None,
+    layout: Layout = COMPRESSED_TENSORS,
 ) -> Targets:
-    """Writes ``out``, or finishes it; returns what was done. Holds one linear, or two of a fused group, and the
-    temporaries of ``nvfp4.quantize`` in memory; the whole model only while it calibrates."""
+    """Writes ``out``, or finishes it; returns what was done. Holds one linear (of one expert), or two of a fused group,
+    and the temporaries of ``nvfp4.quantize`` in memory; the whole model only while it calibrates."""
     if device == "cuda" and not torch.cuda.is_available():
         raise MixQuantError("--device cuda: this machine has no CUDA device that torch can use; use --device cpu")
     if scales == WEIGHTED and calibration is None:
@@ -56,6 +58,7 @@ def quantize_checkpoint(
     settings = {
         "mixquant": __version__,
         "scales": scales,
+        "layout": layout.name,
         "ignore": list(ignore),
         "calibration": hashlib.sha256(json.dumps(samples).encode()).hexdigest() if samples else None,
     }
@@ -69,7 +72,7 @@ def quantize_checkpoint(
             progress.input_amax = inputs.amax
             progress.save()
         inputs = Inputs(progress.input_amax, load_file(out / COLUMNS) if weighted else {})
-        _write(Quantizer(source, targets, inputs, scales, device), progress)
+        _write(Quantizer(source, targets, inputs, scales, device, layout), progress)
     return targets
 
 
@@ -91,42 +94,12 @@ def _write(quantizer: Quantizer, progress: Progress) -> None:
         size = sum((out / shard).stat().st_size for shard in source.shards)
         where = {name: shard for shard in source.shards for name in sorted(shapes[shard])}
         publish(out / INDEX, [_pretty({"metadata": {"total_size": size}, "weight_map": where})])
-    config = {**source.config, "quantization_config": quantization_config(quantizer.targets)}
-    publish(out / "config.json", [_pretty(config)])
+    quantization = quantization_config(quantizer.targets, quantizer.layout)
+    if quantizer.layout is MODELOPT:
+        publish(out / "hf_quant_config.json", [_pretty(modelopt_file(quantization))])
+    publish(out / "config.json", [_pretty({**source.config, "quantization_config": quantization})])
     (out / COLUMNS).unlink(missing_ok=True)
     (out / PROGRESS).unlink()
-
-
-def quantization_config(targets: Targets) -> dict[str, Any]:
-    """As llm-compressor's scheme NVFP4, in the keys that each compressed-tensors since 0.10 reads."""
-    weights = {
-        "num_bits": 4,
-        "type": "float",
-        "strategy": "tensor_group",
-        "group_size": BLOCK,
-        "symmetric": True,
-        "dynamic": False,
-        "observer": "minmax",
-        "observer_kwargs": {},
-        "actorder": None,
-        "block_structure": None,
-    }
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": {**weights, "dynamic": "local"},
-        "output_activations": None,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "nvfp4-pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        # a tied lm_head is a Linear without a tensor of its own; embeddings are none
-        "ignore": list(dict.fromkeys(["lm_head", *(name for name in targets.kept if "embed" not in name)])),
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
 
 
 def _pretty(value: object) -> bytes:

@@ -1,17 +1,22 @@
 """``mixquant quantize MODEL OUT``: a BF16 checkpoint becomes an NVFP4 one, as compressed-tensors writes it (W4A4).
 
-Each linear of a transformer block gets ``weight_packed`` uint8 [N, K/2] and ``weight_scale`` float8_e4m3fn [N, K/16]
-of ``formats.nvfp4``, ``weight_global_scale`` and ``input_global_scale`` float32 [1]; everything else is copied byte by
-byte, shard by shard, under the same names. The values are those of ``NVFP4Tensor(weight_packed, weight_scale, 1/g)``
-with g = ``weight_global_scale``: compressed-tensors 0.20 decompresses to the same BF16 numbers, all of them.
+Each linear of a transformer block, those of experts too (``experts.py``), gets ``weight_packed`` uint8 [N, K/2] and
+``weight_scale`` float8_e4m3fn [N, K/16] of ``formats.nvfp4``, ``weight_global_scale`` and ``input_global_scale``
+float32 [1]; everything else is copied byte by byte, shard by shard, under the same names. The values are those of
+``NVFP4Tensor(weight_packed, weight_scale, 1/g)`` with g = ``weight_global_scale``: compressed-tensors 0.20 decompresses
+to the same BF16 numbers, all of them.
+
+``--layout modelopt`` writes the same numbers as ModelOpt does: ``weight`` uint8, ``weight_scale``, ``weight_scale_2`` =
+1/g and ``input_scale``, without a dimension, and ``hf_quant_config.json``.
 
 g is 448*6/max|w| in FP32, compressed-tensors' ``generate_gparam``; layers that an engine fuses into one GEMM (q, k, v;
-gate, up) share the maximum. compressed-tensors computes ``e2m1 * (scale / g)`` and we ``(e2m1 * scale) * (1/g)``; for
-one g in forty some number differs in BF16, and then g goes down by an ulp until none does.
+gate and up, those of one expert too) share the maximum. compressed-tensors computes ``e2m1 * (scale / g)`` and we
+``(e2m1 * scale) * (1/g)``; for one g in forty some number differs in BF16, and then g goes down by an ulp until none
+does.
 
-``input_global_scale`` is 448*6/max|input| with ``--calibration``. Without, it is 1.0: block scales then reach inputs up
-to 2688, are exact to E4M3 for blocks whose maximum is at least 0.094, and zero under 0.006. It is for other engines:
-mixquant scales each token by itself and does not read it.
+``input_global_scale`` is 448*6/max|input| with ``--calibration``, for all experts of a layer alike. Without, it is 1.0:
+block scales then reach inputs up to 2688, are exact to E4M3 for blocks whose maximum is at least 0.094, and zero under
+0.006. It is for other engines: mixquant scales each token by itself and does not read it.
 
 ``--scales weighted`` searches block scales (``formats.nvfp4``) with each column's errors weighted by the mean square of
 that column's inputs in the calibration run: the squared error of the output, if inputs are uncorrelated. It exists here
@@ -19,7 +24,8 @@ alone: a server that packs at load has seen no input.
 
 Kept as they are: embeddings, lm_head, norms, routers, kv_b_proj, vision and audio towers, draft layers, what
 ``--ignore`` names, linears whose K is no multiple of 16, and every name that ``targets.py`` does not know. Refused
-(MixQuantError): quantised or integer checkpoints, NaN or infinity, ``--ignore`` that matches nothing or splits a group.
+(MixQuantError): quantised or integer checkpoints, NaN or infinity, ``--ignore`` that matches nothing or splits a group
+or a layer's experts, and experts that cannot be written one by one.
 """
 
 from __future__ import annotations
@@ -32,6 +38,9 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.tools.quantize.checkpoint import SCALES, quantize_checkpoint
 from mixquant_sglang.tools.quantize.scales import WINDOW
 from mixquant_sglang.weights.checkpoint import INDEX
+from mixquant_sglang.weights.layouts import COMPRESSED_TENSORS, MODELOPT
+
+LAYOUTS = {"compressed-tensors": COMPRESSED_TENSORS, "modelopt": MODELOPT}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.jsonl",
         help='lines of {"text": ...} or {"messages": [...]}: runs the whole model over them (transformers) for its '
         f"input scales (without: {WINDOW}; mixquant itself does not need them) and for --scales weighted",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default="compressed-tensors",
+        help="whose names and config to write (default: compressed-tensors); the numbers are the same",
     )
     parser.add_argument(
         "--ignore",
@@ -74,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             ignore=args.ignore,
             device=args.device,
             calibration=args.calibration,
+            layout=LAYOUTS[args.layout],
         )
     except KeyboardInterrupt:
         print(f"\nmixquant: interrupted; {again}", file=sys.stderr)
@@ -88,5 +104,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"kept as it is ({reason}): {', '.join(modules[:4])}{more}")
     if targets.left_out:
         print(f"left out (not in {INDEX}): {', '.join(targets.left_out)}")
-    print(f"{args.out}: {len(targets.quantised)} linears in NVFP4, {args.scales} scales")
+    experts = f" ({targets.experts} of experts)" if targets.experts else ""
+    print(f"{args.out}: {len(targets.quantised)} linears{experts} in NVFP4, {args.scales} scales")
     return 0

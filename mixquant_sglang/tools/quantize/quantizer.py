@@ -15,35 +15,39 @@ from mixquant_sglang.tools.quantize.scales import encode_scale, input_scale
 from mixquant_sglang.tools.quantize.targets import WEIGHT, Targets
 from mixquant_sglang.tools.quantize.writer import Bytes, bytes_of
 from mixquant_sglang.weights.checkpoint import Source
+from mixquant_sglang.weights.layouts import COMPRESSED_TENSORS, Layout
 from mixquant_sglang.weights.shard import DTYPES
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """``inputs``: what calibration found. ``scales``: as on the command line. ``device``: where to compute."""
+    """``inputs``: what calibration found. ``scales``: as on the command line. ``device``: where to compute. ``layout``:
+    of the result."""
 
     source: Source
     targets: Targets
     inputs: Inputs
     scales: str
     device: str
+    layout: Layout = COMPRESSED_TENSORS
     # weight_global_scale by group, which may lie in several shards
     _global_scales: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
 
     def shapes(self, shard: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (safetensors dtype, shape) of one shard of the result."""
         made: dict[str, tuple[str, tuple[int, ...]]] = {}
+        layout, one = self.layout, (1,) if self.layout.encodes else ()
         for name, stored in self.source.tensors.items():
             if stored.shard != shard:
                 continue
-            if (module := self._target(name)) is None:
+            if name not in self.targets.made_of:
                 made[name] = stored.dtype, stored.shape
-                continue
-            n, k = stored.shape
-            made[f"{module}.weight_packed"] = "U8", (n, k // 2)
-            made[f"{module}.weight_scale"] = "F8_E4M3", (n, k // BLOCK)
-            made[f"{module}.weight_global_scale"] = "F32", (1,)
-            made[f"{module}.input_global_scale"] = "F32", (1,)
+            for module in self.targets.made_of.get(name, ()):
+                n, k = self._shape(module)
+                made[f"{module}.{layout.codes}"] = "U8", (n, k // 2)
+                made[f"{module}.{layout.scales}"] = "F8_E4M3", (n, k // BLOCK)
+                made[f"{module}.{layout.tensor_scale}"] = "F32", one
+                made[f"{module}.{layout.input_scale}"] = "F32", one
         return made
 
     def pieces(self, shard: str, tick: Callable[[int], object]) -> Iterator[tuple[str, Bytes]]:
@@ -51,26 +55,40 @@ class Quantizer:
         for name, stored in self.source.tensors.items():
             if stored.shard != shard:
                 continue
-            if module := self._target(name):
-                yield from self._quantised(module)
+            if modules := self.targets.made_of.get(name):
+                for module in modules:
+                    yield from self._quantised(module)
+                    tick(stored.nbytes // len(modules))
             else:
                 for chunk in self.source.chunks(name):
                     if stored.dtype in DTYPES:
                         self._amax(name, torch.frombuffer(chunk, dtype=DTYPES[stored.dtype]))
                     yield name, chunk
-            tick(stored.nbytes)
+                tick(stored.nbytes)
 
-    def _target(self, name: str) -> str | None:
-        module = name.removesuffix(WEIGHT)
-        return module if name.endswith(WEIGHT) and module in self.targets.quantised else None
+    def _shape(self, module: str) -> tuple[int, int]:
+        if part := self.targets.parts.get(module):
+            return part.n, part.k
+        n, k = self.source.tensors[module + WEIGHT].shape
+        return n, k
+
+    def _read(self, module: str) -> torch.Tensor:
+        """[N, K], of an expert among others too."""
+        part = self.targets.parts.get(module)
+        if part is None:
+            return self.source.read(module + WEIGHT).to(self.device)
+        rows = self.source.tensors[part.tensor].shape[1]
+        if part.transposed:
+            whole = self.source.read_rows(part.tensor, part.expert * rows, rows).to(self.device)
+            return whole[:, part.start : part.start + part.n].t().contiguous()
+        return self.source.read_rows(part.tensor, part.expert * rows + part.start, part.n).to(self.device)
 
     def _quantised(self, module: str) -> Iterator[tuple[str, Bytes]]:
-        group = self.targets.quantised[module]
-        weight = self.source.read(module + WEIGHT).to(self.device)
+        group, layout = self.targets.quantised[module], self.layout
+        weight = self._read(module)
         if group not in self._global_scales:
-            others = (member + WEIGHT for member in group if member != module)
-            amax = max((self._amax(other, self.source.read(other).to(self.device)) for other in others), default=0.0)
-            self._global_scales[group] = encode_scale(max(amax, self._amax(module + WEIGHT, weight)))
+            amax = max((self._largest(other, self._read(other)) for other in group if other != module), default=0.0)
+            self._global_scales[group] = encode_scale(max(amax, self._largest(module, weight)))
         global_scale = self._global_scales[group]
         quantised = quantize_nvfp4(
             weight,
@@ -78,10 +96,15 @@ class Quantizer:
             tensor_scale=global_scale.reciprocal()[0],
             column_weights=self.inputs.energy.get(module),
         )
-        yield f"{module}.weight_packed", bytes_of(quantised.packed)
-        yield f"{module}.weight_scale", bytes_of(quantised.block_scales)
-        yield f"{module}.weight_global_scale", bytes_of(global_scale)
-        yield f"{module}.input_global_scale", bytes_of(input_scale(self.inputs.amax.get(module)))
+        of_inputs = input_scale(self.inputs.amax.get(module))
+        yield f"{module}.{layout.codes}", bytes_of(quantised.packed)
+        yield f"{module}.{layout.scales}", bytes_of(quantised.block_scales)
+        for leaf, scale in ((layout.tensor_scale, global_scale), (layout.input_scale, of_inputs)):
+            yield f"{module}.{leaf}", bytes_of(scale if layout.encodes else scale.reciprocal())
+
+    def _largest(self, module: str, weight: torch.Tensor) -> float:
+        part = self.targets.parts.get(module)
+        return self._amax(part.tensor if part else module + WEIGHT, weight)
 
     def _amax(self, name: str, x: torch.Tensor) -> float:
         """Largest magnitude of ``x``; refuses NaN and infinity under ``name``."""

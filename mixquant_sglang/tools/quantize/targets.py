@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels.limits import BLOCK
 from mixquant_sglang.recipe import REGEX, did_you_mean, nearest, show
-from mixquant_sglang.recipe.modules import NEVER, SCALE_GROUPS, block_of, is_draft, why_bf16
+from mixquant_sglang.recipe.modules import NEVER, SCALE_GROUPS, block_of, expert_of, is_draft, why_bf16
+from mixquant_sglang.tools.quantize import experts
+from mixquant_sglang.tools.quantize.experts import Part
 from mixquant_sglang.weights.checkpoint import Source
 from mixquant_sglang.weights.shard import DTYPES
 
@@ -22,14 +25,20 @@ _QUANTISED = re.compile(
 )
 
 
+# SGLang's loader of Llama-4 puts rows of q and k in another order (``permute_qk_weight_for_rotary``), of BF16 alone.
+_REORDERED = "SGLang's loader reorders it, which it can do in BF16 alone"
+
+
 @dataclass(frozen=True)
 class Targets:
     """Which linears are quantised. ``quantised``: module -> the modules with which it shares its scales, itself among
-    them; ``kept``: other modules with a matrix for a weight -> why they stay as they are."""
+    them; ``kept``: other modules with a matrix for a weight, and MoE layers, -> why they stay as they are; ``parts``:
+    modules of ``quantised`` that have no tensor of their own."""
 
     quantised: dict[str, tuple[str, ...]]
     kept: dict[str, str]
     left_out: tuple[str, ...] = ()  # safetensors of the folder that are not the checkpoint's
+    parts: dict[str, Part] = field(default_factory=dict)
 
     @classmethod
     def of(cls, source: Source, ignore: Sequence[str]) -> Targets:
@@ -41,13 +50,38 @@ class Targets:
             for name, stored in source.tensors.items()
             if name.endswith(WEIGHT) and len(stored.shape) == 2
         }
-        # experts in one tensor: no linear for us, but an engine has to hear that they are not quantised
-        packed = {name.rpartition(".")[0] for name, stored in source.tensors.items() if len(stored.shape) == 3}
-        ignored, layers = _ignored([*shapes, "lm_head"], ignore), _layers(source, config)
-        quantised, kept = [], dict.fromkeys(sorted(p for p in packed if p.endswith("experts")), "experts in one tensor")
+        layers, family = _layers(source, config), _family(source, config)
+        experts.elsewhere(source, config, layers)
+        moe = experts.by_layer(shapes)
+        in_one = experts.layers_in_one(source)
+        kept: dict[str, str] = dict.fromkeys((e for e in in_one if not is_target(f"{e}.0.up_proj", layers)), NEVER)
+        ignored = _ignored([*shapes, *moe, *in_one, "lm_head"], ignore, optional=bool(in_one))
+        parts: dict[str, Part] = {}
+        for layer in in_one.keys() - kept.keys():
+            if layer in ignored:
+                kept[layer] = f"--ignore {ignored[layer]}"
+            else:
+                parts |= experts.split(source, layer, in_one[layer], family)
+        shapes |= {module: (part.n, part.k) for module, part in parts.items()}
+        ignored = _ignored([*shapes, *moe, *in_one, "lm_head"], ignore)
+        quantised = []
+        for layer, modules in experts.by_layer(shapes).items():
+            pattern = experts.ignored_whole(layer, modules, ignored)
+            if not all(is_target(module, layers) for module in modules):
+                kept[layer] = NEVER
+            elif pattern is not None:
+                kept[layer] = f"--ignore {pattern}"
+            elif why := experts.why_kept(source, layer, {module: shapes[module] for module in modules}):
+                kept[layer] = why
+            else:
+                quantised += modules
         for module, (_, k) in shapes.items():
+            if expert_of(module):
+                continue
             if not is_target(module, layers):
                 kept[module] = NEVER
+            elif family.startswith("llama4") and module.endswith(("q_proj", "k_proj", "v_proj")):
+                kept[module] = _REORDERED
             elif module in ignored:
                 kept[module] = f"--ignore {ignored[module]}"
             elif k % BLOCK or not k:
@@ -57,10 +91,26 @@ class Targets:
         if not quantised:
             raise MixQuantError(f"{source.folder}: has no linear to quantise among {len(shapes)} matrices")
         for module in quantised:
-            if (dtype := source.tensors[module + WEIGHT].dtype) not in DTYPES:
-                raise MixQuantError(f"{source.folder}: {module}{WEIGHT} is {dtype}; allowed: {', '.join(DTYPES)}")
+            tensor = parts[module].tensor if module in parts else module + WEIGHT
+            if (dtype := source.tensors[tensor].dtype) not in DTYPES:
+                raise MixQuantError(f"{source.folder}: {tensor} is {dtype}; allowed: {', '.join(DTYPES)}")
         groups = {module: _group(module, shapes, kept) for module in quantised}
-        return cls(groups, kept, source.others)
+        used = {module: part for module, part in parts.items() if module in groups}
+        return cls(groups, kept, source.others, used)
+
+    @cached_property
+    def made_of(self) -> dict[str, tuple[str, ...]]:
+        """Tensor of the source -> the quantised modules that are made of it."""
+        found: dict[str, list[str]] = {}
+        for module in self.quantised:
+            tensor = self.parts[module].tensor if module in self.parts else module + WEIGHT
+            found.setdefault(tensor, []).append(module)
+        return {tensor: tuple(modules) for tensor, modules in found.items()}
+
+    @property
+    def experts(self) -> int:
+        """How many of the quantised linears are those of experts."""
+        return sum(expert_of(module) is not None for module in self.quantised)
 
 
 def is_target(module: str, layers: int) -> bool:
@@ -89,6 +139,12 @@ def _layers(source: Source, config: dict[str, Any]) -> int:
     return layers
 
 
+def _family(source: Source, config: dict[str, Any]) -> str:
+    """model_type of the language model, "" where the config does not say."""
+    found = config.get("model_type") or source.config.get("model_type")
+    return found if isinstance(found, str) else ""
+
+
 def _language_config(source: Source) -> dict[str, Any]:
     """That of the language model in a model of several modalities; a null one counts as none."""
     config = source.config.get("text_config")
@@ -99,8 +155,9 @@ def _language_config(source: Source) -> dict[str, Any]:
     return config
 
 
-def _ignored(modules: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:
-    """Module -> the first pattern that matches it; ``re:`` matches from the start, as in compressed-tensors."""
+def _ignored(modules: Sequence[str], patterns: Sequence[str], *, optional: bool = False) -> dict[str, str]:
+    """Module -> the first pattern that matches it; ``re:`` matches from the start, as in compressed-tensors. Refused: a
+    pattern that matches none, unless that is ``optional``."""
     found: dict[str, str] = {}
     for pattern in patterns:
         try:
@@ -108,7 +165,7 @@ def _ignored(modules: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:
         except re.error as error:
             raise MixQuantError(f"--ignore {show(pattern)}: is no regular expression: {error}") from None
         matching = [module for module in modules if (regex.match(module) if regex else module == pattern)]
-        if not matching:
+        if not matching and not optional:
             hint = did_you_mean(nearest(pattern.removeprefix(REGEX), modules))
             raise MixQuantError(f"--ignore {show(pattern)}: matches no module with a matrix{hint}")
         found = dict.fromkeys(matching, pattern) | found

@@ -1,0 +1,32 @@
+"""What a checkpoint calls the modules that SGLang has.
+
+Within a block SGLang has the checkpoint's names. Before it, wrappers differ: SGLang has Gemma-3's language model as
+``language_model.model.layers.0``, files have that or ``model.language_model.layers.0``. A checkpoint has one language
+model, so what stands before its blocks there takes the place of what stands there here; towers and draft layers, which
+have blocks too, do not count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from mixquant_sglang.recipe.modules import is_draft, is_outside
+
+_HEAD = re.compile(r"((?:.*?\.)?)layers\.\d+\.")
+
+
+class Names:
+    """Of one checkpoint."""
+
+    def __init__(self, tensors: Iterable[str]) -> None:
+        own = (name for name in tensors if not is_draft(name) and not is_outside(name))
+        self._heads = {found[1] for name in own if (found := _HEAD.match(name))}
+
+    def of(self, name: str) -> str:
+        """The checkpoint's name of SGLang's module, or parameter, ``name``; as it is, where none is surely its."""
+        found = _HEAD.match(name)
+        if found is None or found[1] in self._heads or len(self._heads) != 1:
+            return name
+        (head,) = self._heads
+        return head + name.removeprefix(found[1])

@@ -1,0 +1,80 @@
+"""What `mixquant quantize` writes of experts is what the installed SGLang loads without the plugin."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixquant_sglang.recipe.modules import EXPERT_LEAVES, block_of, expert_of
+from mixquant_sglang.tools.quantize.checkpoint import quantize_checkpoint
+from mixquant_sglang.weights.layouts import COMPRESSED_TENSORS, MODELOPT, Layout
+from tests.support import tiny_fused_experts, tiny_models
+from tests.support.stock_load import digest
+from tests.unit.test_checkpoint import read
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERTS = 4
+CASES = [
+    ("qwen3_moe", COMPRESSED_TENSORS),
+    ("qwen3_moe", MODELOPT),
+    ("mixtral", COMPRESSED_TENSORS),  # with ModelOpt's, its experts are linears to SGLang
+    ("gemma4", COMPRESSED_TENSORS),
+    ("gemma4", MODELOPT),
+    ("llama4", COMPRESSED_TENSORS),
+    ("qwen3_5_moe", MODELOPT),
+    ("qwen3_vl_moe", COMPRESSED_TENSORS),
+]
+
+
+def stock(folder: Path) -> dict[str, Any]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.stock_load", str(folder)], env=env, capture_output=True, text=True
+    )
+    line = next((line for line in done.stdout.splitlines() if line.startswith("LOADED ")), None)
+    assert line is not None, done.stdout[-2000:] + done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(line.removeprefix("LOADED "))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "layout"), CASES, ids=lambda value: value if isinstance(value, str) else value.name)
+def test_stock_sglang_loads_it(tmp_path: Path, family: str, layout: Layout) -> None:
+    maker = tiny_models if family in ("qwen3_moe", "mixtral") else tiny_fused_experts
+    targets = quantize_checkpoint(maker.make(tmp_path, family), tmp_path / "out", scales="search", layout=layout)
+    assert targets.experts == 2 * 3 * EXPERTS
+    loaded = read(tmp_path / "out")
+    layers = {expert[0]: block_of(expert[0]) for module in targets.quantised if (expert := expert_of(module))}
+    found = {block_of(f"{name}."): parameters for name, (_, parameters) in stock(tmp_path / "out").items()}
+    assert sorted(found) == sorted(block for block in layers.values()) == [0, 1]
+    for layer, block in layers.items():
+        gate, up, down = next(each for each in EXPERT_LEAVES if f"{layer}.0.{each[0]}" in targets.quantised)
+
+        def stacked(leaf: str, kind: str, layer: str = layer) -> torch.Tensor:
+            return torch.stack([loaded[f"{layer}.{expert}.{leaf}.{kind}"] for expert in range(EXPERTS)])
+
+        for kind in (layout.codes, layout.scales):
+            shape, there = found[block][f"w2_{kind}"]
+            whole = stacked(down, kind).view(torch.uint8)
+            assert shape == list(whole.shape) and there == digest(whole)
+        orders = [[gate, up], [up, gate]]  # the second for FlashInfer's CUTLASS kernel
+        fits = [
+            all(
+                found[block][f"w13_{kind}"][1]
+                == digest(torch.cat([stacked(x, kind).view(torch.uint8) for x in both], 1))
+                for kind in (layout.codes, layout.scales)
+            )
+            for both in orders
+        ]
+        assert sum(fits) == 1
+        for kind in (layout.tensor_scale, layout.input_scale):
+            ones = [stacked(leaf, kind).reshape(EXPERTS) for leaf in (gate, up, down)]
+            assert found[block][f"w13_{kind}"] == [[EXPERTS, 2], digest(torch.stack(ones[:2], dim=1))]
+            assert found[block][f"w2_{kind}"] == [[EXPERTS], digest(ones[2])]
