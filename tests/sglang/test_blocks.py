@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,3 +50,10 @@ def test_what_a_family_leaves_out_is_not_allowed(monkeypatch: pytest.MonkeyPatch
     assert blocks.is_mlp(bare(llama.mlp))
     assert not blocks.is_decoder(bare(llama.decoder)) and not blocks.is_attention(bare(llama.attention))
     assert not blocks.is_model(bare(llama.model)) and not blocks.is_model(torch.nn.Linear(1, 1))
+
+
+def test_each_family_is_in_the_table() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "models.md").read_text().partition("## Blocks that are fused")[2]
+    for family in FAMILIES:
+        for name in family.name.split("'s layers")[0].split(" with ")[0].split(" and "):
+            assert name.removesuffix("-MoE") in table, name

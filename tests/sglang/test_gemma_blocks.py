@@ -77,14 +77,14 @@ def block(name: str, device: str, on: Device | None = None, **changes: object) -
     return layer
 
 
-def causal_lm(layer: Any) -> Any:
+def causal_lm(layer: Any, device: str = "cpu") -> Any:
     from sglang.srt.models.gemma3_causal import Gemma3ForCausalLM
 
     model = Gemma3ForCausalLM.__new__(Gemma3ForCausalLM)
     torch.nn.Module.__init__(model)
     model.model = torch.nn.Module()
     model.model.layers = torch.nn.ModuleList([torch.nn.Identity(), layer])
-    model.model.norm = norm("cpu")
+    model.model.norm = norm(device)
     return model
 
 
@@ -289,3 +289,14 @@ def test_how_often_and_on_how_many_rows_the_mlp_runs(protect: bool, monkeypatch:
             rows = [float(row) for row in running.read.index]
             roles = [Role.PROTECTED] if running.read is running.rows else [Role.PROMPT, Role.PROTECTED]
             assert calls == [(role, rows) for role in roles]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("protect", [False, True])
+@pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
+def test_a_captured_graph_of_the_last_layer(name: str, protect: bool) -> None:
+    from mixquant_sglang.layers.fused import fuse
+
+    layer = block(name, "cuda", protect_last_prompt_token=protect)
+    fuse(layer)
+    llama.replays_equal_the_whole_layer(causal_lm(layer, "cuda"), forward, protect)
