@@ -26,6 +26,7 @@ COMMANDS = {
     "eval_reasoning": "public.reasoning",
     "eval_ruler": "public.ruler",
     "fuzz": "tools.fuzz",
+    "make_family_models": "models.make_family_models",
     "make_tiny_model": "models.make_tiny_model",
     "measure_formats": "tools.measure_formats",
     "train_tiny_model": "models.train_tiny_model",

@@ -21,6 +21,8 @@ WATCHING = (
     "forward_hooks",
     "debug_tensor_dump_output_folder",
     "msprobe_dump_config",
+    "enable_return_routed_experts",
+    "expert_distribution_recorder_mode",
 )
 
 

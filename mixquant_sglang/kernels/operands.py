@@ -8,8 +8,8 @@ One format serves all kernels of a precision:
 | "nvfp4" | codes uint8 [M, K/2], scales float8_e4m3fn as ``formats/scale_layout.py`` says, row scales float32 [M] |
 | "qdq" | NVFP4 values as bfloat16 [M, K] (``formats.nvfp4.quantize_activations(x).dequantize()``) |
 
-On CUDA our Triton kernels make them, alone or fused with the RMSNorm or SiLU x up before them; elsewhere plain torch
-does.  The numbers are the same (``kernels/triton/activations.py`` says where a norm's last bit can differ).
+On CUDA our Triton kernels make them, alone or fused with the RMSNorm, SiLU or GELU x up before them; elsewhere plain
+torch does.  The numbers are the same (``kernels/triton/activations.py`` says where a norm's last bit can differ).
 """
 
 from __future__ import annotations
@@ -65,22 +65,28 @@ def rmsnorm(
     fmt: str,
     residual: torch.Tensor | None = None,
     rows: Rows | None = None,
+    *,
+    zero_centred: bool = False,
 ) -> QuantizedActivations:
-    """CUDA only.  RMSNorm of ``x`` [M, K], or of ``x + residual``, which is then ``residual``'s new value."""
+    """CUDA only.  RMSNorm of ``x`` [M, K], or of ``x + residual``, which is then ``residual``'s new value; with
+    ``zero_centred`` by ``1 + weight``."""
     from mixquant_sglang.kernels.triton import activations
 
     slots, kept = _kept(x, x.shape[1], rows)
-    operand = activations.rmsnorm(x, weight, eps, fmt, residual=residual, slots=slots, kept=kept)
+    operand = activations.rmsnorm(
+        x, weight, eps, fmt, zero_centred=zero_centred, residual=residual, slots=slots, kept=kept
+    )
     return QuantizedActivations(operand, kept, x.shape, fmt)
 
 
-def silu_mul(gate_up: torch.Tensor, fmt: str, rows: Rows | None = None) -> QuantizedActivations:
-    """CUDA only.  SiLU(gate) x up of ``gate_up`` [M, 2K]."""
+def activation_mul(source: str, gate_up: torch.Tensor, fmt: str, rows: Rows | None = None) -> QuantizedActivations:
+    """CUDA only.  ``source`` "silu" or "gelu", the tanh approximation: of gate, x up, of ``gate_up`` [M, 2K]."""
     from mixquant_sglang.kernels.triton import activations
 
     m, k = gate_up.shape[0], gate_up.shape[1] // 2
     slots, kept = _kept(gate_up, k, rows)
-    operand = activations.silu_mul(gate_up, fmt, slots=slots, kept=kept)
+    multiply = {"silu": activations.silu_mul, "gelu": activations.gelu_mul}[source]
+    operand = multiply(gate_up, fmt, slots=slots, kept=kept)
     return QuantizedActivations(operand, kept, torch.Size((m, k)), fmt)
 
 

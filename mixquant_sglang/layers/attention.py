@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from mixquant_sglang.layers.blocks import fusable_method, is_attention
+from mixquant_sglang.layers.blocks import attention_of, backbone, fusable_method, is_attention
 from mixquant_sglang.passes.running import current
 from mixquant_sglang.versions.attention import attends_whole, metadata_of_queries
 
@@ -57,7 +57,7 @@ def prune_last_attention(model: Any, backend: Any) -> str:
 
     Returns why it cannot, or nothing.
     """
-    attention = model.model.layers[-1].self_attn
+    attention = attention_of(backbone(model).layers[-1])
     o = fusable_method(attention.o_proj)
     if not is_attention(attention) or o is None or o.read_rows is None:
         return "what follows it reads all rows"

@@ -1,4 +1,4 @@
-"""Which families of models we know block by block, and what is safe there: one row a family.
+"""What is safe in which block of a model: ``families.py`` has a row for each family that was read.
 
 Fusion, contiguous q and leaving out rows change what is passed between the modules of a block, so they are for classes
 whose ``forward`` was read, by exact type: a subclass may do anything.  A model of no row is served all the same, with
@@ -8,68 +8,17 @@ every linear by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 
+from mixquant_sglang.layers.families import FAMILIES, Family
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 
 
-@dataclass(frozen=True)
-class Family:
-    """Full class names in SGLang, each of which allows something; None allows nothing.  ``why``: what was read that
-    makes them safe, and what was seen to be harmless.
-
-    ``decoder``: the results of both norms go to qkv_proj and gate_up_proj alone, so they may be handed over quantised.
-    ``mlp``: the result of act_fn goes to down_proj alone.
-    ``attention``: takes the result of qkv_proj apart with ``split`` and does nothing else with it, so q may be a matrix
-    of its own; its result goes to o_proj alone, row by row.
-    ``model``: logits come from ``logits_processor(norm(last layer))`` and nothing else, so of the last layer's rows
-    those that nobody samples from may be left out.
-    """
-
-    name: str
-    why: str
-    decoder: str | None = None
-    mlp: str | None = None
-    attention: str | None = None
-    model: str | None = None
-
-
-FAMILIES = (
-    Family(
-        "Llama",
-        "On CUDA and the CPU the attention's forward_prepare_native splits qkv and applies RoPE to q and k; the NPU's "
-        "path, which reads qkv whole, is not ours.  Both norms' results go to self_attn and mlp, which begin with "
-        "qkv_proj and gate_up_proj.",
-        decoder="sglang.srt.models.llama.LlamaDecoderLayer",
-        mlp="sglang.srt.models.llama.LlamaMLP",
-        attention="sglang.srt.models.llama.LlamaAttention",
-        model="sglang.srt.models.llama.LlamaForCausalLM",
-    ),
-    Family(
-        "Qwen2",
-        "As Llama; qkv_proj has a bias, which our products take.",
-        decoder="sglang.srt.models.qwen2.Qwen2DecoderLayer",
-        mlp="sglang.srt.models.qwen2.Qwen2MLP",
-        attention="sglang.srt.models.qwen2.Qwen2Attention",
-        model="sglang.srt.models.qwen2.Qwen2ForCausalLM",
-    ),
-    Family(
-        "Qwen3",
-        "As Llama, with q_norm and k_norm behind the split, of each head by itself; the NPU's path and aiter's fused "
-        "one (ROCm), which read qkv whole, are not ours.",
-        decoder="sglang.srt.models.qwen3.Qwen3DecoderLayer",
-        mlp="sglang.srt.models.qwen2.Qwen2MLP",  # which Qwen3 takes from Qwen2
-        attention="sglang.srt.models.qwen3.Qwen3Attention",
-        model="sglang.srt.models.qwen3.Qwen3ForCausalLM",
-    ),
-)
-
-
 def is_decoder(module: torch.nn.Module) -> bool:
-    return _name(module) in {family.decoder for family in FAMILIES}
+    return _decoder_family(module) is not None
 
 
 def is_mlp(module: torch.nn.Module) -> bool:
@@ -81,7 +30,40 @@ def is_attention(module: torch.nn.Module) -> bool:
 
 
 def is_model(module: torch.nn.Module) -> bool:
-    return _name(module) in {family.model for family in FAMILIES}
+    return model_family(module) is not None
+
+
+def is_by_rows(module: torch.nn.Module) -> bool:
+    """Whether it may run on picked rows (``Family.by_rows``)."""
+    return any(_name(module) in family.by_rows for family in FAMILIES)
+
+
+def backbone(model: Any) -> Any:
+    """What has the ``layers`` and the last ``norm`` of a model for which ``is_model`` holds."""
+    family = model_family(model)
+    assert family is not None
+    return attrgetter(family.backbone)(model)
+
+
+def attention_of(layer: Any) -> Any:
+    """What has qkv_proj and o_proj: Qwen3.5's layers have them themselves."""
+    return getattr(layer, "self_attn", layer)
+
+
+def takes_q_apart(attention: Any) -> bool:
+    """Whether q may be a matrix of its own there: one kernel for norm and RoPE (Qwen3-MoE) reads qkv whole."""
+    return is_attention(attention) and not getattr(attention, "use_fused_qk_norm_rope", False)
+
+
+def model_family(model: torch.nn.Module) -> Family | None:
+    """The family that says how the rows of the model's last layer are read, if one does."""
+    name = _name(model)
+    return next((family for family in FAMILIES if family.model == name), None)
+
+
+def _decoder_family(layer: torch.nn.Module) -> Family | None:
+    name = _name(layer)
+    return next((family for family in FAMILIES if family.decoder == name), None)
 
 
 def _name(module: torch.nn.Module) -> str:
@@ -96,10 +78,10 @@ def fusable_method(linear: Any) -> MixQuantLinearMethod | None:
 
 def norms(layer: Any) -> Iterator[tuple[Any, MixQuantLinearMethod]]:
     """Norms of a decoder layer whose results may be handed over quantised, each with the method of its reader."""
-    pairs = [(layer.input_layernorm, layer.self_attn.qkv_proj)]
-    if is_mlp(layer.mlp):
-        pairs.append((layer.post_attention_layernorm, layer.mlp.gate_up_proj))
-    for norm, linear in pairs:
-        method = fusable_method(linear)
+    family = _decoder_family(layer)
+    for norm, reader in family.norms if family else ():
+        if reader.startswith("mlp.") and not is_mlp(layer.mlp):
+            continue  # experts, whose gate reads the norm's result too
+        method = fusable_method(attrgetter(reader)(layer))
         if method:
-            yield norm, method
+            yield attrgetter(norm)(layer), method

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from mixquant_sglang.layers.experts import MixQuantExpertsMethod
-from mixquant_sglang.layers.fused import FusedRMSNorm, FusedSiluAndMul
+from mixquant_sglang.layers.fused import FusedActivation, FusedNorm
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.recipe.roles import Role
 
@@ -53,8 +53,8 @@ def warm_up(
             method.warm_up([1, *rows])
     for module in model.modules():
         forward = getattr(module, "_forward_method", None)
-        if isinstance(forward, (FusedRMSNorm, FusedSiluAndMul)):
-            source, linear = "norm" if isinstance(forward, FusedRMSNorm) else "silu", forward.linear
+        if isinstance(forward, (FusedNorm, FusedActivation)):
+            source, linear = forward.source, forward.linear
             fmt, k = linear.activation_format, linear.shape[1]
             if fmt and new(source, fmt, k, linear.split):
                 kernels.quantise(source, k, fmt, device, protects=linear.split)

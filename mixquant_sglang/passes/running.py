@@ -85,3 +85,14 @@ def scope(running: Pass) -> Iterator[None]:
         yield
     finally:
         _running = None
+
+
+@contextmanager
+def within(part: Pass) -> Iterator[None]:
+    """Publishes ``part``, some rows of the running pass by themselves, in its place until the block ends."""
+    global _running
+    whole, _running = _running, part
+    try:
+        yield
+    finally:
+        _running = whole

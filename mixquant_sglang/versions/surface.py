@@ -29,6 +29,9 @@ _COMPONENTS = "sglang.srt.model_executor.model_runner_components"
 _QUANTIZATION = "sglang.srt.layers.quantization"
 _MODELS = "sglang.srt.models"
 _ARGS = "sglang.srt.server_args.ServerArgs"
+_LLAMA_LIKE = ("llama.Llama", "qwen2.Qwen2", "qwen3.Qwen3", "granite.Granite")
+_SANDWICHED = ("glm4.Glm4",)
+_WITH_EXPERTS = ("qwen3_moe.Qwen3Moe", "qwen2_moe.Qwen2Moe", "glm4_moe.Glm4Moe")
 
 SURFACE: tuple[Row, ...] = (
     # -- server arguments ----------------------------------------------------------------------------------------------
@@ -38,7 +41,14 @@ SURFACE: tuple[Row, ...] = (
     Row(_ARGS, ("cuda_graph_config",), "versions/v0_5_17.py"),
     Row(_ARGS, ("chunked_prefill_size", "max_prefill_tokens"), "versions/batches.py"),
     Row(_ARGS, ("disable_flashinfer_autotune", "enable_deterministic_inference"), "versions/fp4.py"),
-    Row(_ARGS, ("forward_hooks", "debug_tensor_dump_output_folder", "msprobe_dump_config"), "host/refusals.py"),
+    Row(
+        _ARGS,
+        (
+            *("forward_hooks", "debug_tensor_dump_output_folder", "msprobe_dump_config"),
+            *("enable_return_routed_experts", "expert_distribution_recorder_mode"),
+        ),
+        "host/refusals.py",
+    ),
     Row(
         _ARGS,
         (
@@ -228,6 +238,17 @@ SURFACE: tuple[Row, ...] = (
         ("_forward_method", "forward_cuda", "forward_native"),
         "layers/fused.py",
     ),
+    *(
+        Row(
+            f"sglang.srt.layers.layernorm.{norm}", ("_forward_method", "forward_cuda", "weight", eps), "layers/fused.py"
+        )
+        for norm, eps in (("GemmaRMSNorm", "variance_epsilon"), ("Gemma3RMSNorm", "eps"))
+    ),
+    Row(
+        "sglang.srt.layers.activation.GeluAndMul",
+        ("_forward_method", "forward_cuda", "forward_native", "approximate"),
+        "layers/fused.py",
+    ),
     Row("sglang.srt.layers.layernorm.RMSNorm", ("_resolve_forward_method",), "versions/v0_5_23.py", NEW),
     Row(
         f"{_FLASH}.FlashAttentionBackend",
@@ -258,16 +279,26 @@ SURFACE: tuple[Row, ...] = (
             ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
             "layers/fused.py",
         )
-        for name in ("llama.Llama", "qwen2.Qwen2", "qwen3.Qwen3")
+        for name in (*_LLAMA_LIKE, *_SANDWICHED, *_WITH_EXPERTS)
     ),
+    Row(
+        f"{_MODELS}.mixtral.MixtralDecoderLayer",
+        ("self_attn", "block_sparse_moe", "input_layernorm", "post_attention_layernorm"),
+        "layers/families.py",
+    ),
+    Row(f"{_MODELS}.olmo2.Olmo2DecoderLayer", ("self_attn", "mlp"), "layers/families.py"),
     *(
         Row(f"{_MODELS}.{name}MLP", ("gate_up_proj", "down_proj", "act_fn"), "layers/fused.py")
-        for name in ("llama.Llama", "qwen2.Qwen2")
+        for name in (
+            *("llama.Llama", "qwen2.Qwen2", "granite.Granite", "commandr.Cohere", "olmo2.Olmo2", "glm4.Glm4"),
+            *("qwen2_moe.Qwen2Moe", "glm4_moe.Glm4Moe"),
+        )
     ),
     *(
         Row(f"{_MODELS}.{name}Attention", ("qkv_proj", "o_proj", "attn", "q_size"), "layers/fused.py")
-        for name in ("llama.Llama", "qwen2.Qwen2", "qwen3.Qwen3")
+        for name in (*_LLAMA_LIKE, *_SANDWICHED, *_WITH_EXPERTS, "mixtral.Mixtral", "olmo2.Olmo2", "commandr.Cohere")
     ),
+    Row(f"{_MODELS}.qwen3_moe.Qwen3MoeAttention", ("use_fused_qk_norm_rope",), "layers/blocks.py"),
     *(
         Row(
             f"{_MODELS}.{name}ForCausalLM",
@@ -277,8 +308,12 @@ SURFACE: tuple[Row, ...] = (
         for name in ("llama.Llama", "qwen2.Qwen2", "qwen3.Qwen3")
     ),
     *(
+        Row(f"{_MODELS}.{name}ForCausalLM", ("model", "load_weights"), "layers/last_layer.py")
+        for name in ("granite.Granite", *_SANDWICHED, *_WITH_EXPERTS, "mixtral.Mixtral", "olmo2.Olmo2")
+    ),
+    *(
         Row(f"{_MODELS}.{name}Model", ("layers", "norm"), "layers/fused.py")
-        for name in ("llama.Llama", "qwen2.Qwen2", "qwen3.Qwen3")
+        for name in (*_LLAMA_LIKE, *_SANDWICHED, *_WITH_EXPERTS, "mixtral.Mixtral", "olmo2.Olmo2")
     ),
     Row(
         f"{_MODELS}.qwen3_5.Qwen3_5GatedDeltaNet",

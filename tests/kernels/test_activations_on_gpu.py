@@ -65,8 +65,8 @@ def assert_rare(differ: torch.Tensor, what: str) -> None:
     assert differ.sum() <= 1 + RARE * differ.numel()
 
 
-def check_rows(produce: Produce, exact: torch.Tensor, fmt: str) -> None:
-    """``produce`` keeps and quantises the rows ``exact`` [M, K], float64."""
+def check_rows(produce: Produce, exact: torch.Tensor, fmt: str, error: float = 2**-17) -> None:
+    """``produce`` keeps and quantises the rows ``exact`` [M, K], float64, which it knows to ``error``."""
     m, k = exact.shape
     kept = torch.full((m + 2, k), math.nan, dtype=torch.bfloat16, device="cuda")
     order = torch.randperm(m, device="cuda").int()
@@ -74,7 +74,7 @@ def check_rows(produce: Produce, exact: torch.Tensor, fmt: str) -> None:
     y = kept[order.long()]
     assert kept[m:].isnan().all()
     all_same(quantised, oracle(y, fmt))
-    assert ((y.double() - exact).abs() <= exact.abs() * (2**-8 + 2**-17)).all()
+    assert ((y.double() - exact).abs() <= exact.abs() * (2**-8 + error)).all()
     rounded = exact.float().bfloat16()
     assert_rare(y != rounded, "BF16 values differ from float64's")
     codes = quantised[0].view(torch.uint8) != oracle(rounded, fmt)[0].view(torch.uint8)
@@ -129,22 +129,24 @@ def float64_norm(t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return t * (t.square().mean(dim=-1, keepdim=True) + EPS).rsqrt() * weight.double()
 
 
+@pytest.mark.parametrize("zero_centred", [False, True])
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize(("m", "k"), SHAPES)
-def test_rmsnorm(m: int, k: int, fmt: str) -> None:
+def test_rmsnorm(m: int, k: int, fmt: str, zero_centred: bool) -> None:
     x, before, weight = norm_inputs(m, k)
+    factor = 1 + weight.double() if zero_centred else weight
 
     def with_residual(fmt: str, **options: Any) -> Results:
         residual = before.clone()
-        results = activations.rmsnorm(x, weight, EPS, fmt, residual=residual, **options)
+        results = activations.rmsnorm(x, weight, EPS, fmt, zero_centred=zero_centred, residual=residual, **options)
         same(residual, x + before)
         return results
 
     def without(fmt: str, **options: Any) -> Results:
-        return activations.rmsnorm(x, weight, EPS, fmt, **options)
+        return activations.rmsnorm(x, weight, EPS, fmt, zero_centred=zero_centred, **options)
 
-    check_rows(with_residual, float64_norm(x.double() + before.double(), weight), fmt)
-    check_rows(without, float64_norm(x.double(), weight), fmt)
+    check_rows(with_residual, float64_norm(x.double() + before.double(), factor), fmt)
+    check_rows(without, float64_norm(x.double(), factor), fmt)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -158,6 +160,23 @@ def test_silu_mul(m: int, k: int, fmt: str) -> None:
     check_rows(lambda fmt, **options: activations.silu_mul(gate_up, fmt, **options), exact, fmt)
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("m", "k"), SHAPES)
+def test_gelu_mul(m: int, k: int, fmt: str) -> None:
+    torch.manual_seed(m + k)
+    gate_up = (torch.randn(m, 2 * k, device="cuda") * 1.5).bfloat16()
+    gate_up[m // 2 :: 7] = 0
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    exact = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    check_rows(lambda fmt, **options: activations.gelu_mul(gate_up, fmt, **options), exact, fmt, error=2**-15)
+
+
+def test_gelu_of_extreme_gates() -> None:
+    gate = torch.tensor([-3e38, -200.0, -30.0, -0.0, 0.0, 30.0, 200.0, 3e38] * 2, device="cuda")
+    (got,) = kept_rows(activations.gelu_mul, torch.cat([gate, torch.ones_like(gate)]).bfloat16()[None])
+    same(got, torch.where(gate < -20, -0.0, gate).bfloat16())  # e^(-2u) overflows below, and is lost above
+
+
 def test_silu_of_extreme_gates() -> None:
     gate = torch.tensor([-3e38, -200.0, -100.0, -0.0, 0.0, 50.0, 100.0, 3e38] * 2, device="cuda")
     (got,) = kept_rows(activations.silu_mul, torch.cat([gate, torch.ones_like(gate)]).bfloat16()[None])
@@ -166,7 +185,7 @@ def test_silu_of_extreme_gates() -> None:
 
 def kept_rows(produce: Produce, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
     """The BF16 rows [M, K] that ``produce`` quantises."""
-    m, k = x.shape[0], x.shape[1] // (2 if produce is activations.silu_mul else 1)
+    m, k = x.shape[0], x.shape[1] // (2 if produce in (activations.silu_mul, activations.gelu_mul) else 1)
     kept = torch.full((m, k), math.nan, dtype=torch.bfloat16, device="cuda")
     produce(x, *args, "qdq", slots=torch.arange(m, dtype=torch.int32, device="cuda"), kept=kept, **options)
     return kept
@@ -210,6 +229,38 @@ def test_silu_mul_is_sglangs(m: int, k: int, kernel: str) -> None:
     rarely_differ(kept_rows(activations.silu_mul, gate_up), theirs)
 
 
+@pytest.mark.filterwarnings("ignore")  # theirs, at import and when they compile
+@pytest.mark.parametrize(("m", "k"), [(1, 4096), (1000, 4096), (257, 3840), (257, 5376), (33, 2048)])
+def test_zero_centred_rmsnorm_is_sglangs(m: int, k: int) -> None:
+    sgl_kernel = pytest.importorskip("sgl_kernel")
+    x, before, weight = norm_inputs(m, k)
+    weight = weight - 1  # as Gemma's are
+    theirs, their_residual, plain = x.clone(), before.clone(), torch.empty_like(x)
+    sgl_kernel.gemma_fused_add_rmsnorm(theirs, their_residual, weight, EPS)
+    sgl_kernel.gemma_rmsnorm(x, weight, EPS, out=plain)
+    residual = before.clone()
+    rarely_differ(kept_rows(activations.rmsnorm, x, weight, EPS, zero_centred=True, residual=residual), theirs)
+    same(residual, their_residual)
+    rarely_differ(kept_rows(activations.rmsnorm, x, weight, EPS, zero_centred=True), plain)
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs, at import and when they compile
+@pytest.mark.parametrize("kernel", ["sgl_kernel", "sglang.kernels.ops.activation.activation"])
+@pytest.mark.parametrize(("m", "k"), [(1, 15360), (1000, 15360), (257, 21504), (33, 2112)])
+def test_gelu_mul_is_sglangs(m: int, k: int, kernel: str) -> None:
+    """Theirs may have a hyperbolic tangent that is good to 2^-11 alone, as PTX says of ``tanh.approx.f32``."""
+    module = pytest.importorskip(kernel)
+    torch.manual_seed(m + k)
+    gate_up = (torch.randn(m, 2 * k, device="cuda") * 1.5).bfloat16()
+    theirs = torch.empty(m, k, dtype=torch.bfloat16, device="cuda")
+    module.gelu_tanh_and_mul(gate_up, theirs)
+    ours = kept_rows(activations.gelu_mul, gate_up)
+    print(f"{int((ours != theirs).sum())} of {ours.numel()} BF16 values differ from SGLang's")
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    allowed = (gate * up).abs() * 2**-12 + theirs.double().abs() * 2**-7  # and one BF16 step
+    assert ((ours.double() - theirs.double()).abs() <= allowed).all()
+
+
 def producers(m: int, k: int, kind: str) -> dict[str, Callable[[slice, str], Results]]:
     """Each source, of some rows only."""
     x, gate_up, weight = tokens(m, k, kind), tokens(m, 2 * k, kind), (torch.rand(k, device="cuda") + 0.5).bfloat16()
@@ -217,6 +268,8 @@ def producers(m: int, k: int, kind: str) -> dict[str, Callable[[slice, str], Res
         "quantize": lambda rows, fmt: activations.quantize(x[rows], fmt),
         "rmsnorm": lambda rows, fmt: activations.rmsnorm(x[rows], weight, EPS, fmt, residual=x.flip(0)[rows]),
         "silu_mul": lambda rows, fmt: activations.silu_mul(gate_up[rows], fmt),
+        "gelu_mul": lambda rows, fmt: activations.gelu_mul(gate_up[rows], fmt),
+        "zero_centred": lambda rows, fmt: activations.rmsnorm(x[rows], weight, EPS, fmt, zero_centred=True),
     }
 
 

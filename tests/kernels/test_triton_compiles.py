@@ -37,7 +37,7 @@ Case = tuple[Any, dict[str, str], dict[str, Any], int]
 def activations_case(source: str, fmt: str, k: int, residual: bool = False, kept: bool = False) -> Case:
     types = {
         "x_ptr": "*bf16",
-        "weight_ptr": "*bf16" if source == "norm" else None,
+        "weight_ptr": "*bf16" if "norm" in source else None,
         "residual_ptr": "*bf16" if residual else None,
         "slots_ptr": "*i32" if kept else None,
         "kept_ptr": "*bf16" if kept else None,
@@ -118,6 +118,12 @@ CASES: dict[str, Case] = {
     "activations_silu_fp8": activations_case("silu", "fp8", 12288, kept=True),
     "activations_silu_nvfp4": activations_case("silu", "nvfp4", 4096),
     "activations_silu_qdq": activations_case("silu", "qdq", 11008),
+    "activations_zero_centred_norm_fp8": activations_case("zero_centred_norm", "fp8", 5376, residual=True, kept=True),
+    "activations_zero_centred_norm_nvfp4": activations_case("zero_centred_norm", "nvfp4", 3840),
+    "activations_zero_centred_norm_qdq": activations_case("zero_centred_norm", "qdq", 2048, residual=True),
+    "activations_gelu_fp8": activations_case("gelu", "fp8", 15360, kept=True),
+    "activations_gelu_nvfp4": activations_case("gelu", "nvfp4", 21504),
+    "activations_gelu_qdq": activations_case("gelu", "qdq", 2112),
     "scale_search": search_case("*bf16"),
     "scale_search_weighted": search_case("*bf16", weighted=True),
     "scale_search_float": search_case("*fp32", strided=True),
@@ -244,7 +250,8 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         if constants.get("SPLIT", True):  # halves of blocks, in pairs
             row = 2 * triton.cdiv(constants["K"], 512 * warps)
         row *= 1 + ("pairs" in case)
-        assert loads == row * (1 + ("weight_ptr" in arguments) + ("residual_ptr" in arguments) + ("silu" in case))
+        gated = "silu" in case or "gelu" in case
+        assert loads == row * (1 + ("weight_ptr" in arguments) + ("residual_ptr" in arguments) + gated)
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +276,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: activations.rmsnorm(x, weight, 1e-6, "qdq", residual=x.t()),
         lambda: activations.silu_mul(x[:, :31].contiguous(), "qdq"),
         lambda: activations.silu_mul(x[:, :16].contiguous(), "qdq"),
+        lambda: activations.gelu_mul(x[:, :31].contiguous(), "qdq"),
+        lambda: activations.rmsnorm(x, weight[:16], 1e-6, "qdq", zero_centred=True),
         lambda: launch.empty_results("fp8", 4, 32, torch.device("cuda")),
     ):
         with pytest.raises(ValueError, match=r"must|needs"):
@@ -357,12 +366,12 @@ def oracle(y, fmt):
     return quantised.packed, weight.swizzled_scales(), quantised.row_scales
 
 
-def check(produce, exact, m, k, fmt):
-    # The numbers are the oracle's for the BF16 rows that the kernel keeps; those are exact to half a step and 2^-20.
+def check(produce, exact, m, k, fmt, error=2**-20):
+    # The numbers are the oracle's for the BF16 rows that the kernel keeps; those are exact to half a step and an error.
     kept = torch.full((m + 2, k), 7.0).bfloat16()
     quantised = produce(fmt, slots=torch.arange(m, dtype=torch.int32).flip(0), kept=kept)
     y = kept[:m].flip(0)
-    assert ((y.double() - exact).abs() <= exact.abs() * (2**-8 + 2**-20)).all() and (kept[m:] == 7).all()
+    assert ((y.double() - exact).abs() <= exact.abs() * (2**-8 + error)).all() and (kept[m:] == 7).all()
     for got, want in zip(quantised, oracle(y, fmt), strict=True):
         same(got, want)
     slots = torch.where(torch.arange(m) % 3 == 1, torch.arange(m) // 3, -1).int()
@@ -398,12 +407,20 @@ for (m, k), fmt in itertools.product([(0, 16), (1, 16), (7, 48), (3, 1040)], FOR
         (x.double() + before.double(), norm),
         (x.double(), lambda fmt, **options: activations.rmsnorm(x, weight, 1e-6, fmt, **options)),
     ):
-        check(produce, t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double(), m, k, fmt)
+        normed = t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        check(produce, normed * weight.double(), m, k, fmt)
+        zero_centred = lambda fmt, **options: produce(fmt, zero_centred=True, **options)
+        check(zero_centred, normed * (1 + weight.double()), m, k, fmt)
 
     gate_up = torch.randn(m, 2 * k).bfloat16() * 5
     gate, up = gate_up.double().chunk(2, dim=-1)
     produce = lambda fmt, **options: activations.silu_mul(gate_up, fmt, **options)
     check(produce, torch.nn.functional.silu(gate) * up, m, k, fmt)
+
+    gate_up = torch.randn(m, 2 * k).bfloat16() * 1.5
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    produce = lambda fmt, **options: activations.gelu_mul(gate_up, fmt, **options)
+    check(produce, torch.nn.functional.gelu(gate, approximate="tanh") * up, m, k, fmt, error=2**-16)
 
 # every block scale with every significand in the binades below its largest magnitude, and scale 0 around 2^-128 too
 scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().clamp(min=2.0**-11)

@@ -76,14 +76,14 @@ def test_few_rows(keys: set[str], n: int, k: int, cut: int, with_bias: bool) -> 
 
 @pytest.mark.parametrize("protects", [False, True])
 @pytest.mark.parametrize("fmt", launch.FORMATS)
-@pytest.mark.parametrize("source", ["rows", "norm", "silu"])
+@pytest.mark.parametrize("source", ["rows", "norm", "zero_centred_norm", "silu", "gelu"])
 @pytest.mark.parametrize("k", [16, 208, 4096])
 def test_quantisers(keys: set[str], source: str, fmt: str, k: int, protects: bool) -> None:
     warm_up.quantise(source, k, fmt, CPU, protects=protects)
     warmed = {*keys}
     largest = torch.full((200,), -1, dtype=torch.int32)
     for tokens in (*range(1, 65), 100, 128, 200):
-        x = bf16(tokens, 2 * k if source == "silu" else k)
+        x = bf16(tokens, 2 * k if source in ("silu", "gelu") else k)
         for slots in (None, largest[:tokens], largest[:tokens].clone()) if protects else (None,):
             for count in (1, 16):
                 keeping = {} if slots is None else {"slots": slots, "kept": bf16(count, k)}
@@ -91,11 +91,14 @@ def test_quantisers(keys: set[str], source: str, fmt: str, k: int, protects: boo
                     activations.quantize(x, fmt, **keeping)
                 elif source == "silu":
                     activations.silu_mul(x, fmt, **keeping)
+                elif source == "gelu":
+                    activations.gelu_mul(x, fmt, **keeping)
                 else:
+                    options: dict[str, Any] = {"zero_centred": source == "zero_centred_norm", **keeping}
                     for residual in (None, bf16(tokens, k)):
-                        activations.rmsnorm(x, bf16(k), 1e-5, fmt, residual=residual, **keeping)
+                        activations.rmsnorm(x, bf16(k), 1e-5, fmt, residual=residual, **options)
     assert keys == warmed
-    assert len(warmed) == (1 + protects) * (1 + (source == "norm"))
+    assert len(warmed) == (1 + protects) * (1 + ("norm" in source))
 
 
 def test_every_kernel_is_warmed_or_only_runs_at_load() -> None:

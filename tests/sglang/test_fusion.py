@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -473,14 +474,18 @@ def test_whoever_reads_the_rows_left_out_gets_an_error() -> None:
 @pytest.mark.parametrize("protect", [False, True])
 @pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
 def test_a_captured_graph_of_the_last_layer(name: str, protect: bool) -> None:
-    """Replays against the whole layer run eagerly: a GEMM of fewer rows may round another way."""
     from mixquant_sglang.layers.fused import fuse
-    from mixquant_sglang.layers.last_layer import prune_last_layer
 
     layer = block(name, "cuda", protect_last_prompt_token=protect)
     fuse(layer)
-    model = causal_lm(layer, "cuda")
-    run = layer.mlp.down_proj.quant_method._runtime
+    replays_equal_the_whole_layer(causal_lm(layer, "cuda"), forward, protect)
+
+
+def replays_equal_the_whole_layer(model: Any, forward: Callable[..., Results], protect: bool) -> None:
+    """Of its last layer, run eagerly: a GEMM of fewer rows may round another way."""
+    from mixquant_sglang.layers.last_layer import prune_last_layer
+
+    run = model.model.layers[-1].mlp.down_proj.quant_method._runtime
     device = torch.device("cuda")
     x, residual = (torch.zeros(24, HIDDEN, dtype=torch.bfloat16, device=device) for _ in range(2))
     expected = []

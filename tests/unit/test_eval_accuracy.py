@@ -125,7 +125,8 @@ def test_the_recipes_are_what_the_arms_are_called(tmp_path: Path) -> None:
         same, name="", source="", layers=(), description=""
     )
     matchers = [RuleMatcher(recipe.layers, FUSED) for recipe in (arm, same)]
-    for name in (f"model.layers.{i}.{leaf}" for i in (0, 7) for leaf, _, _ in linear_shapes(find_model("Qwen3-8B"), 1)):
+    shapes = linear_shapes(find_model("Qwen3-8B"), 1)
+    for name in (f"model.layers.{i}.{shape.name}" for i in (0, 7) for shape in shapes):
         expected = ("fp8" if "self_attn" in name else "nvfp4", "bf16")
         assert [m.precisions(name, arm.prefill, arm.decode) for m in matchers] == [expected] * 2
     names = ["mix", *ABLATIONS]

@@ -1,6 +1,6 @@
-"""Activations quantised where they are made: plain rows, RMSNorm or SiLU, into FP8, NVFP4 or the BF16 values of NVFP4.
+"""Activations quantised where they are made: plain rows, RMSNorm, SiLU or GELU, into FP8, NVFP4 or NVFP4's BF16 values.
 
-One kernel with three sources and three formats, and one for plain rows to NVFP4. A program makes one token row ``y``
+One kernel with five sources and three formats, and one for plain rows to NVFP4. A program makes one token row ``y``
 (that one: two), rounds it to BF16 as the kernel of the source alone would, holds it in registers and quantises it. So
 fused and unfused give the same bits; the numbers are those of ``formats/fp8.py`` and ``formats/nvfp4.py``. Every input
 is read once and every output written once. Bytes for each element of ``y``:
@@ -9,7 +9,7 @@ is read once and every output written once. Bytes for each element of ``y``:
     quantize              2           3   2.5625        4
     rmsnorm               2           3   2.5625        4
     rmsnorm, residual     4           7   6.5625        8    (2 for the new residual)
-    silu_mul              4           5   4.5625        6
+    silu_mul, gelu_mul    4           5   4.5625        6
 
 Kept rows: ``slots`` int32 [M] and ``kept`` bfloat16 [R, K] go together. Where ``slots[m]`` is not -1, the BF16 row
 ``y[m]`` is also written to ``kept[slots[m]]``, 2 bytes an element; no other row of ``kept`` changes. The caller fills
@@ -50,11 +50,14 @@ def rmsnorm(
     eps: float,
     fmt: str,
     *,
+    zero_centred: bool = False,
     residual: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
     kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """RMSNorm of ``x`` bfloat16 [M, K] with ``weight`` bfloat16 [K], then ``quantize``: results as there.
+    ``zero_centred``: by ``1 + weight`` in FP32, as Gemma's norms are (``sgl_kernel.gemma_rmsnorm``,
+    ``gemma_fused_add_rmsnorm``: the kernels below with 1 added to each weight).
 
     With ``residual`` bfloat16 [M, K], t = x + residual in FP32 takes the place of x, and ``residual`` becomes bf16(t)
     in place. As in the kernels that SGLang runs (``sgl_kernel.fused_add_rmsnorm``: flashinfer's in CuTe DSL, else its
@@ -70,7 +73,8 @@ def rmsnorm(
     require(weight, "weight", (x.shape[1],))
     if residual is not None:
         require(residual, "residual", (*x.shape,))
-    return launch("norm", fmt, x, x.shape[1], weight=weight, residual=residual, eps=eps, slots=slots, kept=kept)
+    source = "zero_centred_norm" if zero_centred else "norm"
+    return launch(source, fmt, x, x.shape[1], weight=weight, residual=residual, eps=eps, slots=slots, kept=kept)
 
 
 def silu_mul(
@@ -84,7 +88,27 @@ def silu_mul(
     to 2^-21. From SM100 on SGLang's two are accurate, and e^-g differs by up to (2 + 1.5 |g|) * 2^-24 more. So y, codes
     and scales differ as rarely as after ``rmsnorm``, somewhat more often where g is far below 0.
     """
+    return _activation_mul("silu", gate_up, fmt, slots, kept)
+
+
+def gelu_mul(
+    gate_up: torch.Tensor, fmt: str, *, slots: torch.Tensor | None = None, kept: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """``y = gelu(gate) * up`` of ``gate_up`` bfloat16 [M, 2*K], gate first, then ``quantize``: results as there.
+
+    GELU's tanh approximation, ``gelu(g) = g / 2 * (1 + tanh(u))``, ``u = sqrt(2 / pi) * (g + 0.044715 g^3)``, in FP32
+    with one rounding of y, as ``g * rsqrt(1 + e^(-2u))^2``, good to 2^-20 + |u| 2^-22.  SGLang's kernel (the one of
+    SiLU) calls tanhf.  Where that is accurate (from SM100 on), y differs as rarely as after ``silu_mul``.  Compiled
+    with --use_fast_math below, tanhf may be one instruction that is good to 2^-11: then SGLang's y is off by up to
+    ``|g * up| * 2^-12``, a BF16 step of some elements in a hundred and more where g is below 0, and ours is not.
+    """
+    return _activation_mul("gelu", gate_up, fmt, slots, kept)
+
+
+def _activation_mul(
+    source: str, gate_up: torch.Tensor, fmt: str, slots: torch.Tensor | None, kept: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
     require(gate_up, "gate_up", ("M", "2*K"))
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must have 2*K columns, got {gate_up.shape[1]}")
-    return launch("silu", fmt, gate_up, gate_up.shape[1] // 2, slots=slots, kept=kept)
+    return launch(source, fmt, gate_up, gate_up.shape[1] // 2, slots=slots, kept=kept)

@@ -73,7 +73,7 @@ def launch(
 
 def shape_of(source: str, fmt: str, k: int) -> tuple[int, bool]:
     """Warps of a program, and whether its rows are SPLIT: the fastest on an H200 for 8192 rows of 4096 and 12288."""
-    split = fmt == "nvfp4" and source == "silu"
+    split = fmt == "nvfp4" and source in ("silu", "gelu")
     warps: int = triton.next_power_of_2(triton.cdiv(k, 32 * (96 if split else 32)))
     return min(warps, 32), split
 

@@ -1,4 +1,4 @@
-"""RMSNorm of a row, with a residual added before it: see ``activations.rmsnorm``.
+"""RMSNorm of a row, by weight or 1 + weight, with a residual added before it: see ``activations.rmsnorm``.
 
 FlashInfer's ``rmsnorm_quant`` and ``rmsnorm_fp4quant`` take one scale for the tensor: ``docs/kernels.md``.
 """
@@ -19,6 +19,7 @@ def norm_row(
     K: tl.constexpr,
     THREADS: tl.constexpr,
     SPLIT: tl.constexpr,
+    ZERO_CENTRED: tl.constexpr,
     SM: tl.constexpr,
 ) -> tl.tuple:
     x = load_row(x_ptr, K, THREADS, SPLIT, None)
@@ -40,5 +41,7 @@ def norm_row(
     y: tl.tuple = ()
     for i in tl.static_range(len(t)):
         weight = floats(load_piece(weight_ptr, i, K, THREADS, SPLIT, None), THREADS)
+        if ZERO_CENTRED:
+            weight += 1.0
         y += (bf16_pairs(t[i] * r * weight, THREADS, SM),)
     return y

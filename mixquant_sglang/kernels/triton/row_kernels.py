@@ -6,7 +6,7 @@ import triton.language as tl
 from mixquant_sglang.kernels.triton.norm import norm_row
 from mixquant_sglang.kernels.triton.pieces import load_row, store_row
 from mixquant_sglang.kernels.triton.scale_tiles import scales_of, store_scales, zero_scales
-from mixquant_sglang.kernels.triton.silu import silu_row
+from mixquant_sglang.kernels.triton.silu import gelu_row, silu_row
 from mixquant_sglang.kernels.triton.store_fp8 import store_fp8
 from mixquant_sglang.kernels.triton.store_nvfp4 import store_nvfp4
 from mixquant_sglang.kernels.triton.store_qdq import store_qdq
@@ -43,12 +43,16 @@ def quantize_rows(
         return
     if slots_ptr is not None:
         slot = tl.load(slots_ptr + row).to(tl.int64)  # early: it arrives together with the row
-    if SOURCE == "norm":
+    if SOURCE == "norm" or SOURCE == "zero_centred_norm":
         if residual_ptr is not None:
             residual_ptr += row * K
-        y = norm_row(x_ptr + row * K, residual_ptr, weight_ptr, eps, K, THREADS, SPLIT, SM)
+        y = norm_row(
+            x_ptr + row * K, residual_ptr, weight_ptr, eps, K, THREADS, SPLIT, SOURCE == "zero_centred_norm", SM
+        )
     elif SOURCE == "silu":
         y = silu_row(x_ptr + row * 2 * K, K, THREADS, SPLIT, SM)
+    elif SOURCE == "gelu":
+        y = gelu_row(x_ptr + row * 2 * K, K, THREADS, SPLIT, SM)
     else:
         y = load_row(x_ptr + row * K, K, THREADS, SPLIT, None)
     if slots_ptr is not None and slot >= 0:

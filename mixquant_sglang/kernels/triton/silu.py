@@ -1,4 +1,4 @@
-"""SiLU(gate) x up of a row: see ``activations.silu_mul``.
+"""SiLU(gate) x up of a row, and GELU(gate) x up: see ``activations.silu_mul`` and ``gelu_mul``.
 
 FlashInfer's ``silu_and_mul_nvfp4_quantize`` (0.7.2) takes one scale for the tensor: ``docs/kernels.md``.
 """
@@ -21,5 +21,19 @@ def silu_row(
         gate = floats(load_piece(gate_ptr, i, K, THREADS, SPLIT, None), THREADS)
         up = floats(load_piece(gate_ptr + K, i, K, THREADS, SPLIT, None), THREADS)
         root = tl.rsqrt(1.0 + tl.exp2(gate * -1.4426950408889634))
+        y += (bf16_pairs(gate * root * root * up, THREADS, SM),)
+    return y
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def gelu_row(
+    gate_ptr: tl.tensor, K: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr, SM: tl.constexpr
+) -> tl.tuple:
+    """With (1 + tanh(u)) / 2 = 1 / (1 + e^(-2u)): ``silu_row`` of another exponent, -2u in powers of two."""
+    y: tl.tuple = ()
+    for i in tl.static_range(pieces_of(K, THREADS, SPLIT)):
+        gate = floats(load_piece(gate_ptr, i, K, THREADS, SPLIT, None), THREADS)
+        up = floats(load_piece(gate_ptr + K, i, K, THREADS, SPLIT, None), THREADS)
+        root = tl.rsqrt(1.0 + tl.exp2(gate * (-2.302208198144325 - 0.1029432395800235 * (gate * gate))))
         y += (bf16_pairs(gate * root * root * up, THREADS, SM),)
     return y

@@ -57,13 +57,17 @@ def few(weight: torch.Tensor, bias: torch.Tensor | None, cut: int) -> None:
 
 
 def quantise(source: str, k: int, fmt: str, device: torch.device, *, protects: bool) -> None:
-    """``activations`` from ``source``, "rows", "norm" or "silu", with kept rows too where the linear ``protects``."""
-    x = torch.zeros(ROWS, 2 * k if source == "silu" else k, dtype=torch.bfloat16, device=device)
+    """``activations`` from ``source``, a name of ``quantize_rows``; with kept rows if the linear ``protects``."""
+    x = torch.zeros(ROWS, 2 * k if source in ("silu", "gelu") else k, dtype=torch.bfloat16, device=device)
     slots = torch.full((ROWS,), -1, dtype=torch.int32, device=device)
     kept = x.new_empty(ROWS, k)
     for keeping in ({}, {"slots": slots, "kept": kept}) if protects else ({},):
-        if source == "norm":
+        if source in ("norm", "zero_centred_norm"):
+            zero_centred = source == "zero_centred_norm"
             for residual in (None, torch.zeros_like(x)):
-                activations.rmsnorm(x, x.new_zeros(k), 1e-6, fmt, residual=residual, **keeping)
+                activations.rmsnorm(
+                    x, x.new_zeros(k), 1e-6, fmt, zero_centred=zero_centred, residual=residual, **keeping
+                )
         else:
-            {"rows": activations.quantize, "silu": activations.silu_mul}[source](x, fmt, **keeping)
+            made = {"rows": activations.quantize, "silu": activations.silu_mul, "gelu": activations.gelu_mul}
+            made[source](x, fmt, **keeping)

@@ -53,6 +53,7 @@ def _measure_shape(shape: Shape, experts: Any, rows: Sequence[int], device: torc
     seed = torch.Generator(device).manual_seed(0)
     calls: dict[tuple[int, str], Any] = {}
     out: dict[int, dict[str, str]] = {m: {} for m in rows}
+    kept: list[Any] = []  # what the graphs read
     for m in rows:
         x = torch.randn(m, h, dtype=torch.bfloat16, device=device, generator=seed)
         scores, ids = torch.rand(m, count, device=device, generator=seed).topk(k)
@@ -70,6 +71,7 @@ def _measure_shape(shape: Shape, experts: Any, rows: Sequence[int], device: torc
             except RuntimeError as error:  # Triton's too: more shared memory than there is
                 out[m][name] = first_line(error)
                 continue
+            kept.append(call)
             calls[m, name] = graph.replay
     times = dict(zip(calls, medians([*calls.values()], SECONDS), strict=True)) if calls else {}
     found = {m: {name: round(ms, 6) for (rows_, name), ms in times.items() if rows_ == m} for m in rows}

@@ -12,10 +12,17 @@ which prompts end reads the weights of the decode precision once more for its pr
 does pay for the launches. A decode step reads weights and KV and has an overhead by layer. The fractions and where they
 come from: ``rates.py``.
 
+Experts (``cost_experts.py``) are grouped GEMMs at a rate over rows for each expert, read no more experts than tokens
+reach, and move a row for each token and expert; protected rows read experts of their own. Attention goes by layer:
+windows see their tokens, latent attention expands in prefill and absorbs in decode, the gated delta rule takes FLOPs
+for each row and a state in place of a cache. Blocks other than Llama-like ones are planned without fusion. What a
+recipe takes of the memory: ``memory.py``; from how many tokens on it pays: ``advice.py``.
+
 Refused: arguments out of range, and what ``models.py`` and ``gpus.py`` refuse. Not modelled: passes that mix prefill
 and decode rows, that passes with more than 64 protected rows run without a graph, rates by linear rather than by layer,
 which linears the last layer has in low precision (each counts by 1 / layers), blocks that are not fused, tile
-quantisation at small M. Needs neither a GPU nor torch nor SGLang.
+quantisation at small M; uneven routers, shared experts beside the routed ones at the same time, the expansion of a
+cached latent prefix, towers. Needs neither a GPU nor torch nor SGLang.
 """
 
 from __future__ import annotations
@@ -24,9 +31,11 @@ import argparse
 from pathlib import Path
 
 from mixquant_sglang.tools.plan import plot
+from mixquant_sglang.tools.plan.advice import break_even
 from mixquant_sglang.tools.plan.gpus import GPUS, find_gpu
+from mixquant_sglang.tools.plan.memory import memory_of
 from mixquant_sglang.tools.plan.models import find_model
-from mixquant_sglang.tools.plan.predict import predict
+from mixquant_sglang.tools.plan.predict import BASELINE, predict
 from mixquant_sglang.tools.plan.recipes import STOCK_FP8, make_plan
 from mixquant_sglang.tools.plan.table import as_json, as_table
 from mixquant_sglang.tools.plan.workload import Workload
@@ -50,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"default: {' '.join(DEFAULT_RECIPES)}; also {STOCK_FP8}: SGLang's own FP8 server",
     )
     parser.add_argument("--tp", type=int, default=1, metavar="GPUS", help="tensor parallel size (default 1)")
+    parser.add_argument("--ep", type=int, default=1, metavar="GPUS", help="of them, expert parallel size (default 1)")
     parser.add_argument("--chunk", type=int, metavar="TOKENS", help="--chunked-prefill-size (default: SGLang's choice)")
     parser.add_argument("--no-protect", action="store_true", help="as with 'protect: {last_prompt_token: false}'")
     parser.add_argument("--json", action="store_true", help="one JSON object, keyed by recipe")
@@ -59,11 +69,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table or the JSON; returns 0. MixQuantError, in one line, for whatever the user can mend."""
     gpu, model = find_gpu(args.gpu), find_model(args.model)
-    work = Workload(args.input_len, args.cached, args.output_len, args.batch, args.tp, args.chunk)
+    work = Workload(args.input_len, args.cached, args.output_len, args.batch, args.tp, args.chunk, args.ep)
     protect = False if args.no_protect else None
-    plans = [make_plan(name, model, gpu, work.tp, protect) for name in dict.fromkeys(args.recipe)]
+    plans = [make_plan(name, model, gpu, work.tp, protect, work.ep) for name in dict.fromkeys(args.recipe)]
     predictions = [predict(plan, model, gpu, work) for plan in plans]
     if args.plot is not None:
         plot.save(args.plot, plans, predictions, model, gpu, work)
-    print(as_json(predictions) if args.json else as_table(predictions, model, gpu, work))
+    memories = [memory_of(plan, model, gpu, work) for plan in plans]
+    advice = {}
+    if model.has_experts:
+        baseline = make_plan(BASELINE, model, gpu, work.tp, ep=work.ep)
+        low = [plan for plan in plans if any(one.prefill != one.decode for one in plan.experts)]
+        advice = {plan.recipe: break_even(plan, baseline, model, gpu, work.tp) for plan in low}
+    if args.json:
+        print(as_json(predictions, memories, advice))
+    else:
+        print(as_table(predictions, memories, advice, model, gpu, work))
     return 0

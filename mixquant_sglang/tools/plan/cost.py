@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from mixquant_sglang.passes.limits import EAGER_PRODUCTS
+from mixquant_sglang.tools.plan.cost_experts import ExpertCost
 from mixquant_sglang.tools.plan.cost_linear import LinearCost, format_of
 from mixquant_sglang.tools.plan.gpus import Gpu
-from mixquant_sglang.tools.plan.linears import Linear, Plan
-from mixquant_sglang.tools.plan.models import Model
+from mixquant_sglang.tools.plan.linears import Plan
 from mixquant_sglang.tools.plan.roofline import Roofline
-from mixquant_sglang.tools.plan.shapes import kv_bytes, kv_width
 from mixquant_sglang.tools.plan.workload import Workload
+from mixquant_sglang.weights.decoder import Decoder
+from mixquant_sglang.weights.footprint import Placed, request_bytes
+from mixquant_sglang.weights.mixers import DeltaRule
 
 _PARTS = ("linears", "attention", "elementwise", "quantise", "dequantise", "protected", "all_reduce", "fixed")
 
@@ -19,20 +22,30 @@ _PARTS = ("linears", "attention", "elementwise", "quantise", "dequantise", "prot
 class Cost:
     """Milliseconds; bytes and FLOPs are those of one of ``tp`` GPUs."""
 
-    def __init__(self, gpu: Gpu, model: Model, tp: int) -> None:
+    def __init__(self, gpu: Gpu, model: Decoder, tp: int) -> None:
         self.model, self.tp, self.rates, self.roof = model, tp, gpu.rates, Roofline(gpu, model, tp)
 
     def prefill(self, plan: Plan, work: Workload) -> tuple[dict[str, float], float, float]:
         """(milliseconds by cause, FLOPs, bytes) of the whole batch."""
         parts = dict.fromkeys(_PARTS, 0.0)
+        if self.model.has_experts:
+            parts |= {"experts": 0.0, "move": 0.0}
         flops = moved = 0.0
-        for rows, ends, count, pairs in work.kinds_of_passes(self.roof.gpu):  # only attention tells more of them apart
+        for rows, ends, count, _ in work.kinds_of_passes(self.roof.gpu):
             once, once_flops, once_moved = self._pass(plan, rows, ends)
             for name, ms in once.items():
                 parts[name] += count * ms
-            attention = self.roof.attention_flops(pairs)
-            parts["attention"] += attention / (self.roof.peak("bf16") * self.rates.attention) * 1e3
-            flops, moved = flops + count * once_flops + attention, moved + count * once_moved
+            flops, moved = flops + count * once_flops, moved + count * once_moved
+        for block, count in self.model.kinds:
+            if isinstance(block.mixer, DeltaRule):
+                continue
+            pairs = work.pairs(self.roof.gpu, block.mixer.window)
+            attention = count * pairs * block.mixer.pair_flops(self.tp)
+            parts["attention"] += attention / self.roof.attention_rate(block.mixer) * 1e3
+            flops += attention
+        if self.model.has_states:
+            parts["recurrence"], recurrence = self.roof.recurrence(work.new * work.batch)
+            flops += recurrence
         return parts, flops, moved
 
     def _pass(self, plan: Plan, rows: int, ends: int) -> tuple[dict[str, float], float, float]:
@@ -45,7 +58,8 @@ class Cost:
         eager = not protected and rows * products >= EAGER_PRODUCTS
         for linear in plan.linears:
             cost = LinearCost(self.roof, plan, linear)
-            precision, emulated = (linear.prefill, linear.prefill_emulated) if low else ("bf16", False)
+            precision = linear.prefill if low else "bf16"
+            emulated = precision in plan.emulated
             fused = plan.fused and precision != "bf16" and not (precision == "fp8" and emulated)
             share = 1.0  # of the layers; in the last one, o_proj and the MLP leave out what nobody reads
             if fused and linear.prefill != linear.decode and linear.name != "self_attn.qkv_proj":
@@ -63,6 +77,20 @@ class Cost:
                 ms, bytes_ = cost.protected(protected)
                 parts["protected"] += ms
                 moved += bytes_
+        for expert, placed in self._experts(plan):
+            precision = placed.prefill if low else "bf16"
+            emulated = precision in plan.emulated
+            made = {"experts": expert.gemm(precision, emulated, rows), "move": expert.move(precision, rows)}
+            made["elementwise"] = expert.norm(rows)
+            if low and plan.protect and placed.prefill != placed.decode and not eager:
+                made["protected"] = expert.protected(protected)
+            for name, (ms, bytes_) in made.items():
+                parts[name] = parts.get(name, 0.0) + ms
+                moved += bytes_
+            quantise, dequantise = expert.conversions(precision, emulated, rows)
+            parts["quantise"] += quantise
+            parts["dequantise"] += dequantise
+            flops += expert.flops(rows)
         elementwise = rows * self._elementwise_bytes()
         parts["elementwise"] += self.roof.memory(elementwise, self.rates.copy)
         moved += elementwise
@@ -75,23 +103,43 @@ class Cost:
 
     def decode(self, plan: Plan, batch: int, context: float) -> tuple[float, float, float]:
         """(milliseconds, FLOPs, bytes) of one step of ``batch`` requests that see ``context`` tokens each."""
-        head = Linear("lm_head", self.model.vocab // self.tp, self.model.hidden, 1, "bf16", "bf16", False, False)
+        head = Placed("lm_head", self.model.vocab // self.tp, self.model.hidden, 1, "bf16", "bf16")
         ms = flops = moved = 0.0
         for linear in (*plan.linears, head):
-            cost, how = LinearCost(self.roof, plan, linear), (linear.decode, linear.decode_emulated, batch)
+            emulated = linear.decode in plan.emulated
+            cost, how = LinearCost(self.roof, plan, linear), (linear.decode, emulated, batch)
             time, bytes_ = cost.gemm(*how, self.rates.weights)
             ms, moved = ms + time, moved + bytes_
             flops += 2.0 * batch * linear.n * linear.k * linear.count
             if linear.decode != "bf16":
                 ms += sum(cost.conversions(*how, fused=False))
                 ms += linear.count * self.rates.low_linear_us / 1e3
-        kv = batch * context * kv_bytes(self.model, self.tp)
-        flops += self.roof.attention_flops(batch * context)
+        for expert, placed in self._experts(plan):
+            time, bytes_ = expert.protected(batch)  # the same run
+            ms, moved, flops = ms + time, moved + bytes_, flops + expert.flops(batch)
+            if placed.decode != "bf16":
+                ms += placed.count * 2 * self.rates.low_linear_us / 1e3
+        kv = 0.0
+        for block, count in self.model.kinds:
+            if isinstance(block.mixer, DeltaRule):
+                continue
+            seen = batch * (min(context, block.mixer.window) if block.mixer.window else context)
+            kv += count * seen * block.mixer.kv_bytes(self.tp)
+            flops += count * seen * block.mixer.decode_pair_flops(self.tp)
+        kv += batch * 2.0 * request_bytes(self.model, self.tp)  # states are read and written
         ms += self.roof.memory(kv, self.rates.kv) + self.roof.all_reduce(batch)
         ms += self.model.layers * (self.rates.decode_layer_us + self.rates.decode_doubling_us * math.log2(batch)) / 1e3
         return ms, flops, moved + kv
 
+    def _experts(self, plan: Plan) -> Iterator[tuple[ExpertCost, Placed]]:
+        for placed in plan.experts:
+            if placed.experts:
+                yield ExpertCost(self.roof, plan, placed, placed.experts), placed
+
     def _elementwise_bytes(self) -> float:
-        """Per token row, beside what writes the inputs of linears: rope with q and k norms, the KV write; in BF16."""
-        q, kv = self.model.heads * self.model.head_dim / self.tp, kv_width(self.model, self.tp)
-        return self.model.layers * 2.0 * (2 * (q + kv) + 4 * kv)
+        """Per token row, beside what writes the inputs of linears: what mixers do by themselves, such as rope with q
+        and k norms and the KV write, and norms beyond two; in BF16."""
+        total = 0.0
+        for block, count in self.model.kinds:
+            total += count * (block.mixer.row_bytes(self.tp) + block.norms * 4.0 * self.model.hidden)
+        return total

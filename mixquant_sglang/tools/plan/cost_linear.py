@@ -5,14 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mixquant_sglang.kernels.limits import FEW_ROWS
-from mixquant_sglang.tools.plan.linears import Linear, Plan
+from mixquant_sglang.tools.plan.linears import Plan
 from mixquant_sglang.tools.plan.rates import at
 from mixquant_sglang.tools.plan.roofline import Roofline
+from mixquant_sglang.weights.footprint import Placed
 
-_WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}  # per element, block scales included
-_INPUT_BYTES = {"bf16": 2.0, "qdq": 2.0, "fp8": 1.0, "nvfp4": 0.5625}
+WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}  # per element, block scales included
+INPUT_BYTES = {"bf16": 2.0, "qdq": 2.0, "fp8": 1.0, "nvfp4": 0.5625}
 # What writes a linear's input, and the bytes per element of it that this moves beside the result itself.
-_BEFORE = {"self_attn.qkv_proj": "norm", "mlp.gate_up_proj": "norm", "mlp.down_proj": "silu"}
+# Shared experts read the norm of the routed ones, and kv_a_proj, in_proj_ba and routers that of a linear beside them.
+_BEFORE = {
+    **{"self_attn.qkv_proj": "norm", "mlp.gate_up_proj": "norm", "mlp.down_proj": "silu"},
+    **{"linear_attn.in_proj_qkvz": "norm", "linear_attn.out_proj": "silu"},  # RMSNorm, gated by z
+    **{"self_attn.fused_qkv_a_proj_with_mqa": "norm", "self_attn.q_b_proj": "norm", "self_attn.q_proj": "norm"},
+    **{f"mlp.{shared}.down_proj": "silu" for shared in ("shared_expert", "shared_experts")},
+    **{"feed_forward.gate_up_proj": "norm", "feed_forward.down_proj": "silu"},
+    **{"feed_forward.shared_expert.down_proj": "silu", "mlp.fc1": "norm", "mlp.c_fc": "norm"},
+}
 _BEFORE_BYTES = {"norm": 6.0, "silu": 4.0}  # x, the residual and its new value; gate and up
 
 
@@ -22,14 +31,14 @@ class LinearCost:
 
     roof: Roofline
     plan: Plan
-    linear: Linear
+    linear: Placed
 
     def gemm(self, precision: str, emulated: bool, rows: int, memory: float) -> tuple[float, float]:
         """(milliseconds, bytes); ``memory``: the fraction of the bandwidth that its operands get."""
         run = "bf16" if emulated else precision
         rates, linear = self.roof.rates, self.linear
         n, k = linear.n, linear.k
-        moved = linear.count * (rows * k * _INPUT_BYTES[run] + n * k * _WEIGHT_BYTES[run] + rows * n * 2.0)
+        moved = linear.count * (rows * k * INPUT_BYTES[run] + n * k * WEIGHT_BYTES[run] + rows * n * 2.0)
         flops = linear.count * 2.0 * rows * n * k
         curve = rates.gemm[run]
         if emulated and precision == "nvfp4":
@@ -55,24 +64,24 @@ class LinearCost:
         if self.plan.stock or (form == "nvfp4" and not self.plan.fused):
             fraction = rates.stock_quantise[form]
         if not fused or linear.name not in _BEFORE:
-            quantise += roof.memory(elements * (2 + _INPUT_BYTES[form]), fraction)
+            quantise += roof.memory(elements * (2 + INPUT_BYTES[form]), fraction)
         if emulated:
-            weights = linear.count * linear.n * linear.k * (_WEIGHT_BYTES[precision] + 2)
+            weights = linear.count * linear.n * linear.k * (WEIGHT_BYTES[precision] + 2)
             dequantise = roof.memory(weights, rates.dequantise)
         return quantise, dequantise
 
     def before(self, form: str, rows: int) -> tuple[float, float]:
         """(milliseconds, bytes) of the norm or SiLU that writes the input as ``form``, and of the copy of q behind
         qkv_proj."""
-        roof, linear, model = self.roof, self.linear, self.roof.model
+        roof, linear = self.roof, self.linear
         ms = moved = 0.0
         before = _BEFORE.get(linear.name)
         if before:
-            moved = linear.count * rows * linear.k * (_BEFORE_BYTES[before] + _INPUT_BYTES[form])
+            moved = linear.count * rows * linear.k * (_BEFORE_BYTES[before] + INPUT_BYTES[form])
             fraction = roof.rates.copy if form == "bf16" else at(roof.rates.quantise[before][form], rows)
             ms = roof.memory(moved, fraction)
-        q = model.heads * model.head_dim // roof.tp
-        if linear.name == "self_attn.qkv_proj" and not (form == "fp8" and q % 64 == 0):
+        q = linear.queries
+        if q and not (form == "fp8" and q % 64 == 0):
             copied = linear.count * rows * q * 4.0
             ms, moved = ms + roof.memory(copied, roof.rates.q_copy), moved + copied
         return ms, moved
@@ -83,12 +92,12 @@ class LinearCost:
         roof, rates, linear = self.roof, self.roof.rates, self.linear
         if not rows:
             return linear.count * rates.idle_linear_us / 1e3, 0.0
-        weights = linear.count * linear.n * linear.k * _WEIGHT_BYTES[linear.decode]
+        weights = linear.count * linear.n * linear.k * WEIGHT_BYTES[linear.decode]
         few, fractions = rates.protected
         read = roof.memory(weights, fractions[rows > few])
         if rows <= FEW_ROWS:
             return read, weights
-        ms, moved = self.gemm(linear.decode, linear.decode_emulated, rows, rates.copy)
+        ms, moved = self.gemm(linear.decode, linear.decode in self.plan.emulated, rows, rates.copy)
         return max(ms, read), moved
 
 

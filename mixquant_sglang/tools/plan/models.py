@@ -1,50 +1,114 @@
 """The models that ``mixquant plan`` knows, by name or by a config.json.
 
-Refused, each with its reason: unknown names, and configs of MoE, MLA, hybrid, multi-modal or quantised models.
+Refused: unknown names, files that are no config, and what ``weights/decoder_config.py`` refuses.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.recipe import did_you_mean, nearest, show
+from mixquant_sglang.weights.decoder import Block, Decoder
+from mixquant_sglang.weights.decoder_config import read_decoder
+from mixquant_sglang.weights.mixers import Attention
 
 
-@dataclass(frozen=True)
-class Model:
-    """A dense decoder's shape, as in its config.json."""
+def _dense(
+    name: str,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    vocab: int,
+    tied: bool,
+) -> Decoder:
+    block = Block(Attention(heads, kv_heads, head_dim), intermediate)
+    return Decoder(name, hidden, vocab, tied, (block,) * layers)
 
-    name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
 
+# What counts of each config.json on the Hugging Face Hub, under its keys.
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "Qwen3-30B-A3B": {
+        **{"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "vocab_size": 151936},
+        **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144},
+        **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    },
+    "Qwen3-Next-80B-A3B": {
+        **{"model_type": "qwen3_next", "hidden_size": 2048, "num_hidden_layers": 48, "vocab_size": 151936},
+        **{"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "intermediate_size": 5120},
+        **{"num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512},
+        **{"shared_expert_intermediate_size": 512, "full_attention_interval": 4},
+    },
+    "Qwen3.5-9B": {
+        "tie_word_embeddings": False,
+        "text_config": {
+            **{"model_type": "qwen3_5_text", "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 248320},
+            **{"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 12288},
+            "full_attention_interval": 4,
+        },
+        "vision_config": {"model_type": "qwen3_5", **{"depth": 27, "hidden_size": 1152, "intermediate_size": 4304}}
+        | {"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 2304},
+    },
+    "Qwen3.5-35B-A3B": {
+        "tie_word_embeddings": False,
+        "text_config": {
+            **{"model_type": "qwen3_5_moe_text", "hidden_size": 2048, "num_hidden_layers": 40, "vocab_size": 248320},
+            **{"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "full_attention_interval": 4},
+            **{"num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512},
+            "shared_expert_intermediate_size": 512,
+        },
+        "vision_config": {"model_type": "qwen3_5_moe", **{"depth": 27, "hidden_size": 1152, "intermediate_size": 4304}}
+        | {"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 2304},
+    },
+    "Gemma-4-26B-A4B": {
+        "text_config": {
+            **{"model_type": "gemma4_text", "hidden_size": 2816, "num_hidden_layers": 30, "vocab_size": 262144},
+            **{"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "intermediate_size": 2112},
+            **{"num_global_key_value_heads": 2, "global_head_dim": 512, "attention_k_eq_v": True},
+            **{"sliding_window": 1024, "hidden_size_per_layer_input": 0, "enable_moe_block": True},
+            **{"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
+        },
+        "vision_config": {"model_type": "gemma4_vision", "num_hidden_layers": 27, "hidden_size": 1152}
+        | {"intermediate_size": 4304, "patch_size": 16, "position_embedding_size": 10240},
+    },
+    "GLM-4.5-Air": {
+        **{"model_type": "glm4_moe", "hidden_size": 4096, "num_hidden_layers": 46, "vocab_size": 151552},
+        **{"num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 10944},
+        **{"n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408},
+        **{"n_shared_experts": 1, "first_k_dense_replace": 1},
+    },
+    "GLM-4.7-Flash": {
+        **{"model_type": "glm4_moe_lite", "hidden_size": 2048, "num_hidden_layers": 47, "vocab_size": 154880},
+        **{"num_attention_heads": 20, "intermediate_size": 10240, "q_lora_rank": 768, "kv_lora_rank": 512},
+        **{"qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256},
+        **{"n_routed_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 1536},
+        **{"n_shared_experts": 1, "first_k_dense_replace": 1},
+    },
+}
 
-# Each from the model's config.json on the Hugging Face Hub.
-MODELS: tuple[Model, ...] = (
-    Model("Qwen3-0.6B", 1024, 3072, 28, 16, 8, 128, 151936, True),
-    Model("Qwen3-1.7B", 2048, 6144, 28, 16, 8, 128, 151936, True),
-    Model("Qwen3-4B", 2560, 9728, 36, 32, 8, 128, 151936, True),
-    Model("Qwen3-8B", 4096, 12288, 36, 32, 8, 128, 151936, False),
-    Model("Qwen3-14B", 5120, 17408, 40, 40, 8, 128, 151936, False),
-    Model("Qwen3-32B", 5120, 25600, 64, 64, 8, 128, 151936, False),
-    Model("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128, 128256, False),
-    Model("Llama-3.1-70B", 8192, 28672, 80, 64, 8, 128, 128256, False),
-    Model("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128256, True),
-    Model("Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128, 128256, True),
+# The dense ones: each from the model's config.json on the Hugging Face Hub.
+MODELS: tuple[Decoder, ...] = (
+    _dense("Qwen3-0.6B", 1024, 3072, 28, 16, 8, 128, 151936, True),
+    _dense("Qwen3-1.7B", 2048, 6144, 28, 16, 8, 128, 151936, True),
+    _dense("Qwen3-4B", 2560, 9728, 36, 32, 8, 128, 151936, True),
+    _dense("Qwen3-8B", 4096, 12288, 36, 32, 8, 128, 151936, False),
+    _dense("Qwen3-14B", 5120, 17408, 40, 40, 8, 128, 151936, False),
+    _dense("Qwen3-32B", 5120, 25600, 64, 64, 8, 128, 151936, False),
+    _dense("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128, 128256, False),
+    _dense("Llama-3.1-70B", 8192, 28672, 80, 64, 8, 128, 128256, False),
+    _dense("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128256, True),
+    _dense("Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128, 128256, True),
+    *(read_decoder(config, name, name) for name, config in _CONFIGS.items()),
 )
+_SUFFIXES = ("", "-instruct", "-base", "-it", "-instruct-2507", "-thinking-2507", "-thinking")
 
 
-def find_model(name: str) -> Model:
+def find_model(name: str) -> Decoder:
     """A known name, with or without its owner, or a directory with a config.json. MixQuantError lists what is known."""
     path = Path(name)
     try:
@@ -55,7 +119,7 @@ def find_model(name: str) -> Model:
         return _read_config(path if path.name == "config.json" else path / "config.json")
     known = {model.name.lower(): model for model in MODELS}
     word = name.rpartition("/")[2].lower()
-    for suffix in ("", "-instruct", "-base"):
+    for suffix in _SUFFIXES:
         if word.endswith(suffix) and word.removesuffix(suffix) in known:
             return known[word.removesuffix(suffix)]
     names = [model.name for model in MODELS]
@@ -65,17 +129,7 @@ def find_model(name: str) -> Model:
     )
 
 
-_SIZES = {
-    "hidden": "hidden_size",
-    "intermediate": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "vocab": "vocab_size",
-}
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "moe_num_experts")
-
-
-def _read_config(path: Path) -> Model:
+def _read_config(path: Path) -> Decoder:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -85,43 +139,4 @@ def _read_config(path: Path) -> Model:
         raise MixQuantError(f"MODEL: {path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise MixQuantError(f"MODEL: {path}: must be a JSON object")
-    kind = str(config.get("model_type", ""))
-    experts = [key for key in _EXPERTS if config.get(key)]
-    if experts or "moe" in kind.lower():
-        why = experts[0] if experts else f"model_type {show(kind)}"
-        raise MixQuantError(f"MODEL: {path}: {why}: is a mixture of experts; `plan` knows dense models only")
-    layer_types = config.get("layer_types")
-    attention = {str(layer) for layer in layer_types} if isinstance(layer_types, list) else set()
-    attention.discard("full_attention")
-    for key, what in (
-        ("kv_lora_rank", "latent attention"),
-        ("text_config", "a multi-modal model"),
-        ("quantization_config", "a quantised checkpoint"),
-    ):
-        if config.get(key):
-            raise MixQuantError(f"MODEL: {path}: {key}: is {what}; `plan` knows dense BF16 language models only")
-    if attention:
-        raise MixQuantError(f"MODEL: {path}: layer_types: {', '.join(sorted(attention))}; allowed: full_attention")
-    sizes = {name: _size(path, config, key) for name, key in _SIZES.items()}
-    heads, hidden = sizes["heads"], sizes["hidden"]
-    kv_heads = _size(path, config, "num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise MixQuantError(f"MODEL: {path}: num_key_value_heads: {kv_heads} does not divide {heads} attention heads")
-    return Model(
-        name=path.resolve().parent.name,
-        kv_heads=kv_heads,
-        head_dim=_size(path, config, "head_dim", hidden // heads),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        **sizes,
-    )
-
-
-def _size(path: Path, config: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise MixQuantError(f"MODEL: {path}: {key}: is missing; `plan` needs the shape of a Llama-like decoder")
-    most = 1000 if key == "num_hidden_layers" else 2**24
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise MixQuantError(f"MODEL: {path}: {key}: must be an integer from 1 to {most}, is {show(str(value))}")
-    return value
+    return read_decoder(config, path.resolve().parent.name, f"MODEL: {path}")

@@ -10,13 +10,13 @@ from pathlib import Path
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.tools.plan.gpus import Gpu
 from mixquant_sglang.tools.plan.linears import Plan
-from mixquant_sglang.tools.plan.models import Model
 from mixquant_sglang.tools.plan.predict import Prediction, predict
 from mixquant_sglang.tools.plan.workload import MOST_TOKENS, Workload
+from mixquant_sglang.weights.decoder import Decoder
 
 
 def save(
-    file: Path, plans: Sequence[Plan], predictions: Sequence[Prediction], model: Model, gpu: Gpu, work: Workload
+    file: Path, plans: Sequence[Plan], predictions: Sequence[Prediction], model: Decoder, gpu: Gpu, work: Workload
 ) -> None:
     try:
         agg = importlib.import_module("matplotlib.backends.backend_agg")

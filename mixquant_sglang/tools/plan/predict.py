@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mixquant_sglang.tools.plan.cost import Cost
+from mixquant_sglang.tools.plan.cost_experts import rate_of
 from mixquant_sglang.tools.plan.gpus import Gpu
 from mixquant_sglang.tools.plan.hosts import SERVER, Host
 from mixquant_sglang.tools.plan.linears import Plan
-from mixquant_sglang.tools.plan.models import Model
-from mixquant_sglang.tools.plan.rates import MEMORY_SHARE
 from mixquant_sglang.tools.plan.recipes import make_plan
-from mixquant_sglang.tools.plan.shapes import bf16_bytes, kv_bytes
 from mixquant_sglang.tools.plan.workload import Workload
+from mixquant_sglang.weights.decoder import Decoder
+from mixquant_sglang.weights.footprint import MEMORY_SHARE, footprint_of
 
 BASELINE = "bf16"
 
@@ -23,7 +23,8 @@ BASELINE = "bf16"
 class Prediction:
     """Milliseconds for the whole batch: its prefill, one decode step at the mean context. Ratios: above 1 is faster
     than ``bf16``. Bytes and KV tokens per GPU. ``prefill_parts``: milliseconds by cause. ``points``: (FLOP/byte,
-    FLOP/s) of the prefill and of a decode step, per GPU."""
+    FLOP/s) of the prefill and of a decode step, per GPU. ``sources``: where the rates of the experts' grouped GEMMs
+    come from, by precision. ``stays_bf16``: linears and experts that no kernel takes, and why."""
 
     recipe: str
     describe: str
@@ -36,13 +37,15 @@ class Prediction:
     fits: bool
     prefill_parts: Mapping[str, float]
     points: Mapping[str, tuple[float, float]]
+    sources: Mapping[str, str]
+    stays_bf16: Mapping[str, str]
 
 
 def predict(
-    plan: Plan, model: Model, gpu: Gpu, work: Workload, baseline: Plan | None = None, host: Host = SERVER
+    plan: Plan, model: Decoder, gpu: Gpu, work: Workload, baseline: Plan | None = None, host: Host = SERVER
 ) -> Prediction:
     """What ``plan`` takes for ``work``; ``baseline`` is what the ratios are against (the recipe bf16 by default)."""
-    baseline = baseline or make_plan(BASELINE, model, gpu, work.tp)
+    baseline = baseline or make_plan(BASELINE, model, gpu, work.tp, ep=work.ep)
     cost = Cost(gpu, model, work.tp)
     parts, flops, moved = cost.prefill(plan, work)
     parts["host"] = host.request_ms + host.token_us * work.input_len * work.batch / 1e3
@@ -56,9 +59,8 @@ def predict(
         steps = work.output_len - 1  # the first token comes from the prefill
         prefill_speedup = base.prefill_ms / prefill
         end_to_end = (base.prefill_ms + steps * base.decode_ms) / (prefill + steps * decode)
-    kv = kv_bytes(model, work.tp)
-    needed = bf16_bytes(model, work.tp) + plan.extra_weight_bytes
-    needed += work.batch * (work.input_len + work.output_len) * kv
+    memory = footprint_of(model, plan.placed, work.tp, work.ep, masters=plan.keeps_bf16)
+    needed = memory.needed(work.batch * (work.input_len + work.output_len), work.batch)
     return Prediction(
         recipe=plan.recipe,
         describe=plan.describe,
@@ -67,11 +69,21 @@ def predict(
         prefill_speedup=prefill_speedup,
         end_to_end_speedup=end_to_end,
         extra_weight_bytes=plan.extra_weight_bytes,
-        kv_tokens_displaced=math.ceil(plan.extra_weight_bytes / kv),
+        kv_tokens_displaced=math.ceil(plan.extra_weight_bytes / memory.kv_token),
         fits=needed <= MEMORY_SHARE * gpu.memory,
         prefill_parts=parts,
         points={
             "prefill": (flops / moved, flops / (prefill / 1e3)),
             "decode": (step_flops / step_moved, step_flops / (decode / 1e3)),
         },
+        sources=_sources(plan, gpu),
+        stays_bf16={one.name: one.refusal for one in plan.placed if one.refusal},
     )
+
+
+def _sources(plan: Plan, gpu: Gpu) -> dict[str, str]:
+    used = dict.fromkeys(precision for one in plan.experts for precision in (one.prefill, one.decode))
+    return {
+        precision: rate_of(gpu.rates.experts, precision, precision in plan.emulated, plan.stock).source
+        for precision in used
+    }

@@ -21,12 +21,36 @@ Curve = tuple[tuple[int, float], ...]  # (rows M, fraction of peak), M rising; b
 
 
 @dataclass(frozen=True)
+class Sourced:
+    """A curve and where it comes from, in words for the user: "measured ..." or "predicted: ..."."""
+
+    curve: Curve
+    source: str
+
+
+@dataclass(frozen=True)
+class ExpertRates:
+    """Of mixtures of experts: ``gemm`` of our kernels by precision, ``stock`` where SGLang's own server runs another,
+    both over rows for each expert. ``read``: share of the bandwidth at which few rows read the weights of a precision.
+    ``move``: of the bandwidth, for the caches of a row for each token and expert. ``block_us``: launches beyond
+    those, for each block in a pass of its own (protected rows) or in a decode step."""
+
+    gemm: Mapping[str, Sourced]
+    stock: Mapping[str, Sourced]
+    read: Mapping[str, float]
+    move: float
+    block_us: float
+
+
+@dataclass(frozen=True)
 class Rates:
     """Fractions of datasheet peaks (``gemm`` and ``attention``: of FLOP/s; others: of bytes/s) and microseconds."""
 
     gemm: Mapping[str, Curve]  # precision -> curve; attention and what is emulated run at BF16, NVFP4 at "qdq" if there
     stock_gemm: Mapping[str, Curve]  # where SGLang's own server runs another GEMM than ours
     attention: float
+    windowed: float  # attention with a window, or with heads wider than 256
+    recurrent: float  # the gated delta rule, of BF16's FLOP/s
     copy: float  # elementwise kernels and the operands of a GEMM
     weights: float  # weights read by a decode step
     q_copy: float  # q copied out of the result of qkv_proj before attention
@@ -41,7 +65,47 @@ class Rates:
     decode_layer_us: float  # decode, per layer: what a step takes beyond reading weights and KV
     decode_doubling_us: float  # decode, per layer, for each doubling of the batch
     low_linear_us: float  # decode in low precision, per linear: the activation's quantiser
+    experts: ExpertRates
 
+
+# [H200] SGLang 0.5.17 as shipped, Qwen3-30B-A3B's dimensions (dummy weights, no tuned configurations), passes of 512,
+# 2048, 8192 and 32768 tokens: BF16 21.6, 35.9, 145.3 and 1132 ms; --quantization fp8 1.35x, 1.33x, 1.25x and 1.13x.
+# The curves are what is left of the passes when all else that is planned is subtracted, over the FLOPs of the experts,
+# at 32, 128 and 512 rows for each: 17.4, 21.0, 53.7 ms in BF16, 11.9, 12.4, 27.5 in FP8. "move" and the quantisers are
+# apart. ``read``: BF16's from 512 tokens, which reach all experts; FP8's so that a decode step of 32 requests is 1.4
+# times as fast, measured 1.46.
+_MEASURED = "measured on an H200 (SGLang 0.5.17, Triton, Qwen3-30B-A3B's dimensions)"
+_BF16 = Sourced(((32, 0.108), (128, 0.358), (512, 0.550)), _MEASURED)
+_FP8 = ((32, 0.079), (128, 0.303), (512, 0.550))
+H200_EXPERTS = ExpertRates(
+    gemm={
+        "bf16": _BF16,
+        # [assumed] row x channel scales in the same Triton kernel: as stock's, which has one scale for the whole batch
+        "fp8": Sourced(_FP8, "predicted: as SGLang's --quantization fp8, measured on an H200"),
+        "qdq": Sourced(_BF16.curve, "predicted: BF16's rate, after the weights are written out in BF16"),
+    },
+    stock={"fp8": Sourced(_FP8, _MEASURED)},
+    read={"bf16": 0.69, "fp8": 0.57, "nvfp4": 0.57},
+    move=0.89,
+    block_us=12.0,  # [assumed] sorting by expert, two GEMMs, SiLU, sum: five launches from a graph
+)
+_CARRIED = "predicted: the fraction of the peak that an H200 reaches"
+# [public] NVFP4 on a B200: flashinfer-ai/flashinfer#5301, trtllm, a DeepSeek-shaped layer (256 experts, 8 a token):
+# 1.2, 1.9 and 2.3 PFLOP/s at 4096, 8192 and 16384 tokens. [assumed] BF16 and FP8: the H200's fractions.
+SM100_EXPERTS = replace(
+    H200_EXPERTS,
+    gemm={
+        "bf16": Sourced(_BF16.curve, _CARRIED),
+        "fp8": Sourced(_FP8, _CARRIED),
+        "nvfp4": Sourced(((128, 0.133), (256, 0.211), (512, 0.256)), "predicted: published for a B200, other shapes"),
+        "qdq": H200_EXPERTS.gemm["qdq"],
+    },
+    stock={},
+)
+# [assumed] NVFP4 on SM120: FP8's fraction of the peak. No measurement at all.
+SM120_EXPERTS = replace(
+    SM100_EXPERTS, gemm={**SM100_EXPERTS.gemm, "nvfp4": Sourced(_FP8, "predicted: FP8's fraction of the peak, a guess")}
+)
 
 H200_RATES = Rates(
     gemm={
@@ -60,6 +124,8 @@ H200_RATES = Rates(
     stock_gemm={"fp8": ((512, 0.591), (2048, 0.680), (8192, 0.673), (16384, 0.620))},
     # [H200] FA3, causal: 33 ms for 36 layers at 8192 tokens (0.61); what is left of bench_one_batch at 32768 says 0.57
     attention=0.59,
+    windowed=0.45,  # [assumed] Triton's attention, which Gemma's windows and heads of 512 take; FA3's is faster
+    recurrent=0.10,  # [assumed] chunks follow each other, and a chunk is no large GEMM; nobody measured it for us
     copy=0.89,  # [H200] copy bandwidth 4.27 of 4.8 TB/s
     weights=0.81,  # [H200] cuBLAS at M = 1 reads 3.2 to 3.9 TB/s; 0.81 is its best, the step's rest is decode_layer_us
     q_copy=0.31,  # [H200] 90 us for 8192 rows of 4096 (20 us for 2048: 0.35), 4 bytes an element
@@ -87,6 +153,7 @@ H200_RATES = Rates(
     decode_layer_us=31.6,  # [H200] 5.05 ms at batch 1, less weights and KV, over 36 layers
     decode_doubling_us=3.0,  # [H200] 5.51 and 6.95 ms at batch 8 and 64, less KV: 0.32 and 0.65 ms, so 0.107 a doubling
     low_linear_us=3.1,  # [H200] SGLang's FP8 server: 3.71 ms at batch 1, less weights and the rest, over 144 linears
+    experts=H200_EXPERTS,
 )
 
 # [public] B200, Llama-3.1-8B's N=6144 K=4096: BF16 and NVFP4 ("noquant") from vllm-project/vllm#20646, before its
@@ -103,6 +170,7 @@ SM100_RATES = replace(
     },
     stock_gemm={},
     stock_quantise={"fp8": 0.45, "nvfp4": 0.40},
+    experts=SM100_EXPERTS,
 )
 
 # RTX 5090. GeForce halves the BF16 rate with FP32 accumulation, so that neither power nor memory holds BF16 GEMMs back
@@ -125,6 +193,7 @@ RTX5090_RATES = replace(
     },
     stock_gemm={},
     attention=0.91,
+    experts=SM120_EXPERTS,
 )
 
 # RTX PRO 6000: the same silicon and power as an RTX 5090 with BF16 and FP8 at full rate, so that power does limit them.
@@ -138,7 +207,6 @@ RTXPRO_RATES = replace(
 LINK = 0.75  # [assumed] share of the link's peak that an all-reduce gets
 ALL_REDUCE_US = 12.0  # [assumed] latency of one all-reduce, two per layer under tensor parallelism
 ATTENTION_TILE = 128  # keys by which a causal kernel overshoots the diagonal, on average half a tile of rows each way
-MEMORY_SHARE = 0.9  # [assumed] what SGLang gives to weights and KV pool, about --mem-fraction-static
 
 
 def at(curve: Curve, rows: int) -> float:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mixquant_sglang.tools.plan.gpus import Gpu
-from mixquant_sglang.tools.plan.models import Model
 from mixquant_sglang.tools.plan.rates import ALL_REDUCE_US, LINK, Rates
+from mixquant_sglang.weights.decoder import Decoder
+from mixquant_sglang.weights.mixers import Attention, DeltaRule, Mixer
 
 
 @dataclass(frozen=True)
 class Roofline:
     gpu: Gpu
-    model: Model
+    model: Decoder
     tp: int
 
     @property
@@ -34,6 +35,15 @@ class Roofline:
         wire = 2.0 * (self.tp - 1) / self.tp * rows * self.model.hidden * 2 / (self.gpu.link * LINK)
         return 2 * self.model.layers * (wire * 1e3 + ALL_REDUCE_US / 1e3)
 
-    def attention_flops(self, pairs: float) -> float:
-        """All layers, for ``pairs`` of a query and a key that it sees."""
-        return 4.0 * pairs * self.model.heads / self.tp * self.model.head_dim * self.model.layers
+    def attention_rate(self, mixer: Mixer) -> float:
+        """FLOP/s of softmax attention; wide heads and windows run on slower kernels."""
+        slow = isinstance(mixer, Attention) and (mixer.window or mixer.head_dim > 256)
+        return self.peak("bf16") * (self.rates.windowed if slow else self.rates.attention)
+
+    def recurrence(self, rows: float) -> tuple[float, float]:
+        """(milliseconds, FLOPs) of the gated delta rule over ``rows`` tokens in all blocks that have it."""
+        flops = 0.0
+        for block, count in self.model.kinds:
+            if isinstance(block.mixer, DeltaRule):
+                flops += count * rows * block.mixer.row_flops(self.tp)
+        return flops / (self.peak("bf16") * self.rates.recurrent) * 1e3, flops

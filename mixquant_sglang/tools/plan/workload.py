@@ -18,7 +18,8 @@ MOST_TOKENS, MOST_PASSES = 50_000_000, 200_000
 class Workload:
     """Tokens of each of ``batch`` requests: ``input_len`` in the prompt, ``cached`` of them in the radix cache (but one
     is computed in any case, as SGLang does), ``output_len`` generated; ``tp`` GPUs; ``chunk`` prefill tokens per pass,
-    None for what SGLang chooses on the GPU. MixQuantError for values that make no sense."""
+    None for what SGLang chooses on the GPU; ``ep`` of the GPUs hold different experts. MixQuantError for values that
+    make no sense."""
 
     input_len: int
     cached: int = 0
@@ -26,9 +27,10 @@ class Workload:
     batch: int = 1
     tp: int = 1
     chunk: int | None = None
+    ep: int = 1
 
     def __post_init__(self) -> None:
-        least = {"input_len": 1, "cached": 0, "output_len": 1, "batch": 1, "tp": 1, "chunk": 64}
+        least = {"input_len": 1, "cached": 0, "output_len": 1, "batch": 1, "tp": 1, "chunk": 64, "ep": 1}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and not bound <= value <= MOST_TOKENS:
@@ -63,7 +65,11 @@ class Workload:
         """(token rows, prompts that end, how many passes have both, visible keys summed over them all)."""
         return _kinds_of_passes(self, self.chunk or gpu.chunk)
 
-    def _passes(self, chunk: int) -> Iterator[tuple[int, float, int]]:
+    def pairs(self, gpu: Gpu, window: int | None) -> float:
+        """Keys that attention over ``window`` tokens sees, None for all of them, summed over all rows."""
+        return _pairs(self, self.chunk or gpu.chunk, window)
+
+    def _passes(self, chunk: int, window: int | None = None) -> Iterator[tuple[int, float, int]]:
         left, at = self.new * self.batch, 0
         while left:
             rows, pairs = min(chunk, left), 0.0
@@ -73,10 +79,24 @@ class Workload:
                 take = min(todo, self.new - begin)
                 whole = todo // self.new if not begin and take == self.new else 1
                 keys = self.input_len - self.new + begin
-                pairs += whole * take * (keys + (take + min(take, ATTENTION_TILE)) / 2)
+                pairs += whole * _visible(take, keys, window)
                 at, todo = at + whole * take, todo - whole * take
             left -= rows
             yield rows, pairs, at // self.new - (at - rows) // self.new
+
+
+def _visible(rows: int, before: int, window: int | None) -> float:
+    """Keys that ``rows`` consecutive queries behind ``before`` tokens see, as a kernel computes them: by tiles."""
+    tile = min(rows, ATTENTION_TILE)
+    if window is None or before + rows <= window:
+        return rows * (before + (rows + tile) / 2)
+    rising = max(0, min(rows, window - before))  # queries whose window still grows
+    return rising * (before + (rising + tile) / 2) + (rows - rising) * (window + tile / 2)
+
+
+@functools.lru_cache(maxsize=256)
+def _pairs(work: Workload, chunk: int, window: int | None) -> float:
+    return sum(pairs for _, pairs, _ in work._passes(chunk, window))
 
 
 @functools.lru_cache(maxsize=64)  # one for each point of a plot, which all recipes share

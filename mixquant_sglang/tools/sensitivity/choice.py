@@ -17,12 +17,13 @@ from mixquant_sglang.recipe.modules import FUSED
 from mixquant_sglang.recipe.select import Selection
 from mixquant_sglang.tools.plan.cost import Cost
 from mixquant_sglang.tools.plan.gpus import Gpu
-from mixquant_sglang.tools.plan.linears import Linear, Plan
-from mixquant_sglang.tools.plan.models import Model
+from mixquant_sglang.tools.plan.linears import Plan
 from mixquant_sglang.tools.plan.predict import predict
 from mixquant_sglang.tools.plan.shapes import linear_shapes
 from mixquant_sglang.tools.plan.workload import Workload
 from mixquant_sglang.tools.sensitivity.kl import KL, Group
+from mixquant_sglang.weights.decoder import Decoder
+from mixquant_sglang.weights.footprint import Placed
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class Result:
 class Prices:
     """What ``mixquant plan`` predicts for a model's linears in either precision."""
 
-    def __init__(self, model: Model, gpu: Gpu, recipe: Recipe, selection: Selection, input_len: int) -> None:
+    def __init__(self, model: Decoder, gpu: Gpu, recipe: Recipe, selection: Selection, input_len: int) -> None:
         self._model, self._gpu, self._recipe, self._selection = model, gpu, recipe, selection
         self._work = Workload(input_len)
-        self._shapes = {leaf: (n, k) for leaf, n, k in linear_shapes(model, 1)}
+        self._shapes = {one.name: one for one in linear_shapes(model, 1)}
         self._gains: dict[tuple[str, str], float] = {}
 
     def gain(self, group: Group) -> float:
@@ -87,28 +88,28 @@ class Prices:
         return made.prefill_ms, made.prefill_speedup
 
     def _plan(self, groups: Sequence[Group], kept: Sequence[Group]) -> Plan:
-        linears = []
+        placed = []
         for group in groups:
-            precision = "bf16" if group in kept else group.precision
-            emulated = self._selection.kernels.get(precision) == "emulated"
-            linears.append(Linear(group.kind, *self._shapes[group.kind], 1, precision, "bf16", emulated, False))
-        for kind, (n, k) in self._shapes.items():  # what is in BF16 in any case
+            shape, precision = self._shapes[group.kind], "bf16" if group in kept else group.precision
+            placed.append(Placed(shape.name, shape.n, shape.k, 1, precision, "bf16", shape.queries))
+        for kind, shape in self._shapes.items():  # what is in BF16 in any case
             count = self._model.layers - sum(group.kind == kind for group in groups)
-            linears.append(Linear(kind, n, k, count, "bf16", "bf16", False, False))
-        recipe = self._recipe
+            placed.append(Placed(kind, shape.n, shape.k, count, "bf16", "bf16", shape.queries))
+        recipe, kernels = self._recipe, self._selection.kernels
         return Plan(
             recipe.name,
             "",
-            tuple(linears),
+            tuple(placed),
             recipe.protect_last_prompt_token,
             recipe.min_tokens,
             keeps_bf16=True,
+            emulated=frozenset(precision for precision in kernels if kernels[precision] == "emulated"),
             fused=recipe.fuse,
             tail=recipe.protected_tail,
         )
 
 
-def groups_of(recipe: Recipe, selection: Selection, model: Model) -> list[Group]:
+def groups_of(recipe: Recipe, selection: Selection, model: Decoder) -> list[Group]:
     """The linears that the recipe prefills in low precision, in the order of the layers."""
     if recipe.prefill_weights:
         raise MixQuantError(
@@ -117,8 +118,8 @@ def groups_of(recipe: Recipe, selection: Selection, model: Model) -> list[Group]
     matcher = RuleMatcher(recipe.layers, FUSED)
     groups, names = [], []
     for layer in range(model.layers):
-        for kind, n, k in linear_shapes(model, 1):
-            name = f"model.layers.{layer}.{kind}"
+        for shape in linear_shapes(model, 1):
+            name = f"model.layers.{layer}.{shape.name}"
             names.append(name)
             prefill, decode = matcher.precisions(name, selection.prefill, selection.decode)
             if decode != "bf16":
@@ -126,8 +127,8 @@ def groups_of(recipe: Recipe, selection: Selection, model: Model) -> list[Group]
                     f"{recipe.source}: {name} decodes in {decode}; `sensitivity` weighs what prefill does to a BF16 "
                     "decode; allowed: 'decode: {precision: bf16}', and no other in its rules"
                 )
-            if prefill != "bf16" and not refusal(prefill, selection.kernels[prefill], n, k):
-                groups.append(Group(name, kind, layer, matcher.shards(name) or (name,), prefill))
+            if prefill != "bf16" and not refusal(prefill, selection.kernels[prefill], shape.n, shape.k):
+                groups.append(Group(name, shape.name, layer, matcher.shards(name) or (name,), prefill))
     matcher.check_all_matched(names)
     if not groups:
         raise MixQuantError(f"recipe {recipe.name} prefills every linear of {model.name} in bf16: nothing to measure")

@@ -108,7 +108,10 @@ def measure(args: argparse.Namespace) -> Result:
     model = find_model(str(args.model))
     selection = select(recipe, Device(gpu.name, gpu.capability))
     groups = groups_of(recipe, selection, model)
-    priced = replace(find_model(args.priced_as), layers=model.layers) if args.priced_as else model
+    priced = model
+    if args.priced_as:
+        priced = find_model(args.priced_as)
+        priced = replace(priced, blocks=priced.blocks[:1] * model.layers)
     prices = Prices(priced, gpu, recipe, selection, args.input_len)
     gains = {group: prices.gain(group) for group in groups}
     gain_ms = math.fsum(max(gain, 0.0) for gain in gains.values())

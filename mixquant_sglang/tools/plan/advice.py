@@ -1,0 +1,34 @@
+"""``min_tokens`` for mixtures of experts: from how many tokens of a pass on low precision is faster than BF16.
+
+In a dense model protected rows read the weights once, whatever their number. Here each reaches other experts: 64 rows
+of Qwen3-30B-A3B read nearly all of them. So a pass of some hundred tokens in which prompts end may gain nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mixquant_sglang.tools.plan.cost import Cost
+from mixquant_sglang.tools.plan.gpus import Gpu
+from mixquant_sglang.tools.plan.linears import Plan
+from mixquant_sglang.tools.plan.workload import Workload
+from mixquant_sglang.weights.decoder import Decoder
+
+PROMPTS = (1, 16, 64)  # that end in a pass
+_LADDER = tuple(round(2 ** (i / 4) / 16) * 16 for i in range(16, 61))  # 16 to 32768 tokens
+
+
+def break_even(plan: Plan, baseline: Plan, model: Decoder, gpu: Gpu, tp: int) -> dict[int, int | None]:
+    """Prompts that end in a pass -> its tokens, from which on ``plan`` is faster than ``baseline`` (the recipe bf16),
+    as far as 32768; None if it is not even then. Both in one pass without cached tokens."""
+    cost, free = Cost(gpu, model, tp), replace(plan, min_tokens=1)
+    found: dict[int, int | None] = {}
+    for prompts in PROMPTS:
+        found[prompts] = None
+        for tokens in reversed([n for n in _LADDER if n >= prompts]):
+            work = Workload(tokens // prompts, batch=prompts, tp=tp, chunk=max(64, tokens))
+            low, high = (sum(cost.prefill(one, work)[0].values()) for one in (free, baseline))
+            if low >= high:
+                break
+            found[prompts] = tokens
+    return found
