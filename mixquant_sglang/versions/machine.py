@@ -74,3 +74,8 @@ def hush_unknown_method_warning() -> None:
     logging.getLogger("sglang.srt.configs.model_config").addFilter(
         lambda record: not record.getMessage().startswith(f"{NAME} quantization is not fully optimized")
     )
+
+
+def memory() -> float:
+    """Bytes of the machine's memory."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
