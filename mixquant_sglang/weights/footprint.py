@@ -14,7 +14,7 @@ shared experts that SGLang fuses into the routed ones (a difference of less than
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,10 +87,24 @@ def place(decoder: Decoder, recipe: Recipe, selection: Selection, tp: int = 1, e
 
     MixQuantError where a rule matches no layer, shards disagree, or the ranks do not divide the model.
     """
+    return together(placed for _, placed in by_name(decoder, recipe, selection, tp, ep))
+
+
+def together(placed: Iterable[Placed]) -> list[Placed]:
+    """Alike ones in one, with their ``count``."""
+    counts: dict[Placed, int] = {}
+    for one in placed:
+        counts[one] = counts.get(one, 0) + 1
+    return [replace(one, count=count) for one, count in counts.items()]
+
+
+def by_name(
+    decoder: Decoder, recipe: Recipe, selection: Selection, tp: int = 1, ep: int = 1
+) -> Iterator[tuple[str, Placed]]:
+    """The same, block by block, each with the name that a recipe knows it by."""
     decoder.check(tp, ep)
     matcher = RuleMatcher(recipe.layers, FUSED)
     shapes = {block: _shapes(block, decoder.hidden, tp, ep) for block, _ in decoder.kinds}
-    counts: dict[Placed, int] = {}
     names = []
     low = {selection.prefill, selection.decode} != {"bf16"}
     for at, block in decoder.named():
@@ -104,10 +118,9 @@ def place(decoder: Decoder, recipe: Recipe, selection: Selection, tp: int = 1, e
             refused = next(filter(None, (_refusal(one, each, selection.kernels[each]) for each in asked)), None)
             if refused:
                 prefill = decode = "bf16"  # as a server does
-            placed = replace(one, prefill=prefill, decode=decode, refusal=(one.refusal if low else None) or refused)
-            counts[placed] = counts.get(placed, 0) + 1
+            why = (one.refusal if low else None) or refused
+            yield name, replace(one, prefill=prefill, decode=decode, refusal=why)
     matcher.check_all_matched(names)
-    return [replace(placed, count=count) for placed, count in counts.items()]
 
 
 def _refusal(one: Placed, precision: str, kernel: str) -> str | None:

@@ -37,12 +37,6 @@ class ExpertShare:
     ranks: int = 1
     shared: int = 0
 
-    @classmethod
-    def contiguous(cls, experts: int, ep_rank: int, ep_ranks: int, **more: int) -> ExpertShare:
-        """Expert parallel rank ``ep_rank`` of ``ep_ranks`` holds as many experts as each other, in order."""
-        held = experts // ep_ranks
-        return cls(experts, tuple(range(ep_rank * held, (ep_rank + 1) * held)), **more)
-
 
 @dataclass
 class ReadyMadeExperts:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Prefill time and decode step of several servers, side by side on one GPU.
 
-Every arm is a real SGLang server; all of them are up at once (with a bounded KV pool) and each round takes them in
-another order, so that a slow moment of the machine hits every arm.  Before each prompt the GPU rests: an arm's
-place in the order was worth up to 5% without.  Prompts are random token ids, new for every request, so that nothing is
-cached.  Medians over the rounds:
+Every arm is a real SGLang server; all of them are up at once (with a bounded KV pool; but see --one-by-one) and each
+round takes them in another order, so that a slow moment of the machine hits every arm.  Before each prompt the GPU
+rests: an arm's place in the order was worth up to 5% without.  Prompts are random token ids, new for every request, so
+that nothing is cached.  Medians over the rounds:
 
     prefill  client: seconds until the first token of a prompt of L tokens, batch 1, HTTP included
     pass     server: seconds of the forward passes (chunks) of that same prompt, without HTTP and scheduling; taken by
@@ -67,17 +67,25 @@ def main() -> None:
         "--rest", type=float, default=0.2, help="seconds without work before each prompt (default: %(default)s)"
     )
     add_arguments(parser, rounds=6, kv_tokens=70000)
+    parser.add_argument(
+        "--one-by-one",
+        action="store_true",
+        help="one server after the other, for models of which one GPU holds no two; the arms then share no moment",
+    )
     args = parser.parse_args()
     prepare(args, parser)
-    with serving(args, timed=True) as arms:
-        results = measure(arms, args)
+    results: dict[str, dict[str, float]] = {}
+    for names in [[name] for name in args.arms] if args.one_by_one else [args.arms]:
+        with serving(argparse.Namespace(**{**vars(args), "arms": names}), timed=True) as arms:
+            results |= measure(arms, args)
     columns = [*next(iter(results.values()))]
     print(f"{'arm (ms)':<18}" + "".join(f"{column:>18}" for column in columns))
     first = results[args.arms[0]]
     for name, found in results.items():
         cells = (f"{found[c]:9.2f} ({first[c] / found[c]:.3f}x)" for c in columns)
         print(f"{name:<18}" + "".join(f"{cell:>18}" for cell in cells))
-    print(json.dumps({**machine(), "rounds": args.rounds, "baseline": args.arms[0], "ms": results}))
+    how = {"rounds": args.rounds, "one_by_one": args.one_by_one, "baseline": args.arms[0]}
+    print(json.dumps({**machine(), **how, "ms": results}))
 
 
 def command() -> None:

@@ -38,7 +38,7 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
-SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
+SLIDING: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
 
 # The names of experts' sizes differ from family to family; these are the most usual.
 ROUTED = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 128}

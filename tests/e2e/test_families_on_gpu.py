@@ -46,7 +46,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
     }
     out: dict[str, dict[str, Any]] = {}
     env = {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    for (name, kind), result in zip(cases, model_runs.run([*cases.values()], folder, env, 120), strict=True):
+    for (name, kind), result in zip(cases, model_runs.run([*cases.values()], folder, env, 240), strict=True):
         out.setdefault(name, {})[kind] = result
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant_sglang.formats import fp8, nvfp4
+from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.kernels import registry
 from mixquant_sglang.kernels.experts.base import Form, Masters, Ready, halves
 from mixquant_sglang.kernels.experts.emulated import EmulatedFP8Experts, EmulatedNVFP4Experts
 from mixquant_sglang.kernels.packing import quantize_nvfp4
 from mixquant_sglang.recipe.roles import Kind
-from tests.support.experts import OAI, error, masters, reference, routed
+from tests.support.experts import OAI, dequantised, error, masters, reference, routed
 
 FORMS = {
     "silu": Form(),
@@ -23,15 +23,6 @@ FORMS = {
     "weighted input": Form(weighted_input=True),
 }
 CLASSES = (EmulatedFP8Experts, EmulatedNVFP4Experts)
-
-
-def dequantised(of: Masters, precision: str) -> Masters:
-    def each(weights: torch.Tensor) -> torch.Tensor:
-        if precision == "fp8":
-            return torch.stack([fp8.quantize(w).dequantize(torch.float32) for w in weights])
-        return torch.stack([quantize_nvfp4(w, scales="search").dequantize(torch.float32) for w in weights])
-
-    return of._replace(w13=each(of.w13), w2=each(of.w2))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

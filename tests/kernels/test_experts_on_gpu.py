@@ -10,7 +10,7 @@ import torch
 from mixquant_sglang.kernels.experts.base import Form, Masters
 from mixquant_sglang.kernels.experts.emulated import EmulatedFP8Experts, EmulatedNVFP4Experts
 from mixquant_sglang.kernels.experts.native_fp8 import NativeFP8Experts
-from tests.support.experts import OAI, error, masters, reference, routed
+from tests.support.experts import OAI, dequantised, error, masters, reference, routed
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -43,14 +43,17 @@ def test_the_gpu_computes_what_the_cpu_does(made: Any, sizes: tuple[int, int, in
     of = masters(experts, i, h, bias=form is OAI)
     on_cpu = EmulatedNVFP4Experts(of, form) if made.precision == "nvfp4" else EmulatedFP8Experts(of, form)
     on_gpu = made(to(of, "cuda"), form)
+    exact = dequantised(of, made.precision)
     for tokens in (1, 17, 300):
         x, weights, ids = routed(tokens, experts, h, k)
         ids[tokens // 2] = -1
-        want = on_cpu.run(x, weights, ids)
-        got = on_gpu.run(x.cuda(), weights.cuda(), ids.cuda())
-        # A hidden element at a rounding boundary may take the next code: one step of E4M3 or E2M1 in few of many.
-        assert error(got.cpu(), want) < 0.02, tokens
-        assert torch.equal(got, on_gpu.run(x.cuda(), weights.cuda(), ids.cuda()))
+        want = reference(x, weights, ids, exact, form)
+        on = (x.cuda(), weights.cuda(), ids.cuda())
+        got, cpu = on_gpu.run(*on), on_cpu.run(x, weights, ids)
+        # Elements at a rounding boundary may take the next code, in one as in the other: no farther from the truth.
+        assert error(got.cpu(), want) <= 1.25 * error(cpu, want) + 1e-3, tokens
+        assert (got.cpu() - want).norm() <= 1.03 * (cpu - want).norm() + 1e-3 * want.norm(), tokens
+        assert torch.equal(got, on_gpu.run(*on))
 
 
 @pytest.mark.skipif(not NATIVE, reason="no FP8 tensor cores")
@@ -85,8 +88,8 @@ def test_it_can_be_captured_and_reads_new_routes() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("sizes", [*SIZES.values(), (128, 768, 2048, 8)], ids=[*SIZES, "30B-A3B"])
-@pytest.mark.parametrize(("used", "slots"), [(0, 4), (1, 1), (1, 64), (3, 16), (40, 64), (64, 64)])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("used", "slots"), [(0, 4), (1, 1), (1, 64), (3, 16), (64, 64)])
 def test_few_rows(used: int, slots: int, sizes: tuple[int, int, int, int], form: Form) -> None:
     experts, i, h, k = sizes
     of = masters(experts, i, h, bias=form is OAI, device="cuda", scale=0.5 / h**0.5)

@@ -78,3 +78,21 @@ def test_stock_sglang_loads_it(tmp_path: Path, family: str, layout: Layout) -> N
             ones = [stacked(leaf, kind).reshape(EXPERTS) for leaf in (gate, up, down)]
             assert found[block][f"w13_{kind}"] == [[EXPERTS, 2], digest(torch.stack(ones[:2], dim=1))]
             assert found[block][f"w2_{kind}"] == [[EXPERTS], digest(ones[2])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [COMPRESSED_TENSORS, MODELOPT], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gemma4"])
+def test_stock_sglang_keeps_what_was_ignored(tmp_path: Path, family: str, layout: Layout) -> None:
+    maker = tiny_models if family == "qwen3_moe" else tiny_fused_experts
+    source = maker.make(tmp_path, family)
+    quantize_checkpoint(source, tmp_path / "out", ignore=[r"re:.*layers\.1\..*experts"], layout=layout)
+    found = {block_of(f"{name}."): parameters for name, (_, parameters) in stock(tmp_path / "out").items()}
+    assert f"w13_{layout.codes}" in found[0] and found[0][f"w13_{layout.scales}"]
+    assert set(found[1]) == {"w13_weight", "w2_weight"}
+    made = read(source)
+    if family == "gemma4":
+        weight = made["model.language_model.layers.1.experts.down_proj"]
+    else:
+        weight = torch.stack([made[f"model.layers.1.mlp.experts.{e}.down_proj.weight"] for e in range(EXPERTS)])
+    assert found[1]["w2_weight"] == [list(weight.shape), digest(weight)]

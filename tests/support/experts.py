@@ -1,11 +1,13 @@
-"""Experts of a mixture in plain torch, one pair of a token and an expert at a time: what kernels are compared with."""
+"""Experts of a mixture in plain torch, one expert after the other: what kernels are compared with."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from mixquant_sglang.formats import fp8
 from mixquant_sglang.kernels.experts.base import Form, Masters
+from mixquant_sglang.kernels.packing import quantize_nvfp4
 
 OAI = Form("swiglu_oai", interleaved=True, alpha=1.702, limit=7.0)
 
@@ -41,28 +43,29 @@ def activated(gate_up: torch.Tensor, form: Form) -> torch.Tensor:
     return gate * torch.sigmoid(gate * form.alpha) * (up + 1)
 
 
-def reference(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    of: Masters,
-    form: Form,
-    dtype: torch.dtype = torch.float64,
-) -> torch.Tensor:
-    """[T, H] in ``dtype``, nothing rounded in between."""
-    out = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    for t in range(len(x)):
-        for j in range(ids.shape[1]):
-            e = int(ids[t, j])
-            if e < 0:
-                continue
-            gate_up = of.w13[e].to(dtype) @ x[t].to(dtype)
-            gate_up = gate_up if of.bias13 is None else gate_up + of.bias13[e].to(dtype)
-            weight = weights[t, j].to(dtype)
-            result = of.w2[e].to(dtype) @ activated(gate_up * weight if form.weighted_input else gate_up, form)
-            result = result if of.bias2 is None else result + of.bias2[e].to(dtype)
-            out[t] += result if form.weighted_input else result * weight
+def reference(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, of: Masters, form: Form) -> torch.Tensor:
+    """float64 [T, H], nothing rounded in between."""
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for e in sorted({*ids.flatten().tolist()} - {-1}):
+        token, place = (ids == e).nonzero(as_tuple=True)
+        weight = weights[token, place, None].double()
+        gate_up = x[token].double() @ of.w13[e].double().t()
+        gate_up = gate_up if of.bias13 is None else gate_up + of.bias13[e].double()
+        result = activated(gate_up * weight if form.weighted_input else gate_up, form) @ of.w2[e].double().t()
+        result = result if of.bias2 is None else result + of.bias2[e].double()
+        out.index_add_(0, token, result if form.weighted_input else result * weight)
     return out * form.scaling
+
+
+def dequantised(of: Masters, precision: str) -> Masters:
+    """The numbers that low copies of ``of`` hold, as float32."""
+
+    def each(weights: torch.Tensor) -> torch.Tensor:
+        if precision == "fp8":
+            return torch.stack([fp8.quantize(w).dequantize(torch.float32) for w in weights])
+        return torch.stack([quantize_nvfp4(w, scales="search").dequantize(torch.float32) for w in weights])
+
+    return of._replace(w13=each(of.w13), w2=each(of.w2))
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:

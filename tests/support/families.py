@@ -64,7 +64,7 @@ SHARED = _mlp(layers=1) | _mlp("mlp.shared_experts", 1)  # the first of two laye
 LATENT = {"self_attn.fused_qkv_a_proj_with_mqa": 2, "self_attn.q_b_proj": 2, "self_attn.o_proj": 2}
 HYBRID = {
     **{"linear_attn.in_proj_qkvz": 1, "linear_attn.out_proj": 1},
-    **{"self_attn.qkv_proj": 1, "self_attn.o_proj": 1},
+    **{"qkv_proj": 1, "o_proj": 1},  # SGLang's layer is the attention itself
 }
 IMAGES = (NEVER, OUTSIDE)
 GEMMA4 = {"prefix": "language_model.layers.N.", "interpreted": True, "cpu_args": TRITON}

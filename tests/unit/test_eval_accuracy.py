@@ -108,7 +108,6 @@ def test_the_recipes_are_what_the_arms_are_called(tmp_path: Path) -> None:
     from mixquant_sglang.recipe.matching import RuleMatcher
     from mixquant_sglang.recipe.modules import FUSED
     from mixquant_sglang.tools.plan.models import find_model
-    from mixquant_sglang.tools.plan.shapes import linear_shapes
     from scripts.eval.arms import ABLATIONS, RECIPES, write_recipes
 
     found = {Path(file).stem: load(file) for file in write_recipes(tmp_path, list(RECIPES), layers=8)}
@@ -125,7 +124,8 @@ def test_the_recipes_are_what_the_arms_are_called(tmp_path: Path) -> None:
         same, name="", source="", layers=(), description=""
     )
     matchers = [RuleMatcher(recipe.layers, FUSED) for recipe in (arm, same)]
-    shapes = linear_shapes(find_model("Qwen3-8B"), 1)
+    model = find_model("Qwen3-8B")
+    shapes = model.blocks[0].matrices(model.hidden, 1)
     for name in (f"model.layers.{i}.{shape.name}" for i in (0, 7) for shape in shapes):
         expected = ("fp8" if "self_attn" in name else "nvfp4", "bf16")
         assert [m.precisions(name, arm.prefill, arm.decode) for m in matchers] == [expected] * 2

@@ -107,8 +107,7 @@ def test_tensor_parallel_ranks_take_slices(tmp_path: Path, ranks: int, rank: int
 def test_expert_parallel_ranks_take_experts(tmp_path: Path, rank: int) -> None:
     weights, ready = moe.expert_weights(), opened(quantised(tmp_path, "mixtral"))
     experts = layer_of(ready, "mixtral")
-    share = ExpertShare.contiguous(EXPERTS, rank, 2, inner=INNER, hidden=HIDDEN)
-    assert share.local == ((0, 1), (2, 3))[rank]
+    share = ExpertShare(EXPERTS, ((0, 1), (2, 3))[rank], INNER, HIDDEN)
     experts.place(share)
     for place, expert in enumerate(share.local):
         experts.load(place, *masters(weights, 0, expert), check=True)
@@ -138,7 +137,7 @@ def test_a_fused_shared_expert_is_the_last(tmp_path: Path, name: str) -> None:
     quantize_checkpoint(save(tmp_path / "bf16", made, moe.config("qwen3_moe")), tmp_path / "ready")
     ready = opened(tmp_path / "ready")
     experts = layer_of(ready, "qwen3_moe")
-    experts.place(ExpertShare.contiguous(EXPERTS, 1, 2, inner=INNER // 3, hidden=HIDDEN, rank=2, ranks=3, shared=1))
+    experts.place(ExpertShare(EXPERTS, (2, 3), INNER // 3, HIDDEN, rank=2, ranks=3, shared=1))
     gate, up, down = (made[f"model.layers.0.mlp.{name}.{leaf}_proj.weight"] for leaf in ("gate", "up", "down"))
     mine = slice(32, 48)
     experts.load(2, torch.cat([gate[mine], up[mine]]), down[:, mine].contiguous(), check=True)

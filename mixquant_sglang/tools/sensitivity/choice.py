@@ -1,4 +1,4 @@
-"""Which groups of linears there are, what each gains in milliseconds of prefill, and which a budget keeps in BF16.
+"""Which linears and experts there are, what each gains in milliseconds of prefill, and which a budget keeps in BF16.
 
 The choice itself of ``mixquant sensitivity`` (its maths: ``measure.py``); prices are those of ``mixquant plan``.
 """
@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels.registry import refusal
 from mixquant_sglang.recipe import Recipe
 from mixquant_sglang.recipe.matching import RuleMatcher
-from mixquant_sglang.recipe.modules import FUSED
+from mixquant_sglang.recipe.modules import FUSED, block_of
 from mixquant_sglang.recipe.select import Selection
 from mixquant_sglang.tools.plan.cost import Cost
 from mixquant_sglang.tools.plan.gpus import Gpu
 from mixquant_sglang.tools.plan.linears import Plan
 from mixquant_sglang.tools.plan.predict import predict
-from mixquant_sglang.tools.plan.shapes import linear_shapes
 from mixquant_sglang.tools.plan.workload import Workload
 from mixquant_sglang.tools.sensitivity.kl import KL, Group
 from mixquant_sglang.weights.decoder import Decoder
-from mixquant_sglang.weights.footprint import Placed
+from mixquant_sglang.weights.footprint import Placed, by_name, together
+
+_BF16 = Selection("bf16", "bf16", {}, "")
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,24 @@ class Result:
 
 
 class Prices:
-    """What ``mixquant plan`` predicts for a model's linears in either precision."""
+    """What ``mixquant plan`` predicts for a model's linears and experts in either precision; ``model`` may be another
+    of the same kinds of blocks."""
 
     def __init__(self, model: Decoder, gpu: Gpu, recipe: Recipe, selection: Selection, input_len: int) -> None:
         self._model, self._gpu, self._recipe, self._selection = model, gpu, recipe, selection
         self._work = Workload(input_len)
-        self._shapes = {one.name: one for one in linear_shapes(model, 1)}
-        self._gains: dict[tuple[str, str], float] = {}
+        self._bf16 = dict(by_name(model, replace(recipe, layers=()), _BF16))
+        self._gains: dict[Placed, float] = {}
 
     def gain(self, group: Group) -> float:
         """Milliseconds of a prefill: the group in BF16 less the group in low precision, its quantiser and the protected
         row's second GEMM included."""
-        key = (group.kind, group.precision)
-        if key not in self._gains:
+        placed = self._placed(group)
+        if placed not in self._gains:
             cost = Cost(self._gpu, self._model, 1)
             bf16, low = (sum(cost.prefill(self._plan([group], kept), self._work)[0].values()) for kept in ([group], []))
-            self._gains[key] = bf16 - low
-        return self._gains[key]
+            self._gains[placed] = bf16 - low
+        return self._gains[placed]
 
     def speed(self, groups: Sequence[Group], kept: Sequence[Group]) -> tuple[float, float]:
         """(milliseconds, speed-up against the recipe bf16) with ``groups`` in low precision but for ``kept``."""
@@ -87,49 +88,45 @@ class Prices:
         made = predict(self._plan(groups, kept), self._model, self._gpu, self._work, base)
         return made.prefill_ms, made.prefill_speedup
 
+    def _placed(self, group: Group) -> Placed:
+        found = self._bf16.get(group.name)
+        if found is None:
+            raise MixQuantError(f"--priced-as: {self._model.name} has no {group.name}; name a model of the same family")
+        return replace(found, prefill=group.precision)
+
     def _plan(self, groups: Sequence[Group], kept: Sequence[Group]) -> Plan:
-        placed = []
-        for group in groups:
-            shape, precision = self._shapes[group.kind], "bf16" if group in kept else group.precision
-            placed.append(Placed(shape.name, shape.n, shape.k, 1, precision, "bf16", shape.queries))
-        for kind, shape in self._shapes.items():  # what is in BF16 in any case
-            count = self._model.layers - sum(group.kind == kind for group in groups)
-            placed.append(Placed(kind, shape.n, shape.k, count, "bf16", "bf16", shape.queries))
+        low = {group.name: self._placed(group) for group in groups if group not in kept}
         recipe, kernels = self._recipe, self._selection.kernels
         return Plan(
             recipe.name,
             "",
-            tuple(placed),
+            tuple(together((self._bf16 | low).values())),
             recipe.protect_last_prompt_token,
             recipe.min_tokens,
             keeps_bf16=True,
             emulated=frozenset(precision for precision in kernels if kernels[precision] == "emulated"),
-            fused=recipe.fuse,
+            fused=recipe.fuse and self._model.is_plain,
             tail=recipe.protected_tail,
         )
 
 
 def groups_of(recipe: Recipe, selection: Selection, model: Decoder) -> list[Group]:
-    """The linears that the recipe prefills in low precision, in the order of the layers."""
+    """The linears and experts that the recipe prefills in low precision, in the order of the layers."""
     if recipe.prefill_weights:
         raise MixQuantError(
             f"{recipe.prefill_weights_at}: `sensitivity` packs the BF16 weights by itself; leave prefill.weights out"
         )
-    matcher = RuleMatcher(recipe.layers, FUSED)
-    groups, names = [], []
-    for layer in range(model.layers):
-        for shape in linear_shapes(model, 1):
-            name = f"model.layers.{layer}.{shape.name}"
-            names.append(name)
-            prefill, decode = matcher.precisions(name, selection.prefill, selection.decode)
-            if decode != "bf16":
-                raise MixQuantError(
-                    f"{recipe.source}: {name} decodes in {decode}; `sensitivity` weighs what prefill does to a BF16 "
-                    "decode; allowed: 'decode: {precision: bf16}', and no other in its rules"
-                )
-            if prefill != "bf16" and not refusal(prefill, selection.kernels[prefill], shape.n, shape.k):
-                groups.append(Group(name, shape.name, layer, matcher.shards(name) or (name,), prefill))
-    matcher.check_all_matched(names)
+    matcher = RuleMatcher((), FUSED)
+    groups = []
+    for name, placed in by_name(model, recipe, selection):
+        if placed.decode != "bf16":
+            raise MixQuantError(
+                f"{recipe.source}: {name} decodes in {placed.decode}; `sensitivity` weighs what prefill does to a BF16 "
+                "decode; allowed: 'decode: {precision: bf16}', and no other in its rules"
+            )
+        if placed.prefill != "bf16":
+            members = () if placed.experts else matcher.shards(name) or (name,)
+            groups.append(Group(name, placed.name, block_of(name) or 0, members, placed.prefill))
     if not groups:
         raise MixQuantError(f"recipe {recipe.name} prefills every linear of {model.name} in bf16: nothing to measure")
     return groups

@@ -1,10 +1,14 @@
-"""What one linear in low precision does to a model's predictions: KL(BF16 || emulated), for ``mixquant sensitivity``.
+"""What one linear, or the experts of one layer, in low precision do to a model's predictions: KL(BF16 || emulated),
+for ``mixquant sensitivity``.
 
 transformers runs the BF16 checkpoint. In a *group*, the linears that SGLang fuses into one GEMM, the leading rows of
 each sample take the emulated kernel (``kernels/linear/emulated_*.py``: the fused weight packed as one, activations
 quantised by token) and its last rows keep their BF16 result, as ``layers/linear.py`` does with protected rows:
 
     y[:low] = packed.matmul(x[:low]),    y[low:] = x[low:] @ weight.T
+
+All experts of a layer are one group: the leading rows take the emulated experts (``kernels/experts/emulated.py``), with
+the routing that transformers found for them.
 
 That is the situation of a served request: the prompt goes through low precision, the last prompt token and the answer
 do not, and see the low-precision prompt through its keys and values alone. ``answer`` is the mean KL over those last
@@ -22,22 +26,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jinja2 import TemplateError
 
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.kernels.experts.base import Form, Masters, PackedExperts
 from mixquant_sglang.kernels.linear.base import PackedLinear
-from mixquant_sglang.kernels.registry import packed_linear
+from mixquant_sglang.kernels.registry import packed_experts, packed_linear
+from mixquant_sglang.tools.quantize import model_experts
 from mixquant_sglang.tools.quantize.calibration import load_model, token_ids
+from mixquant_sglang.tools.quantize.model_experts import ModelExperts
+from mixquant_sglang.weights.names import Names
+
+Packed: TypeAlias = PackedLinear | PackedExperts
 
 _ROWS, _COLUMNS = 256, 1 << 14  # of the logits, per step
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu"}
 
 
 @dataclass(frozen=True)
 class Group:
-    """A linear of SGLang, ``name``, and those of the checkpoint that it holds; ``kind`` is its name within a layer."""
+    """A linear of SGLang, ``name``, and those of the checkpoint that it holds; ``kind`` is its name within a layer. All
+    experts of a layer have no ``members``."""
 
     name: str
     kind: str
@@ -79,12 +91,16 @@ class Measurement:
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise MixQuantError(f"{folder}: transformers cannot load it: {_one_line(error)}") from error
         self._prompts = [_tokens(tokenizer, i, sample)[:, :max_tokens].to(device) for i, sample in enumerate(samples)]
-        self._linears = {name: m for name, m in self._model.named_modules() if isinstance(m, torch.nn.Linear)}
-        if missing := next((name for group in groups for name in group.members if name not in self._linears), None):
+        own = {name: m for name, m in self._model.named_modules() if isinstance(m, torch.nn.Linear)}
+        names, groups = Names(f"{name}.weight" for name in own), list(groups)
+        found = {name: own.get(names.of(name)) for group in groups for name in group.members}
+        if missing := next((name for name, linear in found.items() if linear is None), None):
             raise MixQuantError(
                 f"{folder}: transformers has no linear {missing} in {type(self._model).__name__}; `sensitivity` knows "
-                "dense models that name their layers like Llama and Qwen3"
+                "dense models, and experts, that name their layers like Llama and Qwen3"
             )
+        self._linears = {name: linear for name, linear in found.items() if linear is not None}
+        self._experts = model_experts.find(self._model) if any(not group.members for group in groups) else {}
         self._scales, self._answer_tokens, self._tick = scales, answer_tokens, tick
         self._protected = tail if protect else 0
         self._low = 0  # rows of the running sample that a group in low precision takes
@@ -99,17 +115,20 @@ class Measurement:
         lengths = [ids.shape[1] for ids in self._prompts]
         return sum(lengths), sum(self._answer(n) for n in lengths)
 
-    def pack(self, group: Group) -> PackedLinear:
+    def pack(self, group: Group) -> Packed:
         """The copy that the emulated kernel holds of the group's weights, in one."""
-        weights: list[torch.Tensor] = [self._linears[name].weight.detach() for name in group.members]
-        kernel = packed_linear(group.precision, "emulated")
         try:
-            return kernel(torch.cat(weights), scales=self._scales)
+            if not group.members:
+                experts = self._of_layer(group)
+                kernel = packed_experts(group.precision, "emulated")
+                return kernel(Masters(*experts.masters()), _form(experts), scales=self._scales)
+            weights: list[torch.Tensor] = [self._linears[name].weight.detach() for name in group.members]
+            return packed_linear(group.precision, "emulated")(torch.cat(weights), scales=self._scales)
         except ValueError as error:
             raise MixQuantError(f"cannot pack {group.name}: {error}") from error
 
     @torch.inference_mode()
-    def kl(self, low: Mapping[Group, PackedLinear]) -> KL:
+    def kl(self, low: Mapping[Group, Packed]) -> KL:
         """Of the model in which the groups ``low``, and no others, run their packed copies."""
         sums = torch.zeros(2, dtype=torch.float64)
         with ExitStack() as stack:
@@ -134,9 +153,19 @@ class Measurement:
         self._tick()
         return hidden
 
+    def _of_layer(self, group: Group) -> ModelExperts:
+        try:
+            return self._experts[group.layer]
+        except KeyError:
+            raise MixQuantError(f"transformers has no experts {group.name} in {type(self._model).__name__}") from None
+
     @contextmanager
-    def _running(self, group: Group, packed: PackedLinear) -> Iterator[None]:
+    def _running(self, group: Group, packed: Packed) -> Iterator[None]:
         """Hooks the members of ``group``; q, k and v get one input, so one product serves the three."""
+        if isinstance(packed, PackedExperts):
+            with self._running_experts(self._of_layer(group), packed):
+                yield
+            return
         linears = [self._linears[name] for name in group.members]
         biases: list[torch.Tensor] = [
             m.bias if m.bias is not None else m.weight.new_zeros(m.out_features) for m in linears
@@ -164,6 +193,19 @@ class Measurement:
                 handle = linear.register_forward_hook(hook_of(columns, i == len(linears)))
                 stack.callback(handle.remove)
             yield
+
+    @contextmanager
+    def _running_experts(self, experts: ModelExperts, packed: PackedExperts) -> Iterator[None]:
+        def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+            x, ids, weights = (each[: self._low] for each in inputs[:3])
+            out[: self._low] = packed.run(x.contiguous(), weights.float().contiguous(), ids.int().contiguous())
+            return out
+
+        handle = experts.module.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _kl_by_row(self, reference: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Float64 [rows]; exactly 0 where the hidden states are equal."""
@@ -210,3 +252,11 @@ def _tokens(tokenizer: Any, i: int, sample: dict[str, Any]) -> torch.Tensor:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _form(experts: ModelExperts) -> Form:
+    """As SGLang runs them: its ``gelu`` is that by erf also where transformers takes the one by tanh."""
+    name = str(getattr(experts.module.config, "hidden_act", None) or experts.module.config.hidden_activation)
+    if name not in _ACTIVATIONS:
+        raise MixQuantError(f"{experts.name}: activation {name}; allowed for experts: {', '.join(_ACTIVATIONS)}")
+    return Form(_ACTIVATIONS[name])

@@ -1,7 +1,8 @@
 """``mixquant sensitivity MODEL --data FILE``: which layers to keep in BF16, by what each does to the logits.
 
-Each group (the linears that SGLang fuses into one GEMM) runs in low precision alone; kl.py measures what
-that does to the predictions, and ``mixquant plan``'s roofline says how many milliseconds of prefill it gains:
+Each group (the linears that SGLang fuses into one GEMM, or all experts of a layer) runs in low precision alone; kl.py
+measures what that does to the predictions, and ``mixquant plan``'s roofline says how many milliseconds of prefill it
+gains:
 
     worth of a group in BF16 = KL of the answer / milliseconds that it gains in low precision
 
@@ -111,7 +112,8 @@ def measure(args: argparse.Namespace) -> Result:
     priced = model
     if args.priced_as:
         priced = find_model(args.priced_as)
-        priced = replace(priced, blocks=priced.blocks[:1] * model.layers)
+        last = priced.blocks[-1:] * (model.layers - priced.layers)
+        priced = replace(priced, blocks=(*priced.blocks[: model.layers], *last))
     prices = Prices(priced, gpu, recipe, selection, args.input_len)
     gains = {group: prices.gain(group) for group in groups}
     gain_ms = math.fsum(max(gain, 0.0) for gain in gains.values())

@@ -21,7 +21,8 @@ def as_yaml(result: Result) -> str:
     rules = (*(LayerRule(match, "bf16", None, "") for match in patterns(result)), *recipe.layers)
     return replace(
         recipe,
-        description=f"{recipe.name}, {len(result.kept)} of {len(result.groups)} linears kept in BF16 by sensitivity",
+        description=f"{recipe.name}, {len(result.kept)} of {len(result.groups)} {what(result)} kept in BF16 by "
+        "sensitivity",
         prefill="bf16" if every else result.prefill,
         layers=() if every else rules,
     ).to_yaml()
@@ -49,7 +50,8 @@ def comments(result: Result) -> str:
         f"mixquant sensitivity: {result.model}, recipe {result.recipe.name} (prefill {result.prefill}), "
         f"{tokens} tokens, {answers} of them as answers in BF16" + _protected(result.recipe),
         "",
-        "KL(BF16 || emulated) in nats per token, each linear alone in low precision. answer: over the BF16 rows at the",
+        f"KL(BF16 || emulated) in nats per token, each {what(result, 1)} alone in low precision. answer: over the BF16 "
+        "rows at the",
         "end of the samples, which decides; prompt: over the low-precision rows before. ms: prefill time that low",
         f"precision gains, predicted for {result.gpu}, {result.input_len} tokens.",
         "",
@@ -78,11 +80,17 @@ def comments(result: Result) -> str:
     share = result.given_back_ms / result.gain_ms
     lines += [
         "",
-        f"{len(result.kept)} of {len(result.groups)} linears are kept in BF16. That gives back "
+        f"{len(result.kept)} of {len(result.groups)} {what(result)} are kept in BF16. That gives back "
         f"{result.given_back_ms:.3f} of {result.gain_ms:.3f} ms ({share:.2%}; budget {result.budget:.2%}).",
         f"Answer KL {before.kl.answer:.2e} -> {after.kl.answer:.2e}, measured in emulation; times are predictions.",
     ]
     return "".join(f"# {line}".rstrip() + "\n" for line in lines)
+
+
+def what(result: Result, many: int = 2) -> str:
+    """What the groups are; the experts of a layer are one group."""
+    linears, layers = ("linears", "layers") if many > 1 else ("linear", "layer")
+    return linears if all(one.group.members for one in result.groups) else f"{linears} and {layers} of experts"
 
 
 def _protected(recipe: Recipe) -> str:
