@@ -40,6 +40,8 @@ EXPECTED = {
     "gemma4": GEMMA,
     "gemma4_moe": GEMMA,
     "qwen3_5": "3 RMSNorm, 2 SiLU" + PRUNED,  # the first layer's attention is linear
+    "qwen3_5_moe": "2 SiLU, 1 RMSNorm" + PRUNED,
+    "qwen3_next": "2 SiLU, 1 RMSNorm" + PRUNED,
     "qwen3_vl": LLAMA_LIKE,
     "qwen3_vl_moe": "2 RMSNorm" + PRUNED,
 }
