@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ ONLY = {
     "enable_amd_monokernel": "0.5.23",
     "enable_prefill_context_parallel": "0.5.17",
     "enable_dsa_prefill_context_parallel": "0.5.17",
+    "enable_paged_experts": "0.5.23",
     "torchao_config": "0.5.17",
 }
 # A value that is refused, of fields for which 2 is not.
@@ -40,6 +42,12 @@ REFUSED_VALUES: dict[str, Any] = {
     "model_impl": "transformers",
     "load_format": "sharded_state",
     "disable_radix_cache": False,
+}
+# What is asked of the environment: the function, and how the row begins.
+ENVIRONMENT = {
+    "serves_by_rust": "SGLANG_RUST_SERVER",
+    "rearranges_experts": "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED",
+    "rearranges_for_amx": "SGLANG_USE_CPU_ENGINE",
 }
 
 
@@ -72,7 +80,8 @@ def test_each_is_refused_with_reason_and_way_out(refusal: refused.Refusal, monke
     refusals.check_server_args(plain())
     monkeypatch.setattr(dialect(), "stored_pages_are_named", lambda: False)  # as in 0.5.17
     monkeypatch.setattr(dialect(), "tree_ignores_keys", lambda: True)
-    monkeypatch.setattr(environment, "serves_by_rust", lambda: refusal.flag == "SGLANG_RUST_SERVER")
+    for asked, words in ENVIRONMENT.items():
+        monkeypatch.setattr(environment, asked, partial(refusal.flag.startswith, words))
     bad, field = plain(), refusal.field.partition(".")[0]
     setattr(bad, field, REFUSED_VALUES.get(field, 2))
     with pytest.raises(MixQuantError) as error:
@@ -89,6 +98,28 @@ def test_a_server_in_rust_is_refused(tiny_model: Path, monkeypatch: pytest.Monke
         refusals.check_server_args(args)
     monkeypatch.setenv("SGLANG_RUST_SERVER", "0")
     refusals.check_server_args(args)
+
+
+def test_weights_that_sglang_rearranges_after_loading_are_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies packed before and rows read afterwards would be of other numbers."""
+    from sglang.srt import environ, utils
+
+    args = unresolved(model_path=str(tiny_model))
+    monkeypatch.setenv("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", "1")
+    if hasattr(environ.envs, "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"):
+        with pytest.raises(MixQuantError, match=r"SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED: .*; unset it"):
+            refusals.check_server_args(args)
+    else:  # 0.5.17
+        refusals.check_server_args(args)
+    monkeypatch.delenv("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED")
+    monkeypatch.setattr(utils, "is_cpu", lambda: True)  # SGLANG_USE_CPU_ENGINE=1
+    monkeypatch.setattr(utils, "cpu_has_amx_support", lambda: False)
+    refusals.check_server_args(args)
+    monkeypatch.setattr(utils, "cpu_has_amx_support", lambda: True)
+    with pytest.raises(MixQuantError, match=r"SGLANG_USE_CPU_ENGINE on a CPU with AMX: .*; unset it"):
+        refusals.check_server_args(args)
 
 
 def test_the_port_of_the_other_grpc_server_is_not_refused() -> None:
