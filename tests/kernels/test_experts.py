@@ -114,6 +114,29 @@ def test_interleaved_weights_are_the_same_experts() -> None:
         assert torch.equal(made(of, form).run(x, weights, ids), made(mixed, OAI).run(x, weights, ids))  # type: ignore[abstract]
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("made", CLASSES)
+def test_partial_sums_of_ranks_add_up(made: Any, form: Form) -> None:
+    """Expert parallel: the same numbers but for the rounding of each partial sum.  Tensor parallel: slices of I have
+    scales of their own, so the numbers are as near to the masters as those of one rank."""
+    of = masters(4, 64, 64)
+    x, weights, ids = routed(9, 4, 64, 3)
+    whole = made(of, form).run(x, weights, ids)
+    by_experts, by_columns = torch.zeros(x.shape), torch.zeros(x.shape)
+    for rank in range(2):
+        mine = slice(2 * rank, 2 * rank + 2)
+        local = torch.where((ids >= mine.start) & (ids < mine.stop), ids - mine.start, -1)
+        by_experts += made(of._replace(w13=of.w13[mine], w2=of.w2[mine]), form).run(x, weights, local).float()
+        inner = slice(32 * rank, 32 * rank + 32)
+        pairs = of.w13.unflatten(1, (64, 2) if form.interleaved else (2, 64))
+        cut = (pairs[:, inner] if form.interleaved else pairs[:, :, inner]).flatten(1, 2).contiguous()
+        share = of._replace(w13=cut, w2=of.w2[:, :, inner].contiguous())
+        by_columns += made(share, form).run(x, weights, ids).float()
+    assert error(by_experts, whole) < 2**-7
+    exact = reference(x, weights, ids, of, form)
+    assert error(by_columns, exact) < 1.25 * error(whole, exact)
+
+
 def test_sizes_that_no_kernel_takes_are_refused_by_the_registry() -> None:
     for precision, kernel in (("fp8", "native"), ("fp8", "emulated"), ("nvfp4", "emulated")):
         assert registry.refusal(precision, kernel, 768, 2048, Kind.EXPERTS) is None
