@@ -119,7 +119,7 @@ class LoadSteps:
         if self._ready is None:
             return
         known: dict[str, str] = {}
-        for name, method in report.linears(model):
+        for name, method in report.packed(model):
             if method.low and known.setdefault(method.name, name) != name:
                 raise MixQuantError(
                     f"{self._run.recipe.prefill_weights_at}: {known[method.name]} and {name} are both {method.name} to "

@@ -140,6 +140,11 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         return len(w13), w2.shape[2], w2.shape[1], top_k
 
     @property
+    def form(self) -> Form | None:
+        """What they compute; None if they stay BF16 for it."""
+        return self._form
+
+    @property
     def shape(self) -> tuple[int, int]:
         """[N, K] of the weights that a row is multiplied by."""
         experts, i, h, k = self.sizes

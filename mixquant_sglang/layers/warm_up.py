@@ -49,7 +49,7 @@ def warm_up(
                 if new("few", n, k, cut, bias is not None):
                     kernels.few(method.master, bias, cut)
     for method in experts:
-        if new("experts", method.sizes, tuple(method.low)):
+        if new("experts", method.sizes, method.form, *method.precision.values()):
             method.warm_up([1, *rows])
     for module in model.modules():
         forward = getattr(module, "_forward_method", None)

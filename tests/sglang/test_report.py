@@ -113,6 +113,20 @@ def test_two_linears_of_one_prefix_cannot_take_ready_made_weights(monkeypatch: p
         steps._check_prefixes(root)
 
 
+def test_nor_can_two_moe_layers_of_one_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixquant_sglang.layers.experts import MixQuantExpertsMethod
+
+    config, root = model(monkeypatch, "nvfp4")
+    for name in ("one", "other"):
+        method = MixQuantExpertsMethod(config._runtime, "a.experts", "nvfp4", "bf16", flags=(False, False, False))
+        layer = torch.nn.Module()
+        layer.quant_method = method
+        root.add_module(name, layer)
+    config._runtime.lifecycle._ready = object()
+    with pytest.raises(MixQuantError, match=r"one and other are both a\.experts to SGLang"):
+        config._runtime.lifecycle._check_prefixes(root)
+
+
 def test_subclasses_of_fused_moe_are_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     config, root = model(monkeypatch, "nvfp4", model__layers__0__fc="model.layers.0.fc")
 
