@@ -447,7 +447,8 @@ def play(folder: Path, scenario: Scenario) -> dict[str, Any]:
 
 
 def main(out: Path, only: Sequence[str]) -> None:
-    """Writes ``out/NAME.pt`` for each scenario, those ``only`` or those without experts, or ``out/NAME.txt`` with the traceback where it failed."""
+    """Plays the scenarios ``only``, or all of Qwen3, and writes ``out/NAME.pt`` for each, or ``out/NAME.txt`` with the
+    traceback where it failed."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     (models,) = find_spec("sglang.srt.models").submodule_search_locations  # type: ignore[union-attr]
