@@ -7,7 +7,7 @@ of ``tp``, of which ``ep`` hold different experts:
 - experts take the same for each of their two matrices, [2 I, H] and [H, I];
 - the BF16 master stays beside each packed copy, for decode and protected rows read it.
 
-Not counted: norms and biases, padding of scales, CUDA graphs and activations (``MEMORY_SHARE`` leaves room for them),
+Not counted: norms and biases, padding, CUDA graphs and activations (``MEMORY_SHARE`` leaves room for them),
 shared experts that SGLang fuses into the routed ones (a difference of less than 2%).
 """
 
