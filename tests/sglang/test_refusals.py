@@ -28,6 +28,7 @@ ONLY = {
     "enable_return_aux_hidden_states": "0.5.23",
     "enable_nvidia_megakernel": "0.5.23",
     "enable_amd_monokernel": "0.5.23",
+    "enable_paged_experts": "0.5.23",
     "enable_prefill_context_parallel": "0.5.17",
     "enable_dsa_prefill_context_parallel": "0.5.17",
     "torchao_config": "0.5.17",
@@ -73,6 +74,8 @@ def test_each_is_refused_with_reason_and_way_out(refusal: refused.Refusal, monke
     monkeypatch.setattr(dialect(), "stored_pages_are_named", lambda: False)  # as in 0.5.17
     monkeypatch.setattr(dialect(), "tree_ignores_keys", lambda: True)
     monkeypatch.setattr(environment, "serves_by_rust", lambda: refusal.flag == "SGLANG_RUST_SERVER")
+    interleaved = refusal.flag == "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"
+    monkeypatch.setattr(environment, "interleaves_experts", lambda: interleaved)
     bad, field = plain(), refusal.field.partition(".")[0]
     setattr(bad, field, REFUSED_VALUES.get(field, 2))
     with pytest.raises(MixQuantError) as error:
@@ -89,6 +92,31 @@ def test_a_server_in_rust_is_refused(tiny_model: Path, monkeypatch: pytest.Monke
         refusals.check_server_args(args)
     monkeypatch.setenv("SGLANG_RUST_SERVER", "0")
     refusals.check_server_args(args)
+
+
+def test_interleaved_experts_are_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.environ import envs
+
+    if not hasattr(envs, "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"):  # 0.5.17 does not read it
+        monkeypatch.setenv("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", "1")
+        assert not environment.interleaves_experts()
+        return
+    args = unresolved(model_path=str(tiny_model))
+    monkeypatch.setenv("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", "1")
+    with pytest.raises(MixQuantError, match=r"SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED: .*; unset it"):
+        refusals.check_server_args(args)
+    monkeypatch.setenv("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", "0")
+    refusals.check_server_args(args)
+
+
+@pytest.mark.parametrize(
+    "backend", ["triton_kernel", "flashinfer_cutlass", "flashinfer_trtllm", "deep_gemm", "cutlass"]
+)
+def test_other_kernels_for_experts_are_refused(backend: str, tiny_model: Path) -> None:
+    for allowed in ("auto", "triton"):
+        refusals.check_server_args(unresolved(model_path=str(tiny_model), moe_runner_backend=allowed))
+    with pytest.raises(MixQuantError, match="--moe-runner-backend other than auto and triton"):
+        refusals.check_server_args(unresolved(model_path=str(tiny_model), moe_runner_backend=backend))
 
 
 def test_the_port_of_the_other_grpc_server_is_not_refused() -> None:
