@@ -158,6 +158,11 @@ SURFACE: tuple[Row, ...] = (
         "versions/groups.py, versions/v0_5_23.py",
     ),
     Row("sglang.srt.distributed.parallel_state", ("_WORLD",), "versions/groups.py"),
+    Row(
+        "sglang.srt.model_executor.pool_configurator.MemoryPoolConfig",
+        ("max_total_num_tokens", "__post_init__"),
+        "host/hooks/memory.py",
+    ),
     # -- weights -------------------------------------------------------------------------------------------------------
     Row(
         f"{_COMPONENTS}.weight_updater.WeightUpdater",

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from sglang.srt import server_args as sglang_args
 
+from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host import refusals, refused
+from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.versions import environment, machine
 from mixquant_sglang.versions.dialect import dialect
 
@@ -220,3 +222,14 @@ def test_the_document_lists_the_refusals() -> None:
     assert [tuple(cell.replace("`", "") for cell in row) for row in listed] == [
         (r.flag, r.why, r.instead) for r in refused.REFUSALS
     ]
+
+
+def test_a_cpu_whose_sglang_repacks_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = Device("this CPU", None)
+    monkeypatch.setattr(machine, "device", lambda: cpu)
+    low, plain = recipe.load("nvfp4"), recipe.load("bf16")
+    refusals.check_recipe(low, select(low, cpu))
+    monkeypatch.setattr(machine, "repacks_weights", lambda: True)
+    refusals.check_recipe(plain, select(plain, cpu))
+    with pytest.raises(MixQuantError, match=r"repacks BF16 weights for AMX.*recipe nvfp4 has nvfp4"):
+        refusals.check_recipe(low, select(low, cpu))
