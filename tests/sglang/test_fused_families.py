@@ -63,7 +63,7 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     expected, folder = families.EXPECTED[name], tmp_path_factory.mktemp(request.param)
     if why := expected.cpu.get(machine.sglang_version()):
         pytest.skip(why)
-    steps = expected.cpu_steps if expected.cpu_steps is not None else 1 if expected.interpreted else 6
+    steps = 1 if expected.interpreted else 6
     base = {"model": str(make(folder, name)), "prompts": families.PROMPTS, "steps": steps}
     base["args"] = {**expected.args, **expected.cpu_args}
     cases: dict[str, dict[str, Any]] = {"stock": base, "bf16": {**base, "recipe": "bf16"}}
