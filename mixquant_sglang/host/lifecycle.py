@@ -15,12 +15,8 @@ from mixquant_sglang.host import probe, refusals, report
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.ranks import check_same
 from mixquant_sglang.host.runtime import Runtime
-<<<<<<< HEAD
 from mixquant_sglang.host.shortage import explain
-from mixquant_sglang.kernels.tuning import expert_cache, expert_tiles, fp4_gemm, fp8_cache, fp8_gemm
-=======
 from mixquant_sglang.kernels.tuning import expert_cache, expert_tiles, fp4_experts, fp4_gemm, fp8_cache, fp8_gemm
->>>>>>> blackwell
 from mixquant_sglang.kernels.verify import verify
 from mixquant_sglang.kernels.verify_experts import verify_experts
 from mixquant_sglang.layers import attention, bypasses, fused, last_layer
