@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from mixquant_sglang.host import probe, refusals, report
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.ranks import check_same
 from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.host.shortage import explain
 from mixquant_sglang.kernels.tuning import expert_cache, expert_tiles, fp4_experts, fp4_gemm, fp8_cache, fp8_gemm
 from mixquant_sglang.kernels.verify import verify
 from mixquant_sglang.kernels.verify_experts import verify_experts
@@ -45,6 +47,7 @@ class LoadSteps:
         """Checks the recipe against the layers that the model turned out to have, and reports what was packed."""
         model: torch.nn.Module = model_runner.model
         device = torch.device(model_runner.device)
+        self._run.shortage = partial(explain, self._run, model_runner)
         with refusing():
             self._finish_weights(model)
             self._check_rules()
@@ -92,7 +95,12 @@ class LoadSteps:
         run.weights.agree = agree
         run.known.add_parameters(model, ranks=tensor_parallel_ranks())
         run.weights.keep(module.quant_method for module in model.modules() if hasattr(module, "quant_method"))
-        run.weights.finish_load()
+        try:
+            run.weights.finish_load()
+        except MixQuantError as error:
+            if run.weights.out_of_memory and run.shortage is not None:
+                raise MixQuantError(f"{error}; {run.shortage()}") from error
+            raise
 
     def _check_rules(self) -> None:
         matcher = self._assignment.matcher

@@ -131,6 +131,23 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("moe_dense_tp_size", "--moe-dense-tp-size", is_set, _RANKS, _LEAVE_OUT),
     Refusal("moe_dp_size", "--moe-dp-size > 1", _several, _RANKS, _LEAVE_OUT),
     Refusal("moe_a2a_backend", "--moe-a2a-backend", is_set, _RANKS, "use --ep-size without it"),
+    Refusal(
+        "moe_runner_backend",
+        "--moe-runner-backend other than auto and triton",
+        lambda v: v not in ("auto", "triton"),
+        "its kernels want experts in another layout than the one that low-precision experts are made from",
+        "leave it out, or pass triton",
+    ),
+    Refusal(
+        "port",
+        "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED",
+        lambda _: environment.interleaves_experts(),
+        "it permutes the rows of the experts' weights, from which low-precision experts are made",
+        "unset it",
+    ),
+    Refusal(
+        "enable_paged_experts", "--enable-paged-experts", is_set, "it moves experts' weights while serving", _LEAVE_OUT
+    ),
     Refusal("dwdp_size", "--dwdp-size > 1", _several, "it has not been tested", _LEAVE_OUT),
     Refusal(
         "enable_two_batch_overlap", "--enable-two-batch-overlap", is_set, "it splits the rows of a pass", _LEAVE_OUT

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from mixquant_sglang import __version__
@@ -59,6 +60,7 @@ class Runtime:
         self.arriving = Arriving()  # the weight update that SGLang carries out
         self.precisions: Counter[str] = Counter()  # linears by the precision of prompt rows
         self.experts: Counter[str] = Counter()  # MoE layers by that of prompt rows
+        self.shortage: Callable[[], str] | None = None  # for a server that has too little memory, once it is loaded
         self.unproven: str | None = None  # why the probe could not run
         self.stays_bf16: dict[str, list[str]] = {}  # reason -> modules
 

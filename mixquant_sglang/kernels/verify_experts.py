@@ -1,13 +1,12 @@
 """Whether the native NVFP4 experts compute what the emulated ones do, on this GPU.
 
-At load, on one MoE layer for each shape, with its own weights, random activations of a few row counts and routes to
-all experts.  The activations lie on the grid of both, with maxima that give both the same scale for a row: 448 * 6
-times a power of two.  What lies between gate, up and down does not: native experts scale its rows by their maximum,
-emulated ones by a power of two, so that codes differ where neither is more right.  Were their errors independent, two
-such results would be 0.13 from each other; in float64 with Gaussian weights it is 0.07.  ``TOLERANCE`` takes 0.2.  A
-factor that is wrong (a tensor scale, the scaling of routes) would hide in that, so the native result's projection on
-the emulated one has to have its length, to 2^-6.  Halves or nibbles that were swapped, scales of other rows: errors
-near 1 and more.
+At load, on one MoE layer for each shape, with its own weights, random activations of a few row counts and routes to all
+experts.  The activations lie on the grid of both, with maxima that give both the same scale for a row: 448 * 6 times a
+power of two.  What lies between gate, up and down does not: native experts scale its rows by their maximum, emulated
+ones by a power of two, so codes differ where neither is more right.  Were their errors independent, two such results
+would be 0.13 from each other; in float64 with Gaussian weights it is 0.07.  ``TOLERANCE`` takes 0.2.  A factor that is
+wrong (a tensor scale, the scaling of routes) would hide in that, so the native result's projection on the emulated one
+has to have its length, to 2^-6.  Halves or nibbles that were swapped, scales of other rows: errors near 1 and more.
 """
 
 from __future__ import annotations

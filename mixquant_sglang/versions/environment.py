@@ -21,3 +21,11 @@ def serves_by_rust() -> bool:
 
     asked = getattr(envs, "SGLANG_RUST_SERVER", None)
     return asked is not None and bool(asked.get())
+
+
+def interleaves_experts() -> bool:
+    """Whether the environment asks for experts whose gate and up rows take turns (0.5.23)."""
+    from sglang.srt.environ import envs
+
+    asked = getattr(envs, "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", None)
+    return asked is not None and bool(asked.get())

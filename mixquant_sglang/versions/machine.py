@@ -45,6 +45,14 @@ def device() -> Device:
     return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 
 
+def repacks_weights() -> bool:
+    """Whether SGLang puts weights into the layout of a CPU's matrix units (AMX) once they are loaded, as its build for
+    CPUs does on some."""
+    from sglang.srt.utils import cpu_has_amx_support
+
+    return bool(cpu_has_amx_support())
+
+
 def kernel_versions() -> dict[str, str]:
     """Of what SGLang ships its GEMMs in; needs a GPU."""
     import sgl_kernel
@@ -74,3 +82,8 @@ def hush_unknown_method_warning() -> None:
     logging.getLogger("sglang.srt.configs.model_config").addFilter(
         lambda record: not record.getMessage().startswith(f"{NAME} quantization is not fully optimized")
     )
+
+
+def memory() -> float:
+    """Bytes of the machine's memory."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -77,11 +77,13 @@ SURFACE: tuple[Row, ...] = (
             *("attn_dp_size", "enable_cp_tp_group_sharing", "enable_layernorm_sp"),
             *("enable_decoder_swa_bounded_replay", "enable_encoder_swa_bounded_replay"),
             *("enable_return_aux_hidden_states", "enable_nvidia_megakernel", "enable_amd_monokernel"),
+            "enable_paged_experts",
         ),
         "host/refusals.py",
         NEW,
     ),
     Row("sglang.srt.environ.Envs", ("SGLANG_RUST_SERVER",), "versions/environment.py"),
+    Row("sglang.srt.environ.Envs", ("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED",), "versions/environment.py", NEW),
     Row("sglang.srt.environ.Envs", ("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",), "versions/v0_5_17.py", OLD),
     Row("sglang.srt.mem_cache.utils", ("storage_namespace_seed",), "versions/v0_5_23.py", NEW),
     Row("sglang.srt.debug_utils.dumper._Dumper", ("may_enable",), "versions/environment.py"),
@@ -156,6 +158,11 @@ SURFACE: tuple[Row, ...] = (
         "versions/groups.py, versions/v0_5_23.py",
     ),
     Row("sglang.srt.distributed.parallel_state", ("_WORLD",), "versions/groups.py"),
+    Row(
+        "sglang.srt.model_executor.pool_configurator.MemoryPoolConfig",
+        ("max_total_num_tokens", "__post_init__"),
+        "host/hooks/memory.py",
+    ),
     # -- weights -------------------------------------------------------------------------------------------------------
     Row(
         f"{_COMPONENTS}.weight_updater.WeightUpdater",

@@ -24,9 +24,10 @@ class Names:
         self._heads = {found[1] for name in own if (found := _HEAD.match(name))}
 
     def of(self, name: str) -> str:
-        """The checkpoint's name of SGLang's module, or parameter, ``name``; as it is, where none is surely its."""
+        """The checkpoint's name of SGLang's module, or parameter, ``name``; as it is, where none is surely its, or
+        where it is not the language model's."""
         found = _HEAD.match(name)
-        if found is None or found[1] in self._heads or len(self._heads) != 1:
+        if found is None or is_outside(name) or is_draft(name) or found[1] in self._heads or len(self._heads) != 1:
             return name
         (head,) = self._heads
         return head + name.removeprefix(found[1])

@@ -71,6 +71,7 @@ class Weights:
         self._why = ""
         self._packed: set[int] = set()  # the layers that were packed since the masters changed, by id
         self._problem: str | None = None
+        self.out_of_memory = False  # whether packing ended so, once
         self._warned: set[str] = set()
         self._captured: dict[int, tuple[float, ...]] = {}
         self._moved: str | None = None  # a layer of which graphs hold an old number
@@ -166,7 +167,9 @@ class Weights:
             layer.pack()
             self._packed.add(id(layer))
         except PACK_ERRORS as error:
-            self._problem = self._problem or f"cannot pack {layer.name}: {error}"
+            self.out_of_memory |= isinstance(error, torch.OutOfMemoryError)
+            said = (str(error) or repr(error)).splitlines()[0]
+            self._problem = self._problem or f"cannot pack {layer.name}: {said}"
 
     def _warn(self) -> None:
         if self.layers and self._why not in self._warned:

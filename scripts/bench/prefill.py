@@ -2,9 +2,9 @@
 """Prefill time and decode step of several servers, side by side on one GPU.
 
 Every arm is a real SGLang server; all of them are up at once (with a bounded KV pool; but see --one-by-one) and each
-round takes them in another order, so that a slow moment of the machine hits every arm.  Before each prompt the GPU rests: an arm's
-place in the order was worth up to 5% without.  Prompts are random token ids, new for every request, so that nothing is
-cached.  Medians over the rounds:
+round takes them in another order, so that a slow moment of the machine hits every arm.  Before each prompt the GPU
+rests: an arm's place in the order was worth up to 5% without.  Prompts are random token ids, new for every request, so
+that nothing is cached.  Medians over the rounds:
 
     prefill  client: seconds until the first token of a prompt of L tokens, batch 1, HTTP included
     pass     server: seconds of the forward passes (chunks) of that same prompt, without HTTP and scheduling; taken by
@@ -84,11 +84,8 @@ def main() -> None:
     for name, found in results.items():
         cells = (f"{found[c]:9.2f} ({first[c] / found[c]:.3f}x)" for c in columns)
         print(f"{name:<18}" + "".join(f"{cell:>18}" for cell in cells))
-    print(
-        json.dumps(
-            {**machine(), "rounds": args.rounds, "one_by_one": args.one_by_one, "baseline": args.arms[0], "ms": results}
-        )
-    )
+    how = {"rounds": args.rounds, "one_by_one": args.one_by_one, "baseline": args.arms[0]}
+    print(json.dumps({**machine(), **how, "ms": results}))
 
 
 def command() -> None:

@@ -120,12 +120,19 @@ def in_turn(arms: list[T], round_number: int) -> list[T]:
     return order[::-1] if turn % 2 else order
 
 
+_given: list[int] = []
+
+
 def free_port() -> int:
-    """Below those that Linux hands out itself: one of these may be somebody's by the time that a server wants it."""
+    """Below those that Linux hands out itself: one of these may be somebody's by the time that a server wants it.  Far
+    from the others, since a server takes more ports behind its own, a minute before another arm listens on its."""
     while True:
         port = random.randrange(20000, 32768)
+        if any(abs(port - other) < 300 for other in _given):
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
+            _given.append(port)
             return port
 
 

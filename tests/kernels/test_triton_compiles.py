@@ -89,9 +89,15 @@ def grouped_case(x: str, weight: str, act: str, *, tma: bool, bias: bool = False
         **dict.fromkeys(("alpha", "limit"), "fp32"),
     }
     constants: dict[str, Any] = {"N": 1536, "K": 2048, "SHARE": 8, "ACT": act, "TMA": tma}
-    constants |= {"BM": 64, "BN": 64, "BK": 128, "GROUP": 16}
+    constants |= {"BM": 64, "BN": 64, "BK": 128, "GROUP": 16, "HALVES": False}
     constants |= {name: None for name, kind in types.items() if kind is None}
     return grouped.grouped_matmul, {name: kind for name, kind in types.items() if kind}, constants, 4
+
+
+def halved(case: Case) -> Case:
+    kernel, types, constants, warps = case
+    types = types | {"weight": types["weight"].replace("[64,", "[128,")}
+    return kernel, types, constants | {"HALVES": True, "BM": 128, "BN": 128}, 2 * warps
 
 
 def expert_rows_case(kernel: str, act: str = "", interleaved: bool = False) -> Case:
@@ -160,6 +166,7 @@ CASES: dict[str, Case] = {
     ),
     "grouped_tma_up_fp8": grouped_case("fp8e4nv", "fp8e4nv", "silu", tma=True),
     "grouped_tma_down_fp8": grouped_case("fp8e4nv", "fp8e4nv", "", tma=True, bias=True),
+    "grouped_tma_halves_fp8": halved(grouped_case("fp8e4nv", "fp8e4nv", "silu", tma=True)),
     "grouped_gelu_fp8": grouped_case("fp8e4nv", "fp8e4nv", "gelu", tma=False),
     "grouped_widened_fp8": grouped_case("bf16", "fp8e4nv", "swiglu_oai", tma=False, bias=True),
     "grouped_bf16": grouped_case("bf16", "bf16", "silu", tma=False),

@@ -57,3 +57,11 @@ def test_each_family_is_in_the_table() -> None:
     for family in FAMILIES:
         for name in family.name.split("'s layers")[0].split(" with ")[0].split(" and "):
             assert name.removesuffix("-MoE") in table, name
+
+
+def test_q_is_not_apart_where_one_kernel_reads_qkv_whole() -> None:
+    attention = bare("sglang.srt.models.qwen3_moe.Qwen3MoeAttention")
+    torch.nn.Module.__init__(attention)
+    for whole in (False, True):
+        attention.use_fused_qk_norm_rope = whole  # type: ignore[assignment]
+        assert blocks.takes_q_apart(attention) is not whole

@@ -28,7 +28,7 @@ NOT_SGLANG = {
         *("data", "dtype", "index_copy_", "index_select", "new_empty", "numel", "shape", "to", "view", "modules"),
         "named_parameters",
     ),
-    "of a transformers config": ("architectures",),
+    "of a transformers config": ("architectures", "to_dict"),
     "Python's own": (
         *("__closure__", "__func__", "__wrapped__", "cell_contents", "environ", "get", "name", "value", "values"),
     ),

@@ -33,8 +33,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
         cases: dict[tuple[str, str], dict[str, Any]] = {}
         for name in names:
             expected = families.EXPECTED[name]
-            steps = expected.cpu_steps if expected.cpu_steps is not None else 1 if interpreted else 6
-            more = {"survive": True, "steps": steps}
+            more = {"survive": True, "steps": 1 if interpreted else 6}
             of_family = families.cases(name, str(make(folder, name)), more, expected.cpu_args)
             cases |= {(name, kind): case for kind, case in of_family.items()}
         env = model_runs.CPU | ({"TRITON_INTERPRET": "1"} if interpreted else {})

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from sglang.srt import server_args as sglang_args
 
+from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host import refusals, refused
+from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.versions import environment, machine
 from mixquant_sglang.versions.dialect import dialect
 
@@ -28,6 +30,7 @@ ONLY = {
     "enable_return_aux_hidden_states": "0.5.23",
     "enable_nvidia_megakernel": "0.5.23",
     "enable_amd_monokernel": "0.5.23",
+    "enable_paged_experts": "0.5.23",
     "enable_prefill_context_parallel": "0.5.17",
     "enable_dsa_prefill_context_parallel": "0.5.17",
     "torchao_config": "0.5.17",
@@ -73,6 +76,8 @@ def test_each_is_refused_with_reason_and_way_out(refusal: refused.Refusal, monke
     monkeypatch.setattr(dialect(), "stored_pages_are_named", lambda: False)  # as in 0.5.17
     monkeypatch.setattr(dialect(), "tree_ignores_keys", lambda: True)
     monkeypatch.setattr(environment, "serves_by_rust", lambda: refusal.flag == "SGLANG_RUST_SERVER")
+    interleaved = refusal.flag == "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"
+    monkeypatch.setattr(environment, "interleaves_experts", lambda: interleaved)
     bad, field = plain(), refusal.field.partition(".")[0]
     setattr(bad, field, REFUSED_VALUES.get(field, 2))
     with pytest.raises(MixQuantError) as error:
@@ -89,6 +94,31 @@ def test_a_server_in_rust_is_refused(tiny_model: Path, monkeypatch: pytest.Monke
         refusals.check_server_args(args)
     monkeypatch.setenv("SGLANG_RUST_SERVER", "0")
     refusals.check_server_args(args)
+
+
+def test_interleaved_experts_are_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.environ import envs
+
+    if not hasattr(envs, "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"):  # 0.5.17 does not read it
+        monkeypatch.setenv("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", "1")
+        assert not environment.interleaves_experts()
+        return
+    args = unresolved(model_path=str(tiny_model))
+    monkeypatch.setenv("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", "1")
+    with pytest.raises(MixQuantError, match=r"SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED: .*; unset it"):
+        refusals.check_server_args(args)
+    monkeypatch.setenv("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", "0")
+    refusals.check_server_args(args)
+
+
+@pytest.mark.parametrize(
+    "backend", ["triton_kernel", "flashinfer_cutlass", "flashinfer_trtllm", "deep_gemm", "cutlass"]
+)
+def test_other_kernels_for_experts_are_refused(backend: str, tiny_model: Path) -> None:
+    for allowed in ("auto", "triton"):
+        refusals.check_server_args(unresolved(model_path=str(tiny_model), moe_runner_backend=allowed))
+    with pytest.raises(MixQuantError, match="--moe-runner-backend other than auto and triton"):
+        refusals.check_server_args(unresolved(model_path=str(tiny_model), moe_runner_backend=backend))
 
 
 def test_the_port_of_the_other_grpc_server_is_not_refused() -> None:
@@ -192,3 +222,14 @@ def test_the_document_lists_the_refusals() -> None:
     assert [tuple(cell.replace("`", "") for cell in row) for row in listed] == [
         (r.flag, r.why, r.instead) for r in refused.REFUSALS
     ]
+
+
+def test_a_cpu_whose_sglang_repacks_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = Device("this CPU", None)
+    monkeypatch.setattr(machine, "device", lambda: cpu)
+    low, plain = recipe.load("nvfp4"), recipe.load("bf16")
+    refusals.check_recipe(low, select(low, cpu))
+    monkeypatch.setattr(machine, "repacks_weights", lambda: True)
+    refusals.check_recipe(plain, select(plain, cpu))
+    with pytest.raises(MixQuantError, match=r"repacks BF16 weights for AMX.*recipe nvfp4 has nvfp4"):
+        refusals.check_recipe(low, select(low, cpu))

@@ -26,6 +26,12 @@ prefill: {precision: bf16, fuse: false}
 layers:
   - {match: 're:.*\\.(gate_up|down)_proj', prefill: nvfp4}
 """
+EXPERTS_BY_RULE = """version: 1
+prefill: {precision: nvfp4}
+layers:
+  - {match: 're:.*\\.experts', prefill: bf16}
+  - {match: 're:.*\\.(qkv|o)_proj', prefill: fp8}
+"""
 W4A4 = NOT_FUSED + "decode: {precision: nvfp4}\n"
 
 Result = dict[str, Any]
@@ -35,14 +41,15 @@ Result = dict[str, Any]
 def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Result]:
     folder = tmp_path_factory.mktemp("families")
     mixtral, vision, stablelm = (str(tiny_models.make(folder, n)) for n in ("mixtral", "qwen2_5_vl", "stablelm"))
-    files = {name: folder / f"{name}.yaml" for name in ("not_fused", "by_rule", "w4a4")}
-    for file, text in zip(files.values(), (NOT_FUSED, BY_RULE, W4A4), strict=True):
+    files = {name: folder / f"{name}.yaml" for name in ("not_fused", "by_rule", "w4a4", "experts")}
+    for file, text in zip(files.values(), (NOT_FUSED, BY_RULE, W4A4, EXPERTS_BY_RULE), strict=True):
         file.write_text(text)
     qwen = str(tiny_model)
     cases = {
         "stock mixtral": {"model": mixtral},
         "bf16 mixtral": {"model": mixtral, "recipe": "bf16"},
         "mixtral": {"model": mixtral, "recipe": "auto"},
+        "experts by rule": {"model": mixtral, "recipe": str(files["experts"])},
         "vision": {"model": vision, "recipe": "auto"},
         "stablelm": {"model": stablelm, "recipe": "auto"},
         "past": {"model": qwen, "recipe": str(files["not_fused"]), "past": ALL},
@@ -71,15 +78,27 @@ def test_mixtral_is_sglangs_own_class_and_recipe_bf16_equals_stock(ran: dict[str
     assert control["state"]["layers"] == {"bf16": 7} and control["state"]["experts"] == {"bf16": 2}
 
 
-def test_no_expert_is_low_and_the_label_is_what_its_linears_run(ran: dict[str, Result]) -> None:
+def test_experts_are_low_like_linears_and_gates_are_not(ran: dict[str, Result]) -> None:
     state = ran["mixtral"]["state"]
+    assert state["layers"] == {"fp8": 4, "bf16": 3} and state["experts"] == {"nvfp4": 2}
+    gates = "model.layers.0.block_sparse_moe.gate, model.layers.1.block_sparse_moe.gate, lm_head"
+    assert state["stays_bf16"] == {"never quantised": gates}
+    assert state["roles"]["prompt"] == {"linear": "fp8", "experts": "nvfp4", "attention": "bf16"}
+    assert {*state["roles"]["decode"].values()} == {*state["roles"]["protected"].values()} == {"bf16"}
+    assert state["precision"] == {"prefill": "nvfp4", "decode": "bf16"}
+    assert ran["mixtral"]["after"]["tokens"] == {"prefill": {"bf16": 1, "nvfp4": PROMPT - 1}, "decode": {"bf16": 6}}
+    assert ran["mixtral"]["tokens"] != ran["stock mixtral"]["tokens"]
+    ran_all = "mixquant: a tiny prompt ran 6 of 6 low linears and MoE layers (passes: 12 rows, 40 rows, decode)"
+    assert ran_all in ran["mixtral"]["log"]
+
+
+def test_experts_kept_bf16_by_rule(ran: dict[str, Result]) -> None:
+    """The label is then what is left: FP8 in attention, under a recipe that is NVFP4 on a CPU."""
+    state = ran["experts by rule"]["state"]
     assert state["layers"] == {"fp8": 4, "bf16": 3} and state["experts"] == {"bf16": 2}
     experts = "model.layers.0.block_sparse_moe.experts, model.layers.1.block_sparse_moe.experts"
-    assert state["stays_bf16"]["MoE experts, never quantised by this version"] == experts
-    # recipe auto is nvfp4 on a CPU, but all that is left of Mixtral are linears of attention
+    assert state["stays_bf16"]["by rule of the recipe"] == experts
     assert state["precision"] == {"prefill": "fp8", "decode": "bf16"}
-    assert ran["mixtral"]["after"]["tokens"] == {"prefill": {"bf16": 1, "fp8": PROMPT - 1}, "decode": {"bf16": 6}}
-    assert ran["mixtral"]["tokens"] != ran["stock mixtral"]["tokens"]
 
 
 def test_the_probe_leaves_nothing_behind(ran: dict[str, Result]) -> None:

@@ -17,24 +17,36 @@ Result = dict[str, Any]
 CPU = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(cases: Sequence[Mapping[str, Any]], folder: Path, env: Mapping[str, str], limit: float) -> list[Result]:
+def run(
+    cases: Sequence[Mapping[str, Any]],
+    folder: Path,
+    env: Mapping[str, str],
+    limit: float,
+    runner: str = "tests.support.run_model",
+) -> list[Result]:
     """Results in the order of ``cases``.  A case that ends the process, or takes ``limit`` seconds (a start of the
     process included), has the end of the log as its error, and the next one gets a process of its own."""
     results: list[Result] = []
     while len(results) < len(cases):
         log = folder / f"run-{len(results)}.log"
         began = len(results)
-        results += _run_from(cases, began, folder, {**os.environ, **env}, log, limit)
+        results += _run_from(cases, began, folder, {**os.environ, **env}, log, limit, runner)
         if len(results) < len(cases) and not (len(results) > began and results[-1].get("broken")):
             results.append({"error": f"the process ended: {log.read_text(errors='replace')[-3000:]}"})
     return results
 
 
 def _run_from(
-    cases: Sequence[Mapping[str, Any]], first: int, folder: Path, env: dict[str, str], log: Path, limit: float
+    cases: Sequence[Mapping[str, Any]],
+    first: int,
+    folder: Path,
+    env: dict[str, str],
+    log: Path,
+    limit: float,
+    runner: str,
 ) -> Iterator[Result]:
     """What the process says until it ends; the last result is ``broken`` where it said that it cannot go on."""
-    command = module("tests.support.run_model", json.dumps([*cases]), str(first))
+    command = module(runner, json.dumps([*cases]), str(first))
     with log.open("wb") as errors:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert process.stdout is not None

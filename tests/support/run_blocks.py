@@ -8,6 +8,8 @@ them, how many they were.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,12 +32,16 @@ def _sum_exactly() -> None:
     torch.Tensor.__matmul__ = exact_matmul  # type: ignore[assignment, method-assign]
 
 
-def _count_rows(rows: list[int]) -> None:
+@contextmanager
+def _counting() -> Iterator[list[int]]:
     from mixquant_sglang.layers import last_layer
     from mixquant_sglang.passes.running import current
     from mixquant_sglang.recipe.roles import Role
 
-    class Counted(last_layer.ReadRowsBlock):
+    rows: list[int] = []
+    plain = last_layer.ReadRowsBlock
+
+    class Counted(plain):  # type: ignore[misc, valid-type]
         def __init__(self, block: Any) -> None:
             super().__init__(block)
             forward = self._forward
@@ -48,17 +54,19 @@ def _count_rows(rows: list[int]) -> None:
             self._forward = counted
 
     last_layer.ReadRowsBlock = Counted  # type: ignore[misc]
+    try:
+        yield rows
+    finally:
+        last_layer.ReadRowsBlock = plain  # type: ignore[misc]
 
 
 def main() -> None:
-    rows: list[int] = []
     _sum_exactly()
-    _count_rows(rows)
     run = run_model._run
 
     def counted(case: dict[str, Any]) -> dict[str, Any]:
-        rows.clear()
-        return run(case) | {"rows": [*rows]}
+        with _counting() as rows:
+            return run(case) | {"rows": rows}
 
     run_model._run = counted
     run_model.main()

@@ -320,7 +320,8 @@ def test_the_language_model_stands_for_itself() -> None:
     )
     for here in ("language_model.model.layers.3.mlp.up_proj", "model.layers.3.mlp.up_proj", "layers.3.mlp.up_proj"):
         assert names.of(here) == "model.language_model.layers.3.mlp.up_proj"
-    for name in ("lm_head", "model.language_model.norm", "model.language_model.layers.0.a"):
+    tower, draft = "vision_tower.encoder.layers.0.input_layernorm.weight", "mtp.layers.0.input_layernorm.weight"
+    for name in ("lm_head", "model.language_model.norm", "model.language_model.layers.0.a", tower, draft):
         assert names.of(name) == name
     two = Names(["thinker.model.layers.0.a.weight", "talker.model.layers.0.a.weight"])
     assert two.of("model.layers.0.a") == "model.layers.0.a"

@@ -228,11 +228,21 @@ def test_fused_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_incomplete_experts_are_refused(tmp_path: Path) -> None:
-    for missing in ("model.layers.1.mlp.experts.2.up_proj", "model.layers.0.mlp.experts.0.down_proj"):
+    at = "model.layers.0.mlp.experts"
+    for missing in ("model.layers.1.mlp.experts.2.up_proj", f"{at}.0.down_proj"):
         made = moe.tensors("qwen3_moe")
         del made[f"{missing}.weight"]
         with pytest.raises(MixQuantError, match=rf"{re.escape(missing)}\.weight is missing"):
             quantize_checkpoint(model(tmp_path / missing, "qwen3_moe", made), tmp_path / "out")
+    gone: dict[str, tuple[str, str]] = {
+        "first": (rf"{at}\.0\.", rf"{at}\.0\.\w+\.weight is missing"),
+        "last": (rf"{at}\.3\.", rf"{at} has 3 experts, but config.json says 4"),
+        "gates": (r".*experts\.\d\.gate_proj", r"have down_proj, up_proj; allowed: .*; leave them BF16 with --ignore"),
+    }
+    for name, (pattern, message) in gone.items():
+        made = {key: value for key, value in moe.tensors("qwen3_moe").items() if not re.match(pattern, key)}
+        with pytest.raises(MixQuantError, match=message):
+            quantize_checkpoint(model(tmp_path / name, "qwen3_moe", made), tmp_path / "out")
     made = moe.tensors("qwen3_moe")
     made["model.layers.0.mlp.experts.1.up_proj.weight"] = torch.ones(32, HIDDEN).bfloat16()
     with pytest.raises(MixQuantError, match=r"up_proj is \[32, 64\] in one expert, \[48, 64\] in another"):
@@ -268,7 +278,9 @@ def test_memory_is_an_expert(tmp_path: Path, form: str) -> None:
     for leaf, (e, n, k) in shapes.items():
         shape = (e, n, k) if form == "one" else (e, k, n)
         made[f"{FAMILIES[family].experts(0)}.{leaf}"] = torch.ones(shape, dtype=torch.bfloat16)
-    source = model(tmp_path / "model", family, made)
+    config = moe.config(family)
+    config["text_config"]["num_experts"] = experts
+    source = save(tmp_path / "model", made, config)
     del made
     tracemalloc.start()
     targets = quantize_checkpoint(source, tmp_path / "out")

@@ -88,9 +88,10 @@ def test_emulation_is_that_of_the_kernel(model: Path, data: Path, precision: str
     assert not module._forward_hooks
 
 
-def test_zeros_are_exact(model: Path, data: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_zeros_are_exact(model: Path, data: Path, device: str) -> None:
     groups = [group(layer) for layer in range(2)]
-    measured = measurement(model, data, groups)
+    measured = measurement(model, data, groups, device=device)
     assert measured.kl({}) == KL(0.0, 0.0)
     first, last = (measured.kl({one: measured.pack(one)}) for one in groups)
     assert first.answer > 0 and first.prompt > 0

@@ -132,6 +132,20 @@ HOOKS = (
         "publishes the roles of a forward pass's rows and counts it",
     ),
     Hook(
+        "load_within_memory",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner.ModelRunner.load_model",),
+        "says what the recipe takes and what would fit when loading runs out of memory",
+    ),
+    Hook(
+        "size_pool",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.pool_configurator.MemoryPoolConfig.__post_init__",),
+        "says the same when no memory is left for the KV cache",
+    ),
+    Hook(
         "finish_load",
         "after",
         "scheduler",

@@ -58,7 +58,7 @@ def up(
     routes = weights.numel()
     out = torch.empty((routes, weight.codes.shape[1] // 2), dtype=torch.bfloat16, device=x.device)
     route_weights = weights if form.weighted_input else None
-    _product(x, x_scales, weight, out, route_weights, sorted_routes, weights.shape[1], form, tiles.rows, tiles.up)
+    _product(x, x_scales, weight, out, route_weights, sorted_routes, weights.shape[1], form, tiles, tiles.up)
     return out
 
 
@@ -77,7 +77,7 @@ def down(
     (tokens, k), h = weights.shape, weight.codes.shape[1]
     parts = torch.empty((tokens, k, h), dtype=torch.bfloat16, device=x.device)
     route_weights = None if form.weighted_input else weights
-    _product(x, x_scales, weight, parts, route_weights, sorted_routes, 1, None, tiles.rows, tiles.down)
+    _product(x, x_scales, weight, parts, route_weights, sorted_routes, 1, None, tiles, tiles.down)
     out = torch.empty((tokens, h), dtype=torch.bfloat16, device=x.device)
     sgl_kernel.moe_sum_reduce(parts, out, form.scaling)
     return out
@@ -92,7 +92,7 @@ def _product(
     sorted_routes: Routing,
     share: int,
     form: Form | None,
-    rows: int,
+    tiles: Tiles,
     tile: Tile,
 ) -> None:
     experts, n, k = weight.codes.shape
@@ -122,10 +122,11 @@ def _product(
         SHARE=share,
         ACT=form.activation if form else "",
         TMA=tma,
-        BM=rows,
+        BM=tiles.rows,
         BN=tile.n,
         BK=tile.k,
         GROUP=16,
+        HALVES=tiles.halves,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

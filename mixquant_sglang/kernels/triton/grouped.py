@@ -46,10 +46,12 @@ def grouped_matmul(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    HALVES: tl.constexpr,
 ) -> None:
-    """``weight`` [experts * N, K] is a descriptor with TMA, else a pointer; a route's row of x: ``route // SHARE``."""
-    GATED: tl.constexpr = ACT != ""
-    COLUMNS: tl.constexpr = N // 2 if GATED else N
+    """``weight`` [experts * N, K] is a descriptor with TMA, else a pointer; a route's row of x: ``route // SHARE``.
+
+    With HALVES a block with BM // 2 routes or fewer, the last of its expert, multiplies half as many rows."""
+    COLUMNS: tl.constexpr = N // 2 if ACT != "" else N
     TILES: tl.constexpr = (COLUMNS + BN - 1) // BN
     pid = tl.program_id(0)
     blocks = tl.load(used_ptr) // BM
@@ -62,7 +64,50 @@ def grouped_matmul(
     block = first + inner % size
     tile = inner // size
     expert = tl.load(expert_ptr + block)
-    route = tl.load(order_ptr + block * BM + tl.arange(0, BM))
+    order_ptr += block * BM
+    few = False
+    if HALVES:
+        few = tl.load(order_ptr + BM // 2) >= routes  # the routes that there are come first
+    if few:
+        _block(
+            *(x_ptr, weight, out_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, route_weight_ptr, order_ptr),
+            *(expert, tile, routes, alpha, limit, N, K, SHARE, ACT, TMA, BM // 2, BN, BK),
+        )
+    else:
+        _block(
+            *(x_ptr, weight, out_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, route_weight_ptr, order_ptr),
+            *(expert, tile, routes, alpha, limit, N, K, SHARE, ACT, TMA, BM, BN, BK),
+        )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _block(
+    x_ptr: tl.tensor,
+    weight: tl.tensor,
+    out_ptr: tl.tensor,
+    x_scale_ptr: tl.tensor,
+    weight_scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    route_weight_ptr: tl.tensor,
+    order_ptr: tl.tensor,
+    expert: tl.tensor,
+    tile: tl.tensor,
+    routes: tl.tensor,
+    alpha: tl.tensor,
+    limit: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SHARE: tl.constexpr,
+    ACT: tl.constexpr,
+    TMA: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+) -> None:
+    """BM routes from ``order_ptr`` on, times the ``tile``-th BN columns of ``expert``."""
+    GATED: tl.constexpr = ACT != ""
+    COLUMNS: tl.constexpr = N // 2 if GATED else N
+    route = tl.load(order_ptr + tl.arange(0, BM))
     live = route < routes
     column = tile * BN + tl.arange(0, BN)
     out_ptrs = out_ptr + route.to(tl.int64)[:, None] * COLUMNS + column[None, :]
@@ -70,42 +115,42 @@ def grouped_matmul(
     if expert < 0:
         if not GATED:
             tl.store(out_ptrs, tl.zeros((BM, BN), dtype=tl.bfloat16), mask=wanted)
-        return
-    depth = tl.arange(0, BK)
-    x_ptrs = x_ptr + (route // SHARE).to(tl.int64)[:, None] * K + depth[None, :]
-    row = expert * N + tile * BN
-    total = tl.zeros((BM, BN), dtype=tl.float32)
-    second = tl.zeros((BM, BN), dtype=tl.float32)
-    for k in range(0, K, BK):
-        if K % BK == 0:
-            x = tl.load(x_ptrs, mask=live[:, None], other=0.0)
-        else:
-            x = tl.load(x_ptrs, mask=live[:, None] & (depth < K - k)[None, :], other=0.0)
-        x_ptrs += BK
-        total = tl.dot(x, _tile(weight, row, k, column, COLUMNS, K, BN, BK, TMA).to(x.dtype).T, acc=total)
-        if GATED:
-            up = _tile(weight, row + COLUMNS, k, column, COLUMNS, K, BN, BK, TMA).to(x.dtype)
-            second = tl.dot(x, up.T, acc=second)
-    scale_ptr = weight_scale_ptr + expert.to(tl.int64) * N + column
-    if x_scale_ptr is not None:
-        scale = tl.load(x_scale_ptr + route // SHARE, mask=live, other=0.0)[:, None]
-        total *= scale
-        second *= scale
-    total *= tl.load(scale_ptr, mask=column < COLUMNS, other=0.0)[None, :]
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + expert.to(tl.int64) * N + column, mask=column < COLUMNS, other=0.0)[None, :]
-    if GATED:
-        second *= tl.load(scale_ptr + COLUMNS, mask=column < COLUMNS, other=0.0)[None, :]
+    else:
+        depth = tl.arange(0, BK)
+        x_ptrs = x_ptr + (route // SHARE).to(tl.int64)[:, None] * K + depth[None, :]
+        row = expert * N + tile * BN
+        total = tl.zeros((BM, BN), dtype=tl.float32)
+        second = tl.zeros((BM, BN), dtype=tl.float32)
+        for k in range(0, K, BK):
+            if K % BK == 0:
+                x = tl.load(x_ptrs, mask=live[:, None], other=0.0)
+            else:
+                x = tl.load(x_ptrs, mask=live[:, None] & (depth < K - k)[None, :], other=0.0)
+            x_ptrs += BK
+            total = tl.dot(x, _tile(weight, row, k, column, COLUMNS, K, BN, BK, TMA).to(x.dtype).T, acc=total)
+            if GATED:
+                up = _tile(weight, row + COLUMNS, k, column, COLUMNS, K, BN, BK, TMA).to(x.dtype)
+                second = tl.dot(x, up.T, acc=second)
+        scale_ptr = weight_scale_ptr + expert.to(tl.int64) * N + column
+        if x_scale_ptr is not None:
+            scale = tl.load(x_scale_ptr + route // SHARE, mask=live, other=0.0)[:, None]
+            total *= scale
+            second *= scale
+        total *= tl.load(scale_ptr, mask=column < COLUMNS, other=0.0)[None, :]
         if bias_ptr is not None:
-            up_bias_ptr = bias_ptr + expert.to(tl.int64) * N + COLUMNS + column
-            second += tl.load(up_bias_ptr, mask=column < COLUMNS, other=0.0)[None, :]
-    if route_weight_ptr is not None:
-        weighted = tl.load(route_weight_ptr + route, mask=live, other=0.0)[:, None]
-        total *= weighted
-        second *= weighted
-    if GATED:
-        total = activated(total, second, alpha, limit, ACT)
-    tl.store(out_ptrs, total.to(tl.bfloat16), mask=wanted)
+            total += tl.load(bias_ptr + expert.to(tl.int64) * N + column, mask=column < COLUMNS, other=0.0)[None, :]
+        if GATED:
+            second *= tl.load(scale_ptr + COLUMNS, mask=column < COLUMNS, other=0.0)[None, :]
+            if bias_ptr is not None:
+                up_bias_ptr = bias_ptr + expert.to(tl.int64) * N + COLUMNS + column
+                second += tl.load(up_bias_ptr, mask=column < COLUMNS, other=0.0)[None, :]
+        if route_weight_ptr is not None:
+            weighted = tl.load(route_weight_ptr + route, mask=live, other=0.0)[:, None]
+            total *= weighted
+            second *= weighted
+        if GATED:
+            total = activated(total, second, alpha, limit, ACT)
+        tl.store(out_ptrs, total.to(tl.bfloat16), mask=wanted)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -30,6 +30,7 @@ from mixquant_sglang.weights.checkpoint import Source
 # model_type, of the model or of its text_config, whose experts SGLang's loader takes one by one beside the fused form.
 SPLIT = ("gemma4", "llama4", "qwen3_5_moe", "qwen3_vl_moe")
 _FUSED = ("gate_up_proj", "down_proj")
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # keys of config.json
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def layers_in_one(source: Source) -> dict[str, set[str]]:
 
 def elsewhere(source: Source, config: Mapping[str, object], layers: int) -> None:
     """Refuses experts in one tensor that no module called ``experts`` has, such as GraniteMoE's ``input_linear``."""
-    counts = {config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")}
+    counts = {config.get(key) for key in _COUNTS}
     for name, stored in source.tensors.items():
         block = block_of(name)
         if block is None or block >= layers or is_draft(name) or is_outside(name) or "experts" in name.split("."):
@@ -123,16 +124,30 @@ def ignored_whole(layer: str, modules: Iterable[str], ignored: Mapping[str, str]
     return named[0] if named else None
 
 
-def why_kept(source: Source, layer: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why the experts of ``layer`` cannot be quantised, or None; ``shapes``: [N, K] of its linears."""
+def why_kept(
+    source: Source, layer: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object]
+) -> str | None:
+    """Why the experts of ``layer`` cannot be quantised, or None; ``shapes``: [N, K] of its linears. MixQuantError if
+    some are missing by what the others have or by ``config``."""
     leaves: dict[int, set[str]] = {}
     for module in shapes:
         _, expert, leaf = expert_of(module) or ("", 0, "")
         leaves.setdefault(expert, set()).add(leaf)
-    whole = next((set(names) for names in EXPERT_LEAVES if leaves.get(0, set()) & {*names}), set())
+    whole = set().union(*leaves.values())
+    if whole not in [{*names} for names in EXPERT_LEAVES]:
+        allowed = " or ".join(", ".join(names) for names in EXPERT_LEAVES)
+        raise MixQuantError(
+            f"{source.folder}: experts of {layer} have {', '.join(sorted(whole))}; allowed: {allowed}; leave them BF16 "
+            f"with --ignore {layer}"
+        )
+    counts = {config[key] for key in _COUNTS if isinstance(config.get(key), int)}
     for expert in range(max(leaves) + 1):
         if missing := whole - leaves.get(expert, set()):
             raise MixQuantError(f"{source.folder}: {layer}.{expert}.{min(missing)}.weight is missing")
+    if counts and len(leaves) not in counts:
+        raise MixQuantError(
+            f"{source.folder}: {layer} has {len(leaves)} experts, but config.json says {' or '.join(map(str, counts))}"
+        )
     for leaf in sorted(whole):
         sizes = {shape for module, shape in shapes.items() if module.endswith(f".{leaf}")}
         if len(sizes) > 1:

@@ -71,7 +71,7 @@ class Targets:
                 kept[layer] = NEVER
             elif pattern is not None:
                 kept[layer] = f"--ignore {pattern}"
-            elif why := experts.why_kept(source, layer, {module: shapes[module] for module in modules}):
+            elif why := experts.why_kept(source, layer, {m: shapes[m] for m in modules}, config):
                 kept[layer] = why
             else:
                 quantised += modules
