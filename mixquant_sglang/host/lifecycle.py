@@ -16,8 +16,9 @@ from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.ranks import check_same
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.host.shortage import explain
-from mixquant_sglang.kernels.tuning import expert_cache, expert_tiles, fp4_gemm, fp8_cache, fp8_gemm
+from mixquant_sglang.kernels.tuning import expert_cache, expert_tiles, fp4_experts, fp4_gemm, fp8_cache, fp8_gemm
 from mixquant_sglang.kernels.verify import verify
+from mixquant_sglang.kernels.verify_experts import verify_experts
 from mixquant_sglang.layers import attention, bypasses, fused, last_layer
 from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
@@ -58,8 +59,8 @@ class LoadSteps:
         self.unproved = bool(packed)
         linears = [m for m in packed if isinstance(m, MixQuantLinearMethod)]
         experts = [m for m in packed if isinstance(m, MixQuantExpertsMethod)]
-        self._tune_fp4(model_runner, linears)
-        self._verify(linears, device)
+        self._tune_fp4(model_runner, linears, experts)
+        self._verify(linears, experts, device)
         self._guard(model)
         self._fuse(model_runner)
         self._tune_fp8(model_runner, linears, device)
@@ -159,16 +160,27 @@ class LoadSteps:
 
     # -- kernels ---------------------------------------------------------------------------------------------------
 
-    def _tune_fp4(self, model_runner: Any, packed: Sequence[MixQuantLinearMethod]) -> None:
+    def _tune_fp4(
+        self, model_runner: Any, packed: Sequence[MixQuantLinearMethod], experts: Sequence[MixQuantExpertsMethod]
+    ) -> None:
         methods = [m for m in packed if m.runs("nvfp4", "native")]
         measuring = fp4.fp4_gemm_measuring(model_runner) if methods else None
         if measuring is not None:
             most = batches.most_prefill_rows(model_runner)
             tuned = fp4_gemm.tune([m.copy_in("nvfp4") for m in methods], most, measuring)
             logger.info("mixquant: %s", tuned)
+        shapes = {m.sizes: m.copy_in("nvfp4") for m in experts if m.runs("nvfp4", "native")}
+        measuring = fp4.fp4_gemm_measuring(model_runner) if shapes else None
+        if measuring is not None:
+            logger.info("mixquant: %s", fp4_experts.tune(shapes, batches.most_prefill_rows(model_runner), measuring))
 
-    def _verify(self, packed: Sequence[MixQuantLinearMethod], device: torch.device) -> None:
-        """Compares the native NVFP4 kernel with the emulated one, on one linear of each shape."""
+    def _verify(
+        self,
+        packed: Sequence[MixQuantLinearMethod],
+        experts: Sequence[MixQuantExpertsMethod],
+        device: torch.device,
+    ) -> None:
+        """Compares the native NVFP4 kernels with the emulated ones, on one linear and one MoE layer of each shape."""
         if not self._run.recipe.verify or self._run.selection.kernels.get("nvfp4") != "native":
             return
         first: dict[tuple[int, int], MixQuantLinearMethod] = {}
@@ -182,6 +194,15 @@ class LoadSteps:
             count,
             worst,
         )
+        layers = {m.sizes: m for m in reversed(experts) if m.runs("nvfp4", "native")}
+        if layers:
+            with refusing():
+                count, worst = verify_experts((m.verification() for m in layers.values()), device)
+            logger.info(
+                "mixquant: native nvfp4 experts agree with the emulated ones for %d shapes (worst relative error %.2g)",
+                count,
+                worst,
+            )
 
     def _guard(self, model: torch.nn.Module) -> None:
         guarded = bypasses.guard(model)

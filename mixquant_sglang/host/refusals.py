@@ -46,6 +46,12 @@ def check_server_args(server_args: Any) -> None:
 
 def check_recipe(recipe: Recipe, selection: Selection) -> None:
     """Raises ``MixQuantError`` for what a recipe asks that does not go with what it comes to here."""
+    if selection.kernels and machine.device().capability is None and machine.repacks_weights():
+        raise MixQuantError(
+            "SGLang's build for this CPU repacks BF16 weights for AMX, after which they cannot be packed any more; "
+            f"use SGLang's build for CUDA with --device cpu, or recipe bf16 (recipe {recipe.name} has "
+            f"{' and '.join(selection.kernels)})"
+        )
     low_decode = {selection.decode, *selection.by_rule.get("decode", ())} - {"bf16"}
     if recipe.min_tokens > 1 and low_decode:
         which = "some" if selection.decode == "bf16" else "them"

@@ -50,7 +50,6 @@ _CP = "context parallelism splits and reorders the rows of a pass"
 _RANKS = "the linears of some layers get other rows than those of the pass"
 _BREAKABLE = "use 'breakable' (SGLang's default on CUDA) or 'disabled'"
 _GRAPHS = "row protection is tested with breakable prefill graphs and without"
-_SPECULATIVE = "speculative decoding has not been tested"
 _CHECKPOINT = "serve the plain BF16 checkpoint"
 
 # Those whose loader fills the weights first and then calls process_weights_after_loading (model_loader/loader.py):
@@ -132,6 +131,23 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("moe_dense_tp_size", "--moe-dense-tp-size", is_set, _RANKS, _LEAVE_OUT),
     Refusal("moe_dp_size", "--moe-dp-size > 1", _several, _RANKS, _LEAVE_OUT),
     Refusal("moe_a2a_backend", "--moe-a2a-backend", is_set, _RANKS, "use --ep-size without it"),
+    Refusal(
+        "moe_runner_backend",
+        "--moe-runner-backend other than auto and triton",
+        lambda v: v not in ("auto", "triton"),
+        "its kernels want experts in another layout than the one that low-precision experts are made from",
+        "leave it out, or pass triton",
+    ),
+    Refusal(
+        "port",
+        "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED",
+        lambda _: environment.interleaves_experts(),
+        "it permutes the rows of the experts' weights, from which low-precision experts are made",
+        "unset it",
+    ),
+    Refusal(
+        "enable_paged_experts", "--enable-paged-experts", is_set, "it moves experts' weights while serving", _LEAVE_OUT
+    ),
     Refusal("dwdp_size", "--dwdp-size > 1", _several, "it has not been tested", _LEAVE_OUT),
     Refusal(
         "enable_two_batch_overlap", "--enable-two-batch-overlap", is_set, "it splits the rows of a pass", _LEAVE_OUT
@@ -162,8 +178,20 @@ REFUSALS: tuple[Refusal, ...] = (
         "prompt rows are those of low-precision prefill, which a draft should not be trained on unasked",
         "serve the model without the plugin for it",
     ),
-    Refusal("speculative_algorithm", "--speculative-algorithm", is_set, _SPECULATIVE, _LEAVE_OUT),
-    Refusal("decoupled_spec_role", "--decoupled-spec-role", is_set, _SPECULATIVE, _LEAVE_OUT),
+    Refusal(
+        "speculative_algorithm",
+        "--speculative-algorithm",
+        is_set,
+        "speculative decoding has not been tested",
+        _LEAVE_OUT,
+    ),
+    Refusal(
+        "decoupled_spec_role",
+        "--decoupled-spec-role",
+        is_set,
+        "speculative decoding has not been tested",
+        _LEAVE_OUT,
+    ),
     Refusal(
         "dllm_algorithm",
         "--dllm-algorithm",
@@ -282,27 +310,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda v: v not in LOAD_FORMATS,
         "it quantises, or weights arrive after process_weights_after_loading, where the packed ones are made",
         "load from files in one of these",
-    ),
-    Refusal(
-        "port",
-        "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED",
-        lambda _: environment.rearranges_experts(),
-        "it writes the rows of experts in another order than the packed ones and their protected rows are read in",
-        "unset it",
-    ),
-    Refusal(
-        "port",
-        "SGLANG_USE_CPU_ENGINE on a CPU with AMX",
-        lambda _: environment.rearranges_for_amx(),
-        "it writes all weights in the layout of its own kernels, which nothing here packs",
-        "unset it",
-    ),
-    Refusal(
-        "enable_paged_experts",
-        "--enable-paged-experts",
-        is_set,
-        "a layer's weights are then those of whatever experts the last pass took, and packed ones would stay behind",
-        _LEAVE_OUT,
     ),
     Refusal(
         "weight_cache_mode",

@@ -24,7 +24,8 @@ class Kernel:
     """``kernel``: "native" or "emulated".  ``capability``: the least (major, minor) of CUDA,
     None where it runs on any machine.  A weight [N, K] must have multiples of ``n`` and ``k``, and K > 0; ``refusal``
     is formatted with ``n`` and ``k`` of one that has not.  Of experts these are the sizes [I, H] of each: w13 is
-    [2I, H], w2 [H, I].  ``path``: module and class."""
+    [2I, H], w2 [H, I].  ``path``: module and class.  ``below``: the least capability that it does not run on, and
+    ``elsewhere`` what is said there."""
 
     precision: str
     kind: Kind
@@ -34,9 +35,13 @@ class Kernel:
     k: int
     refusal: str
     path: str
+    below: tuple[int, int] | None = None
+    elsewhere: str = ""
 
-    def refuses(self, n: int, k: int) -> str | None:
-        """Why no [n, k] weight can be packed, or None if it can."""
+    def refuses(self, n: int, k: int, capability: tuple[int, int] | None = None) -> str | None:
+        """Why no [n, k] weight can be packed on a GPU of ``capability``, or None if it can."""
+        if self.below is not None and capability is not None and capability >= self.below:
+            return self.elsewhere
         return self.refusal.format(n=n, k=k) if n % self.n or k % self.k or not k else None
 
     def load(self) -> Any:
@@ -78,6 +83,13 @@ KERNELS = (
         *(BLOCK, BLOCK, _BOTH),
         f"{_EXPERTS}.emulated.EmulatedFP8Experts",
     ),
+    Kernel(  # as nobody knows the one scale that SM120's experts want of all activations: ``native_nvfp4.py``
+        *("nvfp4", Kind.EXPERTS, "native", NATIVE_FROM["nvfp4"]),
+        *(BLOCK, 128, f"experts of [{{n}}, {{k}}] are not a multiple of {BLOCK} and 128"),
+        f"{_EXPERTS}.native_nvfp4.NativeNVFP4Experts",
+        below=(11, 0),
+        elsewhere="NVFP4 experts with a scale for each token run on SM100 and SM103 alone",
+    ),
     Kernel(
         *("nvfp4", Kind.EXPERTS, "emulated", None),
         *(BLOCK, BLOCK, _BOTH),
@@ -94,10 +106,17 @@ def find(precision: str, kernel: str, kind: Kind = Kind.LINEAR) -> Kernel:
     raise LookupError(f"no {kernel} kernel for {kind.value} in {precision}")
 
 
-def refusal(precision: str, kernel: str, n: int, k: int, kind: Kind = Kind.LINEAR) -> str | None:
-    """Why ``kernel`` packs no [n, k] weight in ``precision``, or None if it does."""
+def refusal(
+    precision: str,
+    kernel: str,
+    n: int,
+    k: int,
+    kind: Kind = Kind.LINEAR,
+    capability: tuple[int, int] | None = None,
+) -> str | None:
+    """Why ``kernel`` packs no [n, k] weight in ``precision`` on a GPU of ``capability``, or None if it does."""
     try:
-        return find(precision, kernel, kind).refuses(n, k)
+        return find(precision, kernel, kind).refuses(n, k, capability)
     except LookupError as error:
         return str(error)
 

@@ -23,6 +23,7 @@ from mixquant_sglang.kernels import registry
 from mixquant_sglang.kernels.experts.base import Form, Masters, Ready
 from mixquant_sglang.kernels.limits import FEW_ROWS
 from mixquant_sglang.kernels.registry import packed_experts
+from mixquant_sglang.kernels.verify_experts import ExpertsPair
 from mixquant_sglang.passes.running import current
 from mixquant_sglang.recipe.roles import Kind, Role, by_role
 from mixquant_sglang.weights.ready_made_experts import ExpertShare
@@ -90,9 +91,12 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         form = "another back end than Triton runs them" if self._others else form_of(layer.moe_runner_config)
         refusals = [form] if isinstance(form, str) else []
         for precision in sorted(self.low):
-            kernel = self._runtime.selection.kernels[precision]
-            sizes = intermediate_size_per_partition, hidden_size
-            refusals.append(registry.refusal(precision, kernel, *sizes, Kind.EXPERTS) or "")
+            selection = self._runtime.selection
+            kernel, sizes = selection.kernels[precision], (intermediate_size_per_partition, hidden_size)
+            refusal = registry.refusal(precision, kernel, *sizes, Kind.EXPERTS, selection.capability)
+            if not refusal and isinstance(form, Form):
+                refusal = packed_experts(precision, kernel).refuses(form, with_bias)
+            refusals.append(refusal or "")
         refusal = next(filter(None, refusals), None)
         if refusal:
             self.stay_bf16(refusal)
@@ -210,6 +214,14 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
                 if made is not None:
                     made.warn_updated()
         self._print = now
+
+    def verification(self) -> ExpertsPair:
+        """The packed NVFP4 copy, and the emulated experts with the same weights."""
+        assert self._form is not None
+        masters, run = self.masters, self._runtime
+        ready = None if self._ready is None else self._reader(self._ready, masters, check=False)
+        emulated = packed_experts("nvfp4", "emulated")(masters, self._form, scales=run.recipe.scales, ready=ready)
+        return ExpertsPair(self.name, self.sizes, self._packed["nvfp4"], emulated)
 
     def _reader(self, made: ReadyMadeExperts, masters: Masters, *, check: bool) -> ReadyExperts:
         def read(expert: int) -> Ready:

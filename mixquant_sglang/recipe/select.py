@@ -34,13 +34,15 @@ class Device:
 class Selection:
     """What a recipe comes to on a device: a precision per phase and the kernel of each low precision.
 
-    ``by_rule``: phase -> precisions that rules ask for beside the phase's own."""
+    ``by_rule``: phase -> precisions that rules ask for beside the phase's own.  ``capability``: the device's, where
+    more than the kernels depends on it: native NVFP4 experts, which SM120 has not."""
 
     prefill: str
     decode: str
     kernels: Mapping[str, str]
     reason: str
     by_rule: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    capability: tuple[int, int] | None = None
 
     def describe(self) -> str:
         def column(phase: str, own: str) -> str:
@@ -65,7 +67,8 @@ def select(recipe: Recipe, device: Device) -> Selection:
     precisions = {*own.values(), *by_rule["prefill"], *by_rule["decode"]} - {"bf16"}
     # nvfp4 first: where the device can do neither natively, the refusal names what needs the newer GPU.
     kernels = {p: _kernel(p, recipe, device) for p in sorted(precisions, reverse=True)}
-    return Selection(prefill, recipe.decode, kernels, reason, by_rule)
+    capability = device.capability if kernels.get("nvfp4") == "native" else None
+    return Selection(prefill, recipe.decode, kernels, reason, by_rule, capability)
 
 
 def _auto(device: Device) -> tuple[str, str]:

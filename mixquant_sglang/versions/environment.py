@@ -23,16 +23,9 @@ def serves_by_rust() -> bool:
     return asked is not None and bool(asked.get())
 
 
-def rearranges_experts() -> bool:
-    """Whether the environment asks for gate and up rows in turns, which SGLang 0.5.23 writes over the loaded w13."""
+def interleaves_experts() -> bool:
+    """Whether the environment asks for experts whose gate and up rows take turns (0.5.23)."""
     from sglang.srt.environ import envs
 
     asked = getattr(envs, "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", None)
     return asked is not None and bool(asked.get())
-
-
-def rearranges_for_amx() -> bool:
-    """Whether SGLang writes all weights in the layout of a CPU's AMX kernels once they are loaded."""
-    from sglang.srt import utils
-
-    return bool(utils.is_cpu() and utils.cpu_has_amx_support())

@@ -1,4 +1,4 @@
-"""SGLang's FP4 linear method and the measuring of its GEMMs."""
+"""SGLang's FP4 linear method and experts, and the measuring of its GEMMs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels.environment import Environment
 from mixquant_sglang.versions.dialect import dialect
+from mixquant_sglang.versions.fp4_experts import TrtllmFP4Experts
 
 
 def environment(*, own_quantizer: bool = True) -> Environment:
-    """SGLang's ModelOpt FP4 linear method for the native kernel; refuses back ends that cannot serve it.
+    """SGLang's ModelOpt FP4 linear method and its FP4 experts; refuses back ends that cannot serve native NVFP4.
 
     ``own_quantizer``: activations are quantised by our kernels, fused where that is possible, or by FlashInfer's."""
     from sglang.srt.layers.quantization.fp4_utils import get_fp4_gemm_runner_backend
@@ -31,7 +32,7 @@ def environment(*, own_quantizer: bool = True) -> Environment:
         raise MixQuantError(
             "SGLANG_FLASHINFER_CUTEDSL_NVFP4_W4A16 leaves activations in BF16; unset it for native nvfp4"
         )
-    return Environment(lambda: ModelOptFp4LinearMethod(config), own_quantizer)
+    return Environment(lambda: ModelOptFp4LinearMethod(config), own_quantizer, TrtllmFP4Experts())
 
 
 def fp4_gemm_measuring(model_runner: Any) -> AbstractContextManager[None] | None:

@@ -45,6 +45,14 @@ def device() -> Device:
     return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 
 
+def repacks_weights() -> bool:
+    """Whether SGLang puts weights into the layout of a CPU's matrix units (AMX) once they are loaded, as its build for
+    CPUs does on some."""
+    from sglang.srt.utils import cpu_has_amx_support
+
+    return bool(cpu_has_amx_support())
+
+
 def kernel_versions() -> dict[str, str]:
     """Of what SGLang ships its GEMMs in; needs a GPU."""
     import sgl_kernel

@@ -84,7 +84,6 @@ SURFACE: tuple[Row, ...] = (
     ),
     Row("sglang.srt.environ.Envs", ("SGLANG_RUST_SERVER",), "versions/environment.py"),
     Row("sglang.srt.environ.Envs", ("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED",), "versions/environment.py", NEW),
-    Row("sglang.srt.utils", ("is_cpu", "cpu_has_amx_support"), "versions/environment.py"),
     Row("sglang.srt.environ.Envs", ("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",), "versions/v0_5_17.py", OLD),
     Row("sglang.srt.mem_cache.utils", ("storage_namespace_seed",), "versions/v0_5_23.py", NEW),
     Row("sglang.srt.debug_utils.dumper._Dumper", ("may_enable",), "versions/environment.py"),

@@ -7,7 +7,7 @@ of ``tp``, of which ``ep`` hold different experts:
 - experts take the same for each of their two matrices, [2 I, H] and [H, I];
 - the BF16 master stays beside each packed copy, for decode and protected rows read it.
 
-Not counted: norms and biases, padding of scales, CUDA graphs and activations (``MEMORY_SHARE`` leaves room for them),
+Not counted: norms and biases, padding, CUDA graphs and activations (``MEMORY_SHARE`` leaves room for them),
 shared experts that SGLang fuses into the routed ones (a difference of less than 2%).
 """
 
@@ -115,7 +115,7 @@ def by_name(
                 names.append(name)
                 prefill, decode = matcher.precisions(name, selection.prefill, selection.decode)
             asked = sorted({prefill, decode} - {"bf16"})
-            refused = next(filter(None, (_refusal(one, each, selection.kernels[each]) for each in asked)), None)
+            refused = next(filter(None, (_refusal(one, each, selection) for each in asked)), None)
             if refused:
                 prefill = decode = "bf16"  # as a server does
             why = (one.refusal if low else None) or refused
@@ -123,11 +123,12 @@ def by_name(
     matcher.check_all_matched(names)
 
 
-def _refusal(one: Placed, precision: str, kernel: str) -> str | None:
+def _refusal(one: Placed, precision: str, selection: Selection) -> str | None:
     """Why no kernel packs it."""
+    kernel, capability = selection.kernels[precision], selection.capability
     if one.experts:
-        return refusal(precision, kernel, one.n // 2, one.k, Kind.EXPERTS)
-    return refusal(precision, kernel, one.n, one.k)
+        return refusal(precision, kernel, one.n // 2, one.k, Kind.EXPERTS, capability)
+    return refusal(precision, kernel, one.n, one.k, capability=capability)
 
 
 def _shapes(block: Block, hidden: int, tp: int, ep: int) -> list[Placed]:

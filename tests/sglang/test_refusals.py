@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +11,10 @@ from typing import Any
 import pytest
 from sglang.srt import server_args as sglang_args
 
+from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host import refusals, refused
+from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.versions import environment, machine
 from mixquant_sglang.versions.dialect import dialect
 
@@ -29,9 +30,9 @@ ONLY = {
     "enable_return_aux_hidden_states": "0.5.23",
     "enable_nvidia_megakernel": "0.5.23",
     "enable_amd_monokernel": "0.5.23",
+    "enable_paged_experts": "0.5.23",
     "enable_prefill_context_parallel": "0.5.17",
     "enable_dsa_prefill_context_parallel": "0.5.17",
-    "enable_paged_experts": "0.5.23",
     "torchao_config": "0.5.17",
 }
 # A value that is refused, of fields for which 2 is not.
@@ -42,12 +43,6 @@ REFUSED_VALUES: dict[str, Any] = {
     "model_impl": "transformers",
     "load_format": "sharded_state",
     "disable_radix_cache": False,
-}
-# What is asked of the environment: the function, and how the row begins.
-ENVIRONMENT = {
-    "serves_by_rust": "SGLANG_RUST_SERVER",
-    "rearranges_experts": "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED",
-    "rearranges_for_amx": "SGLANG_USE_CPU_ENGINE",
 }
 
 
@@ -80,8 +75,9 @@ def test_each_is_refused_with_reason_and_way_out(refusal: refused.Refusal, monke
     refusals.check_server_args(plain())
     monkeypatch.setattr(dialect(), "stored_pages_are_named", lambda: False)  # as in 0.5.17
     monkeypatch.setattr(dialect(), "tree_ignores_keys", lambda: True)
-    for asked, words in ENVIRONMENT.items():
-        monkeypatch.setattr(environment, asked, partial(refusal.flag.startswith, words))
+    monkeypatch.setattr(environment, "serves_by_rust", lambda: refusal.flag == "SGLANG_RUST_SERVER")
+    interleaved = refusal.flag == "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"
+    monkeypatch.setattr(environment, "interleaves_experts", lambda: interleaved)
     bad, field = plain(), refusal.field.partition(".")[0]
     setattr(bad, field, REFUSED_VALUES.get(field, 2))
     with pytest.raises(MixQuantError) as error:
@@ -100,26 +96,29 @@ def test_a_server_in_rust_is_refused(tiny_model: Path, monkeypatch: pytest.Monke
     refusals.check_server_args(args)
 
 
-def test_weights_that_sglang_rearranges_after_loading_are_refused(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Copies packed before and rows read afterwards would be of other numbers."""
-    from sglang.srt import environ, utils
+def test_interleaved_experts_are_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.environ import envs
 
+    if not hasattr(envs, "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"):  # 0.5.17 does not read it
+        monkeypatch.setenv("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", "1")
+        assert not environment.interleaves_experts()
+        return
     args = unresolved(model_path=str(tiny_model))
     monkeypatch.setenv("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", "1")
-    if hasattr(environ.envs, "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"):
-        with pytest.raises(MixQuantError, match=r"SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED: .*; unset it"):
-            refusals.check_server_args(args)
-    else:  # 0.5.17
+    with pytest.raises(MixQuantError, match=r"SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED: .*; unset it"):
         refusals.check_server_args(args)
-    monkeypatch.delenv("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED")
-    monkeypatch.setattr(utils, "is_cpu", lambda: True)  # SGLANG_USE_CPU_ENGINE=1
-    monkeypatch.setattr(utils, "cpu_has_amx_support", lambda: False)
+    monkeypatch.setenv("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", "0")
     refusals.check_server_args(args)
-    monkeypatch.setattr(utils, "cpu_has_amx_support", lambda: True)
-    with pytest.raises(MixQuantError, match=r"SGLANG_USE_CPU_ENGINE on a CPU with AMX: .*; unset it"):
-        refusals.check_server_args(args)
+
+
+@pytest.mark.parametrize(
+    "backend", ["triton_kernel", "flashinfer_cutlass", "flashinfer_trtllm", "deep_gemm", "cutlass"]
+)
+def test_other_kernels_for_experts_are_refused(backend: str, tiny_model: Path) -> None:
+    for allowed in ("auto", "triton"):
+        refusals.check_server_args(unresolved(model_path=str(tiny_model), moe_runner_backend=allowed))
+    with pytest.raises(MixQuantError, match="--moe-runner-backend other than auto and triton"):
+        refusals.check_server_args(unresolved(model_path=str(tiny_model), moe_runner_backend=backend))
 
 
 def test_the_port_of_the_other_grpc_server_is_not_refused() -> None:
@@ -223,3 +222,14 @@ def test_the_document_lists_the_refusals() -> None:
     assert [tuple(cell.replace("`", "") for cell in row) for row in listed] == [
         (r.flag, r.why, r.instead) for r in refused.REFUSALS
     ]
+
+
+def test_a_cpu_whose_sglang_repacks_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = Device("this CPU", None)
+    monkeypatch.setattr(machine, "device", lambda: cpu)
+    low, plain = recipe.load("nvfp4"), recipe.load("bf16")
+    refusals.check_recipe(low, select(low, cpu))
+    monkeypatch.setattr(machine, "repacks_weights", lambda: True)
+    refusals.check_recipe(plain, select(plain, cpu))
+    with pytest.raises(MixQuantError, match=r"repacks BF16 weights for AMX.*recipe nvfp4 has nvfp4"):
+        refusals.check_recipe(low, select(low, cpu))

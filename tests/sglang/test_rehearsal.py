@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,19 @@ HAS_DUAL_GEMM = find_spec("sglang.srt.layers.dual_gemm") is not None
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return play(tmp_path_factory.mktemp("rehearsal"))
+
+
+def play(out: Path, names: Sequence[str] = NAMES) -> dict[str, Any]:
     """What each scenario did; the traceback of one that failed."""
-    out = tmp_path_factory.mktemp("rehearsal")
     changes = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "MIXQUANT_CACHE_DIR": str(out / "cache")}
     environment = {**os.environ, **changes}
     script = ROOT / "tests" / "support" / "rehearsal.py"
     with (out / "log").open("wb") as log:
-        command = [sys.executable, "-W", "ignore", script, out]
+        command = [sys.executable, "-W", "ignore", script, out, *names]
         subprocess.run(command, env=environment, stdout=log, stderr=log, cwd=out, timeout=400)
     results: dict[str, Any] = {}
-    for name in NAMES:
+    for name in names:
         done, failed = out / f"{name}.pt", out / f"{name}.txt"
         if done.exists():
             results[name] = torch.load(done, weights_only=False)

@@ -20,6 +20,7 @@ NOT_OFFERED = "SGLang gives it no quantization config"
 class Expected:
     """``attention`` and ``others``: the low linears, by name below ``prefix``, and how many of each.  ``reasons``: why
     others stay BF16.  ``experts``: MoE layers.  ``args``: of SGLang, anywhere.
+    ``image``: one of four tokens, for the first prompt.
 
     ``interpreted``: on a CPU the family runs with Triton's interpreter alone, and with ``cpu_args``.  ``cpu``: why it
     does not run there, by version."""
@@ -33,6 +34,7 @@ class Expected:
     interpreted: bool = False
     cpu_args: Mapping[str, Any] = field(default_factory=dict)
     cpu: Mapping[str, str] = field(default_factory=dict)
+    image: Mapping[str, Any] | None = None
 
     def low(self, attention: str, others: str) -> dict[str, dict[str, int]]:
         """As ``run_model`` tells it, for these precisions."""
@@ -66,6 +68,8 @@ HYBRID = {
     **{"qkv_proj": 1, "o_proj": 1},  # SGLang's layer is the attention itself
 }
 IMAGES = (NEVER, OUTSIDE)
+PATCHES_14 = {"tokens": 4, "feature": [16, 3 * 2 * 14 * 14], "grid": [1, 4, 4]}
+PATCHES_16 = {"tokens": 4, "feature": [16, 3 * 2 * 16 * 16], "grid": [1, 4, 4]}
 GEMMA4 = {"prefix": "language_model.layers.N.", "interpreted": True, "cpu_args": TRITON}
 
 DENSE = Expected(_attention(), _mlp())
@@ -157,11 +161,11 @@ EXPECTED: dict[str, Expected] = {
         **GEMMA4,
     ),
     "gemma4_ple": Expected(_attention(4), _mlp(layers=4), reasons=(*IMAGES, A_GATE), **GEMMA4),
-    "qwen2_5_vl": Expected(_attention(), _mlp(), reasons=IMAGES),
-    "qwen3_vl": Expected(_attention(), _mlp(), reasons=IMAGES),
+    "qwen2_5_vl": Expected(_attention(), _mlp(), reasons=IMAGES, image=PATCHES_14),
+    "qwen3_vl": Expected(_attention(), _mlp(), reasons=IMAGES, image=PATCHES_16),
     "qwen3_vl_moe": Expected(_attention(), reasons=IMAGES, experts=2),
-    "glm4v": Expected(_attention(), _mlp(), reasons=IMAGES),
-    "glm4v_moe": Expected(_attention(), SHARED, reasons=IMAGES, experts=1),
+    "glm4v": Expected(_attention(), _mlp(), reasons=IMAGES, image=PATCHES_14),
+    "glm4v_moe": Expected(_attention(), SHARED, reasons=IMAGES, experts=1, image=PATCHES_14),
     "qwen3_embedding": Expected(_attention(), _mlp(), args=EMBEDS),
     "e5_mistral": Expected(_attention(), _mlp(), reasons=(), args=EMBEDS),
     "qwen2_reward": Expected(_attention(), _mlp(), args=EMBEDS),
@@ -178,6 +182,8 @@ def cases(name: str, model: str, more: Mapping[str, Any], args: Mapping[str, Any
     """Of ``run_model``: stock, the control, and the default recipe."""
     expected = EXPECTED[name]
     base = {"model": model, "prompts": PROMPTS, "args": {**expected.args, **args}, **more}
+    if expected.image:
+        base["image"] = expected.image
     low = {**base, "recipe": "auto", "policy": not expected.embeds}
     return {"stock": base, "bf16": {**base, "recipe": "bf16"}, "auto": low}
 
@@ -195,6 +201,8 @@ def problems(name: str, ran: Mapping[str, Any], attention: str, others: str) -> 
             found.append(f"recipe bf16 is not stock: {field_} {control[field_]}, {stock[field_]}")
     if control["low"]:
         found.append(f"recipe bf16 has low linears: {control['low']}")
+    if expected.image and stock["other_image"][0] == stock["bits"][0]:
+        found.append("the image makes no difference")
     return found + _problems_of_low(expected, ran["auto"], stock, attention, others)
 
 

@@ -31,18 +31,20 @@ from typing import Any
 import torch
 
 LAYERS, HIDDEN, WIDE, VOCAB = 2, 128, 256, 512
+EXPERTS, NARROW = 8, 64
 BUCKETS = (4, 8, 12, 16, 32)
 RAN: Counter[str] = Counter()  # kernel and [N, K] -> calls
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """``recipe`` None: SGLang without the plugin.  ``changes`` to the recipe's fields."""
+    """``recipe`` None: SGLang without the plugin.  ``changes`` to the recipe's fields.  ``experts``: Qwen3-MoE."""
 
     name: str
     recipe: str | None
     capability: tuple[int, int] = (10, 0)
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    experts: bool = False
 
     @property
     def decodes_low(self) -> bool:
@@ -61,9 +63,17 @@ SCENARIOS = (
     Scenario("nvfp4-everywhere, FlashInfer's quantiser", "nvfp4-everywhere", changes={"fuse": False}),
     Scenario("nvfp4-everywhere, emulated", "nvfp4-everywhere", changes={"kernel": "emulated"}),
 )
+WITH_EXPERTS = (
+    Scenario("experts, stock", None, experts=True),
+    Scenario("experts, auto", "auto", experts=True),
+    Scenario("experts, auto on SM103", "auto", (10, 3), experts=True),
+    Scenario("experts, auto on SM120", "auto", (12, 0), experts=True),
+    Scenario("experts, auto, emulated", "auto", changes={"kernel": "emulated"}, experts=True),
+    Scenario("experts, nvfp4-everywhere", "nvfp4-everywhere", experts=True),
+)
 
 
-def checkpoint(folder: Path) -> Path:
+def checkpoint(folder: Path, experts: bool = False) -> Path:
     from safetensors.torch import save_file
 
     config = {
@@ -84,6 +94,10 @@ def checkpoint(folder: Path) -> Path:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
+    if experts:
+        config |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": EXPERTS}
+        config |= {"num_experts_per_tok": 2, "moe_intermediate_size": NARROW, "norm_topk_prob": True}
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
@@ -94,8 +108,13 @@ def checkpoint(folder: Path) -> Path:
         shapes |= {layer + "self_attn.q_proj": (128, HIDDEN), layer + "self_attn.o_proj": (HIDDEN, 128)}
         shapes |= {layer + f"self_attn.{x}_proj": (64, HIDDEN) for x in "kv"}
         shapes |= {layer + f"self_attn.{x}_norm": (64,) for x in "qk"}
-        shapes |= {layer + f"mlp.{x}_proj": (WIDE, HIDDEN) for x in ("gate", "up")}
-        shapes[layer + "mlp.down_proj"] = (HIDDEN, WIDE)
+        wide = NARROW if experts else WIDE
+        mlps = [f"mlp.experts.{e}." for e in range(EXPERTS)] if experts else ["mlp."]
+        for mlp in mlps:
+            shapes |= {layer + f"{mlp}{x}_proj": (wide, HIDDEN) for x in ("gate", "up")}
+            shapes[layer + f"{mlp}down_proj"] = (HIDDEN, wide)
+        if experts:
+            shapes[layer + "mlp.gate"] = (EXPERTS, HIDDEN)
         shapes |= {layer + f"{x}_layernorm": (HIDDEN,) for x in ("input", "post_attention")}
     weights = {
         f"{name}.weight": (torch.randn(shape) * 0.1 if len(shape) > 1 else 1 + 0.1 * torch.randn(shape)).bfloat16()
@@ -157,6 +176,15 @@ def stand_in(capability: tuple[int, int]) -> None:
         return blackwell.gemm(x, weight, *rest)
 
     modelopt_quant.fp4_gemm = fp4_gemm
+    blackwell.install_experts(setattr)
+    import flashinfer.fused_moe
+
+    def routed_moe(**arguments: Any) -> list[torch.Tensor]:
+        experts, h = len(arguments["gemm1_weights"]), 2 * arguments["hidden_states"].shape[1]
+        ran(f"nvfp4 {experts} experts", arguments["intermediate_size"], h)
+        return blackwell.routed_moe(**arguments)  # type: ignore[no-any-return]
+
+    flashinfer.fused_moe.trtllm_fp4_block_scale_routed_moe = routed_moe
 
     def emulated_nvfp4(self: Any, operand: tuple[torch.Tensor, ...], bias: Any) -> torch.Tensor:
         (part,), (alpha,) = self._parts, self._alphas
@@ -419,20 +447,22 @@ def play(folder: Path, scenario: Scenario) -> dict[str, Any]:
 
 
 def main(out: Path, only: Sequence[str]) -> None:
-    """Writes ``out/NAME.pt`` for each scenario, or ``out/NAME.txt`` with the traceback where it failed."""
+    """Plays the scenarios ``only``, or all of Qwen3, and writes ``out/NAME.pt`` for each, or ``out/NAME.txt`` with the
+    traceback where it failed."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     (models,) = find_spec("sglang.srt.models").submodule_search_locations  # type: ignore[union-attr]
-    others = {file.stem for file in Path(models).iterdir()} - {"qwen3"}
+    others = {file.stem for file in Path(models).iterdir()} - {"qwen3", "qwen3_moe", "qwen2_moe"}
     os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(sorted(others))  # saves importing them all
     torch.set_grad_enabled(False)
 
     import mixquant_sglang.host.config  # noqa: F401
 
-    folder = checkpoint(out / "model")
-    for scenario in SCENARIOS:
-        if only and scenario.name not in only:
+    folders = [checkpoint(out / name, experts) for name, experts in (("model", False), ("experts", True))]
+    for scenario in (*SCENARIOS, *WITH_EXPERTS):
+        if scenario.experts if not only else scenario.name not in only:
             continue
+        folder = folders[scenario.experts]
         child = os.fork()
         if child:
             os.waitpid(child, 0)

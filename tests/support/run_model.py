@@ -8,6 +8,8 @@ Prints one line of JSON for each, from case FIRST on.  A case may have
 * ``past``: Qwen's MLP multiplies by the weight of ``gate_up_proj`` itself, in passes of at most this many rows
 * ``prompts``: the lengths of prompts that are prefilled together
 * ``args``: more of SGLang's arguments; ``env``: of its environment, while this model is there
+* ``image``: of the first prompt, whose first tokens are the image's: ``tokens``, how many; ``feature``, the shape of
+  its pixels; ``grid``, where the model has one.  With other pixels the bits are ``other_image``
 * ``steps``: decode steps; ``policy``: generates again, with requests that ask for BF16 prefill
 * ``survive``: an error is the case's result, and the next one goes on
 
@@ -64,7 +66,32 @@ def _bits(tensor: Any) -> str:
     return hashlib.sha256(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
-def _requests(lengths: list[int], custom: dict[str, Any] | None) -> list[Any]:
+def _show(req: Any, image: dict[str, Any]) -> None:
+    """As SGLang's processors leave a request: pixels, and a number made from them in place of each image token."""
+    import torch
+    from sglang.srt.managers import mm_utils
+    from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
+
+    mm_utils.init_mm_embedding_cache(1 << 20)  # anew, so that each request runs the tower
+    pixels = torch.randn(image["feature"], generator=torch.Generator().manual_seed(image.get("seed", 1))).to(
+        torch.bfloat16
+    )
+    more = {"image_grid_thw": torch.tensor([image["grid"]])} if "grid" in image else {}
+    item = MultimodalDataItem(
+        modality=Modality.IMAGE, feature=pixels, offsets=[(1, image["tokens"])], model_specific_data=more
+    )
+    item.set_pad_value()
+    length = len(req.origin_input_ids)
+    inputs = MultimodalInputs(mm_items=[item])
+    if "grid" in image:
+        inputs.mrope_positions = torch.arange(length).expand(3, length).clone()
+        inputs.mrope_position_delta = torch.zeros(1, 1, dtype=torch.int64)
+    req.multimodal_inputs = inputs
+    for place in range(1, image["tokens"] + 1):
+        req.origin_input_ids[place] = item.pad_value
+
+
+def _requests(lengths: list[int], custom: dict[str, Any] | None, image: dict[str, Any] | None = None) -> list[Any]:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -74,6 +101,8 @@ def _requests(lengths: list[int], custom: dict[str, Any] | None) -> list[Any]:
         prompt = array("q", (ids.randrange(10, 90) for _ in range(length)))
         params = SamplingParams(temperature=0, max_new_tokens=STEPS, custom_params=custom)
         req = Req(str(i), "", prompt, params)
+        if image and i == 0:
+            _show(req, image)
         req.full_untruncated_fill_ids = req.origin_input_ids
         req.logprob_start_len = -1
         if hasattr(req, "set_extend_range"):
@@ -207,11 +236,15 @@ def _load_and_run(case: dict[str, Any]) -> dict[str, Any]:
         pools = runner.req_to_token_pool, runner.token_to_kv_pool_allocator
         out: dict[str, Any] = {"class": type(runner.model).__name__, "free": [p.available_size() for p in pools]}
         run, lengths, steps = runtime.current(), case.get("prompts", [PROMPT]), case.get("steps", STEPS)
+        image = case.get("image")
         out["state"], out["low"] = run.state() if run else None, _low(runner.model)
-        out |= _generate(one_batch, runner, _requests(lengths, None), steps)
+        out |= _generate(one_batch, runner, _requests(lengths, None, image), steps)
         out["after"] = run.state() if run else None
+        if image:
+            other = _requests(lengths, None, {**image, "seed": 2})
+            out["other_image"] = _generate(one_batch, runner, other, steps)["bits"]
         if case.get("policy"):
-            out["policy"] = _generate(one_batch, runner, _requests(lengths, BF16), steps)
+            out["policy"] = _generate(one_batch, runner, _requests(lengths, BF16, image), steps)
     return out
 
 

@@ -257,3 +257,13 @@ def test_a_rule_from_would_fit_can_be_used(tmp_path: Path, capsys: pytest.Captur
     assert made["memory"]["fits"]
     assert "packed_experts" not in made["memory"]["parts"]
     assert made["prefill_speedup"] > 1
+
+
+@pytest.mark.parametrize(("name", "precision"), [("B200", "nvfp4"), ("RTX 5090", "bf16"), ("H200", "fp8")])
+def test_experts_by_gpu(name: str, precision: str) -> None:
+    """As a server does: SM120 has no NVFP4 experts with a scale for each token."""
+    experts = [one for one in make_plan("auto", QWEN, find_gpu(name), 1).placed if one.experts]
+    assert {one.prefill for one in experts} == {precision}
+    said = {one.refusal for one in experts}
+    expected = "NVFP4 experts with a scale for each token run on SM100 and SM103 alone" if precision == "bf16" else None
+    assert said == {expected}

@@ -61,7 +61,7 @@ ReadyExperts = Callable[[int], Ready]
 
 
 class PackedExperts(ABC):
-    """Low-precision copy of the experts; shapes that it refuses: ``kernels/registry.py``."""
+    """Low-precision copy of the experts; shapes and GPUs that it refuses: ``kernels/registry.py``."""
 
     precision: ClassVar[str]
     kernel: ClassVar[str]
@@ -79,6 +79,11 @@ class PackedExperts(ABC):
         """Packs ``masters``, an expert at a time; ``scales`` as in the recipe.  ValueError for NaN or infinity.
 
         ``ready``: weights that are NVFP4 already, used instead; FP8 kernels raise ``ValueError`` for it."""
+
+    @classmethod
+    def refuses(cls, form: Form, biased: bool) -> str | None:
+        """Why it does not run experts of ``form``, with biases or without, or None if it does."""
+        return None
 
     @abstractmethod
     def run(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
