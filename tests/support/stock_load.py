@@ -1,5 +1,6 @@
-"""``python -m tests.support.stock_load FOLDER``: the installed SGLang, without the plugin, loads an NVFP4 checkpoint on
-the CPU as far as its weight loaders go, and prints a digest of each parameter of its MoE layers.
+"""``python -m tests.support.stock_load FOLDER ...``: the installed SGLang, without the plugin, loads NVFP4 checkpoints
+on the CPU as far as its weight loaders go, each in a process of its own, and prints a line for each: digests of the
+parameters of its MoE layers.
 
 NVFP4 experts want a Blackwell GPU: the script says that there is one. What SGLang does with the weights after they are
 loaded, for its kernels, is left out.
@@ -76,6 +77,7 @@ def load(folder: str) -> Any:
         disable_radix_cache=True,  # of hybrid models it wants a GPU
         nccl_port=random.Random().randrange(20000, 32000),
     )
+    torch.set_num_threads(1)
     if hasattr(one_batch, "publish"):  # 0.5.23
         args.resolve_once()
         ranks = one_batch.SpawnRanks(world_rank=one_batch.spawn_world_rank(args, tp_rank=0, pp_rank=0), gpu_id=0)
@@ -89,7 +91,22 @@ def load(folder: str) -> Any:
 
 
 def main() -> None:
-    model = load(sys.argv[1])
+    """Imports SGLang once: that takes longer than the loading."""
+    import sglang.benchmark.one_batch
+    import sglang.srt.managers.scheduler  # noqa: F401
+
+    for folder in sys.argv[1:]:
+        child = os.fork()
+        if not child:
+            show(folder)
+            sys.stdout.flush()
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            print(f"FAILED {folder}", flush=True)
+
+
+def show(folder: str) -> None:
+    model = load(folder)
     found = {
         name: [
             type(module.quant_method).__name__,
