@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,8 @@ pytest.importorskip("triton")
 from tests.kernels.test_triton_compiles import PREPARE
 
 pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]  # of ``tests``, behind the installed package
 
 DOT = """
 import numpy as np
@@ -128,7 +131,14 @@ same(out, want)
 @pytest.mark.parametrize("script", [FEW_ROWS, GROUPED], ids=["few_rows", "grouped"])
 def test_interpreted_experts_equal_torch(script: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", PREPARE.replace("import torch\n", "import torch\nimport triton\n", 1) + DOT + script],
+        [
+            sys.executable,
+            "-c",
+            f"import sys\nsys.path.append({str(ROOT)!r})\n"
+            + PREPARE.replace("import torch\n", "import torch\nimport triton\n", 1)
+            + DOT
+            + script,
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
