@@ -110,3 +110,10 @@ class PackedExperts(ABC):
 def halves(w13: torch.Tensor, form: Form) -> torch.Tensor:
     """w13 [E, 2I, H] or its bias [E, 2I] with gate before up, however the checkpoint has them."""
     return torch.cat((w13[:, 0::2], w13[:, 1::2]), dim=1) if form.interleaved else w13
+
+
+def require_finite(masters: Masters) -> None:
+    """ValueError for NaN or infinity, before any of ``masters`` is packed over what is there."""
+    for master in (masters.w13, masters.w2):
+        if not all(bool(expert.isfinite().all()) for expert in master):
+            raise ValueError("cannot quantise a weight that contains NaN or infinity: check the checkpoint")

@@ -15,7 +15,15 @@ from mixquant_sglang.formats import BLOCK, fp8
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.kernels import operands
 from mixquant_sglang.kernels.environment import NOTHING, Environment
-from mixquant_sglang.kernels.experts.base import Form, Masters, PackedExperts, Ready, ReadyExperts, halves
+from mixquant_sglang.kernels.experts.base import (
+    Form,
+    Masters,
+    PackedExperts,
+    Ready,
+    ReadyExperts,
+    halves,
+    require_finite,
+)
 from mixquant_sglang.kernels.experts.native_fp8 import FP8Weights
 from mixquant_sglang.kernels.linear.base import copy_all
 from mixquant_sglang.kernels.packing import quantize_nvfp4
@@ -144,9 +152,7 @@ class EmulatedNVFP4Experts(_Emulated):
         return (*self._held[0], *self._held[1], *(bias for bias in self._biases if bias is not None))
 
     def refresh(self, masters: Masters) -> None:
-        for master in (masters.w13, masters.w2):
-            if not all(bool(expert.isfinite().all()) for expert in master):
-                raise ValueError("cannot quantise a weight that contains NaN or infinity: check the checkpoint")
+        require_finite(masters)
         self._fill(masters, None)
 
     def replace(self, ready: ReadyExperts) -> None:

@@ -12,7 +12,7 @@ import torch
 from mixquant_sglang.formats import fp8
 from mixquant_sglang.kernels import operands
 from mixquant_sglang.kernels.environment import NOTHING, Environment
-from mixquant_sglang.kernels.experts.base import Form, Masters, PackedExperts, ReadyExperts, halves
+from mixquant_sglang.kernels.experts.base import Form, Masters, PackedExperts, ReadyExperts, halves, require_finite
 from mixquant_sglang.kernels.linear.base import copy_all
 from mixquant_sglang.kernels.tuning.expert_tiles import Shape, Tiles, pick
 
@@ -38,9 +38,7 @@ class FP8Weights:
         return (self._codes13, self._scales13, self._codes2, self._scales2, *biases)
 
     def refresh(self, masters: Masters) -> None:
-        for master in (masters.w13, masters.w2):
-            if not all(bool(expert.isfinite().all()) for expert in master):
-                raise ValueError("cannot quantise a weight that contains NaN or infinity: check the checkpoint")
+        require_finite(masters)
         self._fill(masters)
 
     def _fill(self, masters: Masters) -> None:

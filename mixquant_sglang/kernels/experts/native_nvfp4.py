@@ -27,7 +27,15 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import BLOCK
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.kernels.environment import NOTHING, Environment, LinearExperts
-from mixquant_sglang.kernels.experts.base import Form, Masters, PackedExperts, Ready, ReadyExperts, halves
+from mixquant_sglang.kernels.experts.base import (
+    Form,
+    Masters,
+    PackedExperts,
+    Ready,
+    ReadyExperts,
+    halves,
+    require_finite,
+)
 from mixquant_sglang.kernels.linear.base import copy_all
 from mixquant_sglang.kernels.packing import quantize_nvfp4
 
@@ -75,9 +83,7 @@ class NativeNVFP4Experts(PackedExperts):
         return self._held
 
     def refresh(self, masters: Masters) -> None:
-        for master in (masters.w13, masters.w2):
-            if not all(bool(expert.isfinite().all()) for expert in master):
-                raise ValueError("cannot quantise a weight that contains NaN or infinity: check the checkpoint")
+        require_finite(masters)
         self.replace(self._quantiser(masters))
 
     def replace(self, ready: ReadyExperts) -> None:
