@@ -13,6 +13,7 @@ from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError, refusing
 from mixquant_sglang.host import probe, refusals, report
 from mixquant_sglang.host.assignment import Assignment
+from mixquant_sglang.host.gathering import install_gathering, prepare_gathering
 from mixquant_sglang.host.ranks import check_same
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.host.shortage import explain
@@ -54,7 +55,7 @@ class LoadSteps:
             self._check_ready_made(model)
             report.keep_outside_bf16(model)
             self._check_prefixes(model)
-            packed = self._check_packed()
+            packed = self._check_packed(model)
         self._report(model, packed, device)
         self.unproved = bool(packed)
         linears = [m for m in packed if isinstance(m, MixQuantLinearMethod)]
@@ -65,12 +66,14 @@ class LoadSteps:
         self._fuse(model_runner)
         self._tune_fp8(model_runner, linears, device)
         self._tune_experts(model_runner, experts, device)
+        prepare_gathering(self._run, model_runner, device)
         if packed and device.type == "cuda":
             rows = prefill_rows(model_runner)
             logger.info("mixquant: %s", warm_up(model, linears, experts, rows, device))
 
     def finish_attention(self, model_runner: Any) -> None:
         """Completes what ``_fuse`` began, each time that the model's attention back end was built."""
+        install_gathering(self._run, model_runner.attn_backend)
         if self._pruned is None or model_runner.model is not self._pruned:
             return
         reason = attention.prune_last_attention(model_runner.model, model_runner.attn_backend)
@@ -127,10 +130,13 @@ class LoadSteps:
                     "SGLang, so ready-made weights cannot be told apart; leave 'weights' out"
                 )
 
-    def _check_packed(self) -> list[Packed]:
+    def _check_packed(self, model: torch.nn.Module) -> list[Packed]:
         """The linears and experts that have a low precision; refuses a low recipe of which nothing is left."""
         run = self._run
         methods = [m for m in run.layers if isinstance(m, (MixQuantLinearMethod, MixQuantExpertsMethod))]
+        for method in methods:
+            if isinstance(method, MixQuantExpertsMethod):
+                method.find_choices(model)
         packed: list[Packed] = [m for m in methods if m.low]
         if run.selection.kernels and not packed:
             raise MixQuantError(

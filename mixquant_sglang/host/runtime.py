@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from mixquant_sglang import __version__
 from mixquant_sglang.kernels.environment import NOTHING, Environment
+from mixquant_sglang.layers.gathered_attention import Gathering
 from mixquant_sglang.passes.counters import PassCounters
 from mixquant_sglang.passes.graphs import Graphs
 from mixquant_sglang.passes.schedule import Schedule, ScheduledPass
@@ -60,6 +61,7 @@ class Runtime:
         self.arriving = Arriving()  # the weight update that SGLang carries out
         self.precisions: Counter[str] = Counter()  # linears by the precision of prompt rows
         self.experts: Counter[str] = Counter()  # MoE layers by that of prompt rows
+        self.gathering: Gathering | None = None  # of keys and values for prefill attention, where it pays
         self.shortage: Callable[[], str] | None = None  # for a server that has too little memory, once it is loaded
         self.unproven: str | None = None  # why the probe could not run
         self.stays_bf16: dict[str, list[str]] = {}  # reason -> modules
@@ -86,7 +88,7 @@ class Runtime:
     def state(self) -> dict[str, Any]:
         """``internal_states[i].mixquant`` of ``/server_info``; builtin types only."""
         table = self.schedule.table
-        state = {
+        state: dict[str, Any] = {
             "version": __version__,
             "recipe": self.recipe.name,
             "fingerprint": self.fingerprint,
@@ -101,6 +103,8 @@ class Runtime:
             "protected_rows": self.counters.protected_rows,
             "passes": {name: self.counters.passes_of(name) for name in ("prefill", "decode")},
         }
+        if self.gathering is not None:
+            state["gathered_attention"] = self.gathering.state()
         return state if self.unproven is None else state | {"unproven": self.unproven}
 
 
