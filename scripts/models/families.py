@@ -98,6 +98,7 @@ QWEN_VISION = {
     "initializer_range": 0.1,
 }
 QWEN3_VISION = {**QWEN_VISION, "patch_size": 16, "num_position_embeddings": 64}
+QWEN3_5_VISION = {**QWEN3_VISION, "deepstack_visual_indexes": []}
 SIGLIP = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -127,7 +128,7 @@ class Family:
     """``model`` and ``config``: classes of transformers.  ``text``: what differs from ``TEXT``; with ``whole`` it is
     the ``text_config`` of a model of several modalities, whose other fields ``whole`` are.  Where checkpoints differ
     from what transformers saves: ``written`` are fields of config.json, ``extra`` shapes of tensors that its class
-    lacks, ``renamed`` a part of names and what stands there, ``transposed`` ends of names."""
+    lacks or leaves at zero, ``renamed`` a part of names and what stands there, ``transposed`` ends of names."""
 
     model: str
     config: str
@@ -205,13 +206,13 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe_lite": _row("Glm4MoeLite", SHARED, LATENT, {"rope_parameters": ROPE}),
     # hybrids
     "qwen3_next": _row("Qwen3Next", GATED_DELTA, ROUTED, {"shared_expert_intermediate_size": 256}),
-    "qwen3_5": _images("Qwen3_5", GATED_DELTA_MROPE, whole={**IMAGES, "vision_config": QWEN3_VISION}),
+    "qwen3_5": _images("Qwen3_5", GATED_DELTA_MROPE, whole={**IMAGES, "vision_config": QWEN3_5_VISION}),
     "qwen3_5_moe": _images(
         "Qwen3_5Moe",
         GATED_DELTA_MROPE,
         ROUTED,
         {"shared_expert_intermediate_size": 256},
-        whole={**IMAGES, "vision_config": QWEN3_VISION},
+        whole={**IMAGES, "vision_config": QWEN3_5_VISION},
     ),
     # images
     "gemma3_mm": _images(
@@ -225,6 +226,8 @@ FAMILIES: dict[str, Family] = {
             **{"boi_token_index": 1012, "eoi_token_index": 1013, "image_token_index": 1010},
         },
         renamed=("vision_tower.", "vision_tower.vision_model."),
+        # transformers begins with zeros there, and every image would be the same
+        extra={"multi_modal_projector.mm_input_projection_weight": (SIGLIP["hidden_size"], HIDDEN)},
     ),
     "gemma4": _images("Gemma4", GEMMA4, whole={**GEMMA4_TOKENS, "vision_config": GEMMA4_VISION}),
     "gemma4_moe": _images(
@@ -265,7 +268,9 @@ FAMILIES: dict[str, Family] = {
         HEAD,
         ROUTED,
         {"rope_parameters": {**MROPE, "mrope_interleaved": True}},
-        whole={**IMAGES, "vision_config": {**QWEN3_VISION, "deepstack_visual_indexes": [0]}},
+        # SGLang adds what it takes from three layers of the tower, however many the config names
+        {"num_hidden_layers": 4},
+        whole={**IMAGES, "vision_config": {**QWEN3_VISION, "depth": 3, "deepstack_visual_indexes": [0, 1, 2]}},
         transposed=("experts.gate_up_proj", "experts.down_proj"),
     ),
     "glm4v": _images(

@@ -28,7 +28,7 @@ def _config(family: Family) -> Any:
     return getattr(transformers, family.config)(text_config=text, **shared, **family.whole)
 
 
-def _make(family: Family, out: Path) -> None:
+def write(family: Family, out: Path) -> None:
     import torch
     import transformers
     from transformers.utils import logging
@@ -69,7 +69,7 @@ def make(folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=folder))
     try:
-        _make(FAMILIES[name], work)
+        write(FAMILIES[name], work)
         work.chmod(0o755)
         work.replace(out)
     finally:

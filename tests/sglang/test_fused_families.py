@@ -44,7 +44,7 @@ EXPECTED = {
     "qwen3_5_moe": "2 SiLU, 1 RMSNorm" + PRUNED,
     "qwen3_next": "2 SiLU, 1 RMSNorm" + PRUNED,
     "qwen3_vl": LLAMA_LIKE,
-    "qwen3_vl_moe": "2 RMSNorm" + PRUNED,
+    "qwen3_vl_moe": "4 RMSNorm" + PRUNED,
 }
 # One of each shape of block; the others, six models each, run where FAMILIES names them ("all": every one).
 USUAL = ("glm4", "gemma3_text", "qwen3_moe", "glm4_moe", "qwen3_next")

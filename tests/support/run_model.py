@@ -8,8 +8,9 @@ Prints one line of JSON for each, from case FIRST on.  A case may have
 * ``past``: Qwen's MLP multiplies by the weight of ``gate_up_proj`` itself, in passes of at most this many rows
 * ``prompts``: the lengths of prompts that are prefilled together
 * ``args``: more of SGLang's arguments; ``env``: of its environment, while this model is there
-* ``image``: of the first prompt, whose first tokens are the image's: ``tokens``, how many; ``feature``, the shape of
-  its pixels; ``grid``, where the model has one.  With other pixels the bits are ``other_image``
+* ``image``: of the first prompt, or of the first ``prompts``, whose first tokens are the image's: ``tokens``, how many;
+  ``feature``, the shape of its pixels; where the model asks for them ``grid``, or ``patches``, rows and columns whose
+  places it is told.  With other pixels the bits of the first pass are ``other_image``
 * ``steps``: decode steps; ``policy``: generates again, with requests that ask for BF16 prefill
 * ``survive``: an error is the case's result, and the next one goes on
 
@@ -28,7 +29,6 @@ import logging
 import os
 import random
 import re
-import socket
 import sys
 import traceback
 from array import array
@@ -36,6 +36,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from tests.support.processes import free_port
 
 PROMPT = 37
 STEPS = 6
@@ -52,12 +54,6 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _bits(tensor: Any) -> str:
@@ -77,6 +73,8 @@ def _show(req: Any, image: dict[str, Any]) -> None:
         torch.bfloat16
     )
     more = {"image_grid_thw": torch.tensor([image["grid"]])} if "grid" in image else {}
+    if "patches" in image:
+        more["image_position_ids"] = torch.cartesian_prod(*map(torch.arange, image["patches"])).flip(-1)[None]
     item = MultimodalDataItem(
         modality=Modality.IMAGE, feature=pixels, offsets=[(1, image["tokens"])], model_specific_data=more
     )
@@ -101,7 +99,7 @@ def _requests(lengths: list[int], custom: dict[str, Any] | None, image: dict[str
         prompt = array("q", (ids.randrange(10, 90) for _ in range(length)))
         params = SamplingParams(temperature=0, max_new_tokens=STEPS, custom_params=custom)
         req = Req(str(i), "", prompt, params)
-        if image and i == 0:
+        if image and i < image.get("prompts", 1):
             _show(req, image)
         req.full_untruncated_fill_ids = req.origin_input_ids
         req.logprob_start_len = -1
@@ -196,7 +194,7 @@ def _server_args(case: dict[str, Any]) -> Any:
         dtype="bfloat16",
         random_seed=1,
         skip_tokenizer_init=True,
-        nccl_port=_free_port(),
+        nccl_port=free_port(),
         **given,
     )
     if hasattr(args, "resolve_once"):  # 0.5.23
@@ -242,7 +240,7 @@ def _load_and_run(case: dict[str, Any]) -> dict[str, Any]:
         out["after"] = run.state() if run else None
         if image:
             other = _requests(lengths, None, {**image, "seed": 2})
-            out["other_image"] = _generate(one_batch, runner, other, steps)["bits"]
+            out["other_image"] = _generate(one_batch, runner, other, 0)["bits"][0]
         if case.get("policy"):
             out["policy"] = _generate(one_batch, runner, _requests(lengths, BF16, image), steps)
     return out

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +13,8 @@ from typing import Any
 
 import requests
 import torch
+
+from tests.support.processes import free_port
 
 ON_GPU = torch.cuda.is_available()
 START_LIMIT_S = 900  # a new environment on a cold disk takes minutes to import
@@ -25,15 +25,6 @@ CPU_FLAGS = [
     "torch_native",
     "--disable-cuda-graph",
 ]
-
-
-def free_port() -> int:
-    """Below those that Linux hands out itself: one of these may be somebody's by the time that a server wants it."""
-    while True:
-        port = random.randrange(20000, 32768)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
 
 
 def launch(
