@@ -56,7 +56,7 @@ class LoadSteps:
             report.keep_outside_bf16(model)
             self._check_prefixes(model)
             self._leave_to_adapters(model_runner)
-            packed = self._check_packed()
+            packed = self._check_packed(model)
         self._report(model, packed, device)
         self._speculate(model_runner)
         self.unproved = bool(packed)
@@ -133,10 +133,13 @@ class LoadSteps:
                     "SGLang, so ready-made weights cannot be told apart; leave 'weights' out"
                 )
 
-    def _check_packed(self) -> list[Packed]:
+    def _check_packed(self, model: torch.nn.Module) -> list[Packed]:
         """The linears and experts that have a low precision; refuses a low recipe of which nothing is left."""
         run = self._run
         methods = [m for m in run.layers if isinstance(m, (MixQuantLinearMethod, MixQuantExpertsMethod))]
+        for method in methods:
+            if isinstance(method, MixQuantExpertsMethod):
+                method.find_choices(model)
         packed: list[Packed] = [m for m in methods if m.low]
         if run.selection.kernels and not packed:
             raise MixQuantError(
