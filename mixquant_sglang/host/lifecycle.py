@@ -43,6 +43,7 @@ class LoadSteps:
         self._assignment = assignment
         self._ready = assignment.ready
         self._pruned: torch.nn.Module | None = None
+        self._adapted = False  # whether SGLang puts adapters (LoRA) on linears of the model
 
     def finish_load(self, model_runner: Any) -> None:
         """Checks the recipe against the layers that the model turned out to have, and reports what was packed."""
@@ -75,8 +76,9 @@ class LoadSteps:
     def finish_attention(self, model_runner: Any) -> None:
         """Completes what ``_fuse`` began, each time that the model's attention back end was built; by then SGLang has
         wrapped what adapters are for."""
-        with refusing():
-            self._check_wrapped(model_runner.model)
+        if self._adapted:
+            with refusing():
+                self._check_wrapped(model_runner.model)
         if self._pruned is None or model_runner.model is not self._pruned:
             return
         reason = attention.prune_last_attention(model_runner.model, model_runner.attn_backend)
@@ -155,6 +157,7 @@ class LoadSteps:
         by kernels of its own."""
         if not lora.takes_adapters(model_runner.server_args):
             return
+        self._adapted = True
         model, targets = model_runner.model, lora.targets(model_runner.server_args)
         for name, method in report.linears(model):
             method.whole = targets is None or name.rpartition(".")[2] in targets
@@ -270,15 +273,14 @@ class LoadSteps:
             what += ["the last layer's unread rows left out"] if schedule.prunes else []
             logger.info("mixquant: fused in prefill: %s", ", ".join(what))
 
-    @staticmethod
-    def _all_rows_read(model_runner: Any) -> bool:
+    def _all_rows_read(self, model_runner: Any) -> bool:
         """Whether every prompt row's result of the last layer is looked at, by a draft or by adapters.
 
         Decided before prefill graphs are captured: they hold what is left out."""
         if speculation.draft_reads_hidden_states(model_runner):
             logger.info("mixquant: no row of the last layer is left out: the draft reads hidden states of all rows")
             return True
-        return lora.takes_adapters(model_runner.server_args)
+        return self._adapted
 
     def _tune_fp8(self, model_runner: Any, packed: Sequence[MixQuantLinearMethod], device: torch.device) -> None:
         shapes = {shape for m in packed if m.runs("fp8", "native") for shape in m.gemm_shapes}

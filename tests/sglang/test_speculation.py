@@ -18,8 +18,11 @@ import pytest
 import torch
 
 from mixquant_sglang import recipe
+from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host import lifecycle, runtime
 from mixquant_sglang.host.hooks import forward, graphs, load, weights
+from mixquant_sglang.host.refusals import check_server_args
+from mixquant_sglang.host.refused import DRAFTS
 from mixquant_sglang.passes.rows import RequestRows
 from mixquant_sglang.passes.running import DECODE_PASS, current
 from mixquant_sglang.recipe.select import Device, select
@@ -130,6 +133,16 @@ def test_a_draft_is_not_quantised_unless_asked(tiny_model: Path, tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-2:] == ["mixquant None", "mixquant fp8"]
+
+
+@pytest.mark.parametrize("algorithm, allowed", [(name, True) for name in (*DRAFTS, "eagle")] + [("DFLASH", False)])
+def test_which_drafts_are_allowed(algorithm: str, allowed: bool) -> None:
+    args = SimpleNamespace(speculative_algorithm=algorithm, speculative_draft_model_quantization=None)
+    if allowed:
+        check_server_args(args)
+        args.speculative_draft_model_quantization = "mixquant"
+    with pytest.raises(MixQuantError, match="--speculative-"):
+        check_server_args(args)
 
 
 # -- hooks -------------------------------------------------------------------------------------------------------------

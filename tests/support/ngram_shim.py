@@ -1,6 +1,6 @@
 """A plugin for tests: NGRAM without a GPU, for chains of drafted tokens, greedy.
 
-SGLang's own code for that is in a build of sgl-kernel for CPUs with AMX, and its attention for CPUs without does not know
+SGLang's own code for that is in a build of sgl-kernel for CPUs with AMX; its attention for other CPUs knows nothing of
 verification.  In its place here: plain torch for three kernels, lengths of drafted rows for attention, and a table in
 place of the trie, which a thread of its own fills.  ``tests/e2e/test_ngram_on_cpu.py`` writes it down as a plugin.
 """
