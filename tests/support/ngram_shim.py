@@ -1,7 +1,7 @@
 """A plugin for tests: NGRAM without a GPU, for chains of drafted tokens, greedy.
 
 SGLang's own code for that is in a build of sgl-kernel for CPUs with AMX; its attention for other CPUs knows nothing of
-verification.  In its place here: plain torch for three kernels, lengths of drafted rows for attention, and a table in
+verification.  In its place here: plain torch for four kernels, lengths of drafted rows for attention, and a table in
 place of the trie, which a thread of its own fills.  ``tests/e2e/test_ngram_on_cpu.py`` writes it down as a plugin.
 """
 
@@ -31,11 +31,13 @@ def shim(*_args):
         module.reconstruct_indices_from_tree_mask = links
         module.__path__ = []
         sys.modules.setdefault(name, module)
+    from sglang.srt.mem_cache import allocation
     from sglang.srt.speculative import eagle_utils, ngram_worker
 
     for name in ("reconstruct_indices_from_tree_mask", "reconstruct_indices_from_tree_mask_func"):
         if hasattr(ngram_worker, name):
             setattr(ngram_worker, name, links)
+    allocation.assign_req_to_token_pool_func = take_slots
     ngram_worker.assign_extend_cache_locs_func = slots
     ngram_worker.move_accept_tokens_to_target_kvcache = in_place
     ngram_worker.NgramCorpus = Table
@@ -61,6 +63,13 @@ def slots(req_pool_indices, req_to_token, start_offset, end_offset, **_kwargs):
 
     rows = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
     return torch.cat([req_to_token[row, start:end] for row, start, end in rows]).to(torch.int64)
+
+
+def take_slots(req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, *_):
+    done = 0
+    for row, start, end in zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True):
+        req_to_token[row, start:end] = out_cache_loc[done : done + end - start].to(req_to_token.dtype)
+        done += end - start
 
 
 def in_place(_batch, accept_index, _correct, _allocator):
