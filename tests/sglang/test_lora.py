@@ -6,6 +6,7 @@ One process runs all of it, about 45 s of one core.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.host import lifecycle
 from mixquant_sglang.host.lifecycle import LoadSteps
 from mixquant_sglang.versions import lora
 from tests.support import adapters, model_runs
@@ -126,6 +128,30 @@ def test_an_adapter_on_a_fused_linear_ends_the_start(monkeypatch: pytest.MonkeyP
         LoadSteps._check_wrapped(torch.nn.Module())
     method.whole = True
     LoadSteps._check_wrapped(torch.nn.Module())
+
+
+@pytest.mark.parametrize("named, whole", [(None, [True, True]), (["q_proj"], [True, False])])
+def test_what_is_left_to_adapters(named: Any, whole: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    linears = [SimpleNamespace(whole=False), SimpleNamespace(whole=False)]
+    names = ("model.layers.0.self_attn.qkv_proj", "model.layers.0.mlp.down_proj")
+    experts = [("a", SimpleNamespace(low=("fp8",), stay_bf16=said.append)), ("b", SimpleNamespace(low=()))]
+    monkeypatch.setattr(lifecycle.report, "linears", lambda _: zip(names, linears, strict=True))
+    monkeypatch.setattr(lifecycle.report, "experts", lambda _: experts)
+    schedule = SimpleNamespace(split=True, prunes=False)
+    steps = LoadSteps(
+        SimpleNamespace(schedule=schedule, recipe=SimpleNamespace(fuse=True)), SimpleNamespace(ready=None)
+    )
+    args = SimpleNamespace(enable_lora=True, lora_paths=None, lora_target_modules=named)
+    runner = SimpleNamespace(model=None, is_generation=True, server_args=args)
+    runner.spec_algorithm = SimpleNamespace(name="NGRAM")
+    steps._leave_to_adapters(runner)
+    assert [linear.whole for linear in linears] == whole
+    assert said == ["LoRA: SGLang runs experts with adapters by kernels of its own"]
+    monkeypatch.setattr(lifecycle.fused, "fuse", lambda _: Counter())
+    monkeypatch.setattr(lifecycle.last_layer, "prune_last_layer", lambda _: True)
+    steps._fuse(runner)
+    assert not schedule.prunes
 
 
 @pytest.mark.parametrize(
