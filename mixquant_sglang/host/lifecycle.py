@@ -24,8 +24,9 @@ from mixquant_sglang.layers import attention, bypasses, fused, last_layer
 from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.layers.warm_up import warm_up
+from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.text import show, some
-from mixquant_sglang.versions import batches, fp4, machine
+from mixquant_sglang.versions import batches, fp4, lora, machine, speculation
 from mixquant_sglang.versions.groups import agree, rank_group, tensor_parallel_ranks
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class LoadSteps:
         self._assignment = assignment
         self._ready = assignment.ready
         self._pruned: torch.nn.Module | None = None
+        self._adapted = False  # whether SGLang puts adapters (LoRA) on linears of the model
 
     def finish_load(self, model_runner: Any) -> None:
         """Checks the recipe against the layers that the model turned out to have, and reports what was packed."""
@@ -55,8 +57,10 @@ class LoadSteps:
             self._check_ready_made(model)
             report.keep_outside_bf16(model)
             self._check_prefixes(model)
+            self._leave_to_adapters(model_runner)
             packed = self._check_packed(model)
         self._report(model, packed, device)
+        self._speculate(model_runner)
         self.unproved = bool(packed)
         linears = [m for m in packed if isinstance(m, MixQuantLinearMethod)]
         experts = [m for m in packed if isinstance(m, MixQuantExpertsMethod)]
@@ -72,7 +76,11 @@ class LoadSteps:
             logger.info("mixquant: %s", warm_up(model, linears, experts, rows, device))
 
     def finish_attention(self, model_runner: Any) -> None:
-        """Completes what ``_fuse`` began, each time that the model's attention back end was built."""
+        """Completes what ``_fuse`` began, each time that the model's attention back end was built; by then SGLang has
+        wrapped what adapters are for."""
+        if self._adapted:
+            with refusing():
+                self._check_wrapped(model_runner.model)
         install_gathering(self._run, model_runner.attn_backend)
         if self._pruned is None or model_runner.model is not self._pruned:
             return
@@ -145,6 +153,34 @@ class LoadSteps:
             )
         return packed
 
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    def _leave_to_adapters(self, model_runner: Any) -> None:
+        """Keeps whole what SGLang may wrap for LoRA once this is done, and experts in BF16: it runs those with adapters
+        by kernels of its own."""
+        if not lora.takes_adapters(model_runner.server_args):
+            return
+        self._adapted = True
+        model, targets = model_runner.model, lora.targets(model_runner.server_args)
+        for name, method in report.linears(model):
+            method.whole = targets is None or name.rpartition(".")[2] in targets
+        for _, experts in report.experts(model):
+            if experts.low:
+                experts.stay_bf16("LoRA: SGLang runs experts with adapters by kernels of its own")
+        what = "any linear" if targets is None else ", ".join(sorted(targets))
+        logger.info("mixquant: adapters (LoRA) may be for %s: not fused, and no row left out", what)
+
+    @staticmethod
+    def _check_wrapped(model: torch.nn.Module) -> None:
+        """Raises ``MixQuantError`` for an adapter on a linear that hands over or takes other things than matrices."""
+        for name, linear in lora.wrapped(model):
+            method = getattr(linear, "quant_method", None)
+            if isinstance(method, MixQuantLinearMethod) and not method.whole:
+                raise MixQuantError(
+                    f"SGLang puts adapters on {name}, which --lora-target-modules does not name, so that it is fused; "
+                    "report this model, and until then leave --lora-target-modules out"
+                )
+
     # -- what is said ----------------------------------------------------------------------------------------------
 
     def _report(self, model: torch.nn.Module, packed: Sequence[Packed], device: torch.device) -> None:
@@ -163,6 +199,14 @@ class LoadSteps:
             for reason in sorted({*self._ready.unused.values()}):
                 names = sorted(name for name, why in self._ready.unused.items() if why == reason)
                 logger.info("mixquant: not taken from there (%s): %s", reason, some(names))
+
+    def _speculate(self, model_runner: Any) -> None:
+        name = speculation.algorithm(model_runner)
+        if name is None:
+            return
+        self._run.phases = (*self._run.phases, Role.VERIFY.value)
+        verify = self._run.schedule.words[Role.VERIFY]
+        logger.info("mixquant: speculative decoding (%s): drafted rows are verified in %s", name, verify)
 
     # -- kernels ---------------------------------------------------------------------------------------------------
 
@@ -223,7 +267,7 @@ class LoadSteps:
             logger.info("mixquant: nothing fused and no row left out, so that %s sees all", " and ".join(watching))
             return
         done = fused.fuse(model_runner.model)
-        if schedule.split and model_runner.is_generation:
+        if schedule.split and model_runner.is_generation and not self._all_rows_read(model_runner):
             schedule.prunes = last_layer.prune_last_layer(model_runner.model)
         if schedule.prunes:
             self._pruned = model_runner.model
@@ -231,6 +275,15 @@ class LoadSteps:
             what = [f"{n} {kind}" for kind, n in done.items()]
             what += ["the last layer's unread rows left out"] if schedule.prunes else []
             logger.info("mixquant: fused in prefill: %s", ", ".join(what))
+
+    def _all_rows_read(self, model_runner: Any) -> bool:
+        """Whether every prompt row's result of the last layer is looked at, by a draft or by adapters.
+
+        Decided before prefill graphs are captured: they hold what is left out."""
+        if speculation.draft_reads_hidden_states(model_runner):
+            logger.info("mixquant: no row of the last layer is left out: the draft reads hidden states of all rows")
+            return True
+        return self._adapted
 
     def _tune_fp8(self, model_runner: Any, packed: Sequence[MixQuantLinearMethod], device: torch.device) -> None:
         shapes = {shape for m in packed if m.runs("fp8", "native") for shape in m.gemm_shapes}

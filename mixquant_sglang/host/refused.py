@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mixquant_sglang.versions import environment, storage
+from mixquant_sglang.versions import environment, machine, storage
 from mixquant_sglang.versions.dialect import dialect
 
 
@@ -50,6 +50,7 @@ _CP = "context parallelism splits and reorders the rows of a pass"
 _RANKS = "the linears of some layers get other rows than those of the pass"
 _BREAKABLE = "use 'breakable' (SGLang's default on CUDA) or 'disabled'"
 _GRAPHS = "row protection is tested with breakable prefill graphs and without"
+_SEVERAL_DRAFTS = "several drafts, which some models turn on, have not been tested"
 _CHECKPOINT = "serve the plain BF16 checkpoint"
 
 # Those whose loader fills the weights first and then calls process_weights_after_loading (model_loader/loader.py):
@@ -57,6 +58,8 @@ _CHECKPOINT = "serve the plain BF16 checkpoint"
 LOAD_FORMATS = (
     "auto", "safetensors", "pt", "npcache", "dummy", "mistral", "fastsafetensors", "instanttensor", "runai_streamer",
 )  # fmt: skip
+
+DRAFTS = ("NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
 
 # What is not here was seen working or does not touch us: docs/support.md.
 REFUSALS: tuple[Refusal, ...] = (
@@ -180,18 +183,20 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "speculative_algorithm",
-        "--speculative-algorithm",
-        is_set,
-        "speculative decoding has not been tested",
-        _LEAVE_OUT,
+        "--speculative-algorithm other than " + ", ".join(DRAFTS),
+        lambda v: is_set(v) and str(v).upper() not in DRAFTS,
+        "it has not been tested",
+        "use one of these",
     ),
     Refusal(
-        "decoupled_spec_role",
-        "--decoupled-spec-role",
-        is_set,
-        "speculative decoding has not been tested",
-        _LEAVE_OUT,
+        "speculative_draft_model_quantization",
+        "--speculative-draft-model-quantization mixquant",
+        lambda v: v == machine.NAME,
+        "a draft is small, and each token that it gets wrong costs more than its prefill saves",
+        "leave it out: the draft runs in BF16",
     ),
+    Refusal("enable_multi_layer_eagle", "--enable-multi-layer-eagle", is_set, _SEVERAL_DRAFTS, "do not speculate"),
+    Refusal("decoupled_spec_role", "--decoupled-spec-role", is_set, "a draft server has not been tested", _LEAVE_OUT),
     Refusal(
         "dllm_algorithm",
         "--dllm-algorithm",
@@ -282,10 +287,6 @@ REFUSALS: tuple[Refusal, ...] = (
         ("cuda",),
     ),
     # weights
-    Refusal(
-        "enable_lora", "--enable-lora", is_set, "LoRA has not been tested", "merge the adapter into the checkpoint"
-    ),
-    Refusal("lora_paths", "--lora-paths", is_set, "LoRA has not been tested", "merge the adapter into the checkpoint"),
     Refusal("cpu_offload_gb", "--cpu-offload-gb", is_set, "packed weights would stay on the GPU", _LEAVE_OUT),
     Refusal(
         "offload_group_size",

@@ -20,6 +20,7 @@ from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.schema import Recipe
 from mixquant_sglang.recipe.select import Selection
 from mixquant_sglang.recipe.text import some
+from mixquant_sglang.versions.speculation import is_draft
 from mixquant_sglang.weights.arriving import Arriving
 from mixquant_sglang.weights.incoming import Known
 from mixquant_sglang.weights.refresh import Layer, Weights
@@ -65,6 +66,7 @@ class Runtime:
         self.shortage: Callable[[], str] | None = None  # for a server that has too little memory, once it is loaded
         self.unproven: str | None = None  # why the probe could not run
         self.stays_bf16: dict[str, list[str]] = {}  # reason -> modules
+        self.phases: tuple[str, ...] = ("prefill", "decode")  # and "verify", where the server speculates
 
     @property
     def loading(self) -> bool:
@@ -73,9 +75,9 @@ class Runtime:
     def count_prefill(self, scheduled: ScheduledPass) -> None:
         self.counters.add("prefill", scheduled.precision, scheduled.tokens, scheduled.protected_total)
 
-    def count_decode(self, rows: int) -> None:
-        """Once per decode step, so it does as little as it can."""
-        self.counters.add_decode(self.schedule.decode if self.weights.current else "bf16", rows)
+    def count_decode(self, rows: int, role: Role = Role.DECODE) -> None:
+        """Once per decode step, or per verification of a draft, so it does as little as it can."""
+        self.counters.add_rows(role.value, self.schedule.words[role] if self.weights.current else "bf16", rows)
 
     @property
     def layers(self) -> list[Layer]:
@@ -99,9 +101,9 @@ class Runtime:
             "experts": dict(self.experts),
             "stays_bf16": {reason: some(names) for reason, names in self.stays_bf16.items()},
             "extra_weight_bytes": self.extra_weight_bytes,
-            "tokens": {name: self.counters.by_phase(name) for name in ("prefill", "decode")},
+            "tokens": {name: self.counters.by_phase(name) for name in self.phases},
             "protected_rows": self.counters.protected_rows,
-            "passes": {name: self.counters.passes_of(name) for name in ("prefill", "decode")},
+            "passes": {name: self.counters.passes_of(name) for name in self.phases},
         }
         if self.gathering is not None:
             state["gathered_attention"] = self.gathering.state()
@@ -118,3 +120,8 @@ def start(runtime: Runtime) -> None:
 
 def current() -> Runtime | None:
     return _runtime
+
+
+def serving(model_runner: Any) -> Runtime | None:
+    """``current``, if ``model_runner`` has the served model; None for a draft's, in which everything is SGLang's."""
+    return None if _runtime is None or is_draft(model_runner) else _runtime

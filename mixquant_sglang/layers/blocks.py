@@ -73,7 +73,9 @@ def _name(module: torch.nn.Module) -> str:
 def fusable_method(linear: Any) -> MixQuantLinearMethod | None:
     """Our method of ``linear``, where its kernel takes activations that were quantised before."""
     method = getattr(linear, "quant_method", None)
-    return method if isinstance(method, MixQuantLinearMethod) and method.activation_format else None
+    if not isinstance(method, MixQuantLinearMethod) or method.whole or not method.activation_format:
+        return None
+    return method
 
 
 def norms(layer: Any) -> Iterator[tuple[Any, MixQuantLinearMethod]]:

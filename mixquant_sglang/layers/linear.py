@@ -23,6 +23,7 @@ class MixQuantLinearMethod(PackedLinearMethod):
     # What the blocks around it take instead of a whole matrix, where they are known (``blocks.py``).
     split_product: SplitProduct | None = None
     read_rows: ReadRowsProduct | None = None
+    whole = False  # whether it must be handed, and give, whole BF16 matrices, because adapters read them (LoRA)
 
     def stay_bf16(self, reason: str) -> None:
         super().stay_bf16(reason)

@@ -1,7 +1,8 @@
 """What ran: token rows and passes by phase and precision.
 
 Counts are taken when a pass is launched, from the request facts that chose its rows; warm-up passes count, graph
-captures do not.
+captures do not.  Of speculative decoding, ``verify`` counts the drafted rows that the served model looked at, which are
+more than the tokens that came of them; what a draft model runs is not counted.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ class PassCounters:
         if self._series:
             self._series.add(phase, precision, tokens, protected)
 
-    def add_decode(self, precision: str, rows: int) -> None:
-        """Counts one decode pass: ``add`` without its generality, since decode steps are short."""
-        key = "decode", precision
+    def add_rows(self, phase: str, precision: str, rows: int) -> None:
+        """Counts one pass of rows that are all alike: ``add`` without its generality, since decode steps are short."""
+        key = phase, precision
         self.passes[key] += 1
         self.tokens[key] += rows
         if self._series:
-            self._series.add("decode", precision, {key: rows}, 0)
+            self._series.add(phase, precision, {key: rows}, 0)
 
     def attach(self, series: Series) -> None:
         """Carries over what was counted so far, and counts there too from now on."""

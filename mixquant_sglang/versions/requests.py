@@ -28,9 +28,10 @@ def request_rows(forward_batch: Any, batch: Any, wants_bf16: Callable[[Any], boo
 def reads_all_rows(forward_batch: Any) -> bool:
     """Whether SGLang looks at more of an extend batch's final hidden states than the last one of each request.
 
-    ``LogitsProcessor._get_pruned_states`` takes that one alone unless input logprobs are asked for.
+    ``LogitsProcessor._get_pruned_states`` takes that one alone unless input logprobs are asked for; hidden states that
+    SGLang is to hand over are either of that one (LAST) or of all (FULL).
     """
-    if forward_batch.capture_hidden_mode is not None and forward_batch.capture_hidden_mode.need_capture():
+    if forward_batch.capture_hidden_mode is not None and forward_batch.capture_hidden_mode.is_full():
         return True
     for name in ("is_prefill_only", "return_pooled_hidden_states", "multi_item_delimiter_indices"):
         if getattr(forward_batch, name, None):

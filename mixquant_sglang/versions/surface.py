@@ -25,6 +25,7 @@ OLD, NEW = ("0.5.17",), ("0.5.23",)
 _MODEL_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _FLASH = "sglang.srt.layers.attention.flashattention_backend"
 _FORWARD = "sglang.srt.model_executor.forward_batch_info"
+_SPECULATION = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm"
 _COMPONENTS = "sglang.srt.model_executor.model_runner_components"
 _QUANTIZATION = "sglang.srt.layers.quantization"
 _MODELS = "sglang.srt.models"
@@ -36,6 +37,8 @@ _WITH_EXPERTS = ("qwen3_moe.Qwen3Moe", "qwen2_moe.Qwen2Moe", "glm4_moe.Glm4Moe")
 SURFACE: tuple[Row, ...] = (
     # -- server arguments ----------------------------------------------------------------------------------------------
     Row(_ARGS, ("quantization", "dtype", "moe_runner_backend"), "host/hooks/launcher.py"),
+    Row(_ARGS, ("enable_lora", "lora_paths", "lora_target_modules"), "versions/lora.py"),
+    Row("sglang.srt.lora.layers.BaseLayerWithLoRA", ("base_layer",), "versions/lora.py"),
     Row("sglang.srt.arg_groups.overrides", ("_declarations_materialized",), "versions/v0_5_17.py", OLD),
     Row(_ARGS, ("_resolution_finished",), "versions/v0_5_23.py", NEW),
     Row(_ARGS, ("cuda_graph_config",), "versions/v0_5_17.py"),
@@ -56,10 +59,11 @@ SURFACE: tuple[Row, ...] = (
             *("enable_dp_attention", "dp_size", "pp_size", "attn_cp_size", "enable_prefill_cp", "dcp_size"),
             *("enable_attn_tp_input_scattered", "moe_dense_tp_size", "moe_dp_size", "moe_a2a_backend", "dwdp_size"),
             *("enable_two_batch_overlap", "enable_single_batch_overlap", "enable_pdmux"),
-            *("speculative_algorithm", "decoupled_spec_role", "dllm_algorithm", "disaggregation_mode", "encoder_only"),
+            *("speculative_algorithm", "speculative_draft_model_quantization", "enable_multi_layer_eagle"),
+            *("decoupled_spec_role", "dllm_algorithm", "disaggregation_mode", "encoder_only"),
             *("hicache_storage_backend", "disaggregation_decode_enable_offload_kvcache", "enable_lmcache"),
             *("enable_flexkv", "radix_cache_backend", "disable_radix_cache", "cuda_graph_backend_prefill"),
-            *("enable_lora", "lora_paths", "cpu_offload_gb", "offload_group_size", "modelopt_quant"),
+            *("cpu_offload_gb", "offload_group_size", "modelopt_quant"),
             *("quantize_and_serve", "rl_quant_profile", "load_format", "weight_cache_mode", "enable_eplb"),
             *("elastic_ep_backend", "kt_weight_path", "model_impl"),
         ),
@@ -129,14 +133,15 @@ SURFACE: tuple[Row, ...] = (
         ),
         "host/hooks/forward.py, versions/requests.py, layers/fused.py",
     ),
-    Row(f"{_FORWARD}.CaptureHiddenMode", ("need_capture",), "versions/requests.py"),
+    Row(f"{_FORWARD}.CaptureHiddenMode", ("is_full",), "versions/requests.py"),
+    Row(_SPECULATION, ("NONE", "NGRAM", "STANDALONE"), "versions/speculation.py"),
     Row(f"{_FORWARD}.ForwardMode", ("EXTEND", "MIXED", "SPLIT_PREFILL", "DECODE", "IDLE"), "passes/running.py"),
     # -- the model runner ----------------------------------------------------------------------------------------------
     Row(
         _MODEL_RUNNER,
         (
             *("server_args", "model_config", "model", "device", "is_generation", "forward", "attn_backend"),
-            *("req_to_token_pool", "token_to_kv_pool_allocator", "eager_runner"),
+            *("req_to_token_pool", "token_to_kv_pool_allocator", "eager_runner", "is_draft_worker", "spec_algorithm"),
             *("prefill_cuda_graph_runner", "decode_cuda_graph_runner"),
         ),
         "host/lifecycle.py, host/probe.py, versions/batches.py",
@@ -166,7 +171,7 @@ SURFACE: tuple[Row, ...] = (
     # -- weights -------------------------------------------------------------------------------------------------------
     Row(
         f"{_COMPONENTS}.weight_updater.WeightUpdater",
-        ("device", "model_config", "custom_weight_loaders", "get_model"),
+        ("device", "model_config", "custom_weight_loaders", "get_model", "get_model_runner"),
         "host/hooks/weights.py, versions/updates.py",
     ),
     Row("sglang.srt.model_loader.loader.DefaultModelLoader.Source", ("model_or_path",), "host/hooks/weights.py"),

@@ -160,6 +160,7 @@ def test_a_batch_without_a_plan_replays_no_prefill_graph(monkeypatch: pytest.Mon
     run = runtime.Runtime(asked, select(asked, Device("this CPU", None)))
     monkeypatch.setattr(runtime, "_runtime", run)
     runner = SimpleNamespace(capture_num_tokens=[4, 8], _pad_to_bucket=lambda n, sizes: min(s for s in sizes if s >= n))
+    runner.model_runner = SimpleNamespace(is_draft_worker=False)
     batch = SimpleNamespace(input_ids=[1] * 5)
     assert not graphs.can_replay_prefill(lambda *_: True, runner, batch)
     batch._mixquant_pass = run.schedule.prefill([RequestRows(5, 0, 90)], torch.device("cpu"))

@@ -114,6 +114,7 @@ class Model:
 
     def finish(self) -> None:
         runner = SimpleNamespace(model=self.root, device="cpu", is_generation=True, server_args=SimpleNamespace())
+        runner.spec_algorithm = SimpleNamespace(name="NONE")
         self.config._runtime.lifecycle.finish_load(runner)
 
     def apply(self, name: str, x: torch.Tensor, running: Pass) -> torch.Tensor:

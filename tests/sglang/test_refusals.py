@@ -42,6 +42,7 @@ REFUSED_VALUES: dict[str, Any] = {
     "device": "npu",
     "model_impl": "transformers",
     "load_format": "sharded_state",
+    "speculative_draft_model_quantization": "mixquant",
     "disable_radix_cache": False,
 }
 
@@ -205,7 +206,9 @@ def test_nothing_is_fused_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, 
     made = lifecycle.LoadSteps(run, SimpleNamespace(ready=None))
     monkeypatch.setattr(lifecycle.fused, "fuse", lambda model: called.append(model) or Counter())
     monkeypatch.setattr(lifecycle.last_layer, "prune_last_layer", lambda model: True)
-    runner = SimpleNamespace(model="a model", is_generation=True, server_args=plain())
+    runner = SimpleNamespace(
+        model="a model", is_generation=True, server_args=plain(), spec_algorithm=SimpleNamespace(name="NONE")
+    )
     runner.server_args.forward_hooks = [{"name": "a"}]
     with caplog.at_level(logging.INFO):
         made._fuse(runner)

@@ -60,9 +60,9 @@ def model(monkeypatch: pytest.MonkeyPatch, asked: str, **prefixes: str) -> tuple
 
 
 def finish(config: Any, root: torch.nn.Module) -> Runtime:
-    config._runtime.lifecycle.finish_load(
-        SimpleNamespace(model=root, device="cpu", is_generation=True, server_args=SimpleNamespace())
-    )
+    runner = SimpleNamespace(model=root, device="cpu", is_generation=True, server_args=SimpleNamespace())
+    runner.spec_algorithm = SimpleNamespace(name="NONE")
+    config._runtime.lifecycle.finish_load(runner)
     return config._runtime  # type: ignore[no-any-return]
 
 

@@ -130,7 +130,8 @@ def test_a_machine_that_cannot_look_at_new_weights_refuses_them(monkeypatch: pyt
     monkeypatch.setattr(runtime, "_runtime", run)
     model = torch.nn.Module()
     model.load_weights = None
-    updater = SimpleNamespace(get_model=lambda: model, device="cpu")
+    served = SimpleNamespace(is_draft_worker=False)
+    updater = SimpleNamespace(get_model=lambda: model, device="cpu", get_model_runner=lambda: served)
 
     def original(_updater: Any) -> tuple[bool, str]:
         model.load_weights([("a", torch.zeros(2))])

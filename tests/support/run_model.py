@@ -201,7 +201,11 @@ def _server_args(case: dict[str, Any]) -> Any:
         from sglang.srt import runtime_context
 
         args.resolve_once()
+        if "lora_paths" in given:
+            args.check_server_args()
         runtime_context.publish(args, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=0, gpu_id=0))
+    elif "lora_paths" in given:  # which a launcher calls
+        args.check_server_args()
     return args
 
 

@@ -29,7 +29,7 @@ def counted(labels: dict[str, object]) -> PassCounters:
     counters.attach(series)
     series.describe(version="0.1.0", recipe="fp8", kernel="fp8:native", layers={"fp8": 144}, extra_bytes=5)
     counters.add("prefill", "fp8", {("prefill", "fp8"): 3}, protected=2)
-    counters.add_decode("bf16", 2)
+    counters.add_rows("decode", "bf16", 2)
     return counters
 
 

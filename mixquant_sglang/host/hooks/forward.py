@@ -25,7 +25,7 @@ def scheduled_of(forward_batch: Any) -> ScheduledPass | None:
 
 @handler
 def schedule_batch(forward_batch: Any, _cls: type, batch: Any, model_runner: Any, **_kwargs: Any) -> None:
-    run = runtime.current()
+    run = runtime.serving(model_runner)
     if run is None or _role_of(forward_batch.forward_mode) is not Role.PROMPT:
         return
     run.weights.refresh()
@@ -44,15 +44,15 @@ def _role_of(mode: Any) -> Role:
 
 @handler
 def run_pass(original: Callable[..., Any], model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-    run = runtime.current()
-    if run is None:
+    run = runtime.serving(model_runner)
+    if run is None:  # outside of any scope, so in BF16
         return original(model_runner, forward_batch, *args, **kwargs)
     run.weights.refresh()
     mode = forward_batch.forward_mode
     role = _role_of(mode)
     if role is not Role.PROMPT:
         if mode.name != "IDLE":
-            run.count_decode(len(forward_batch.input_ids))
+            run.count_decode(len(forward_batch.input_ids), role)
         if not run.weights.current:
             with scope(MASTER_PASS):
                 return original(model_runner, forward_batch, *args, **kwargs)

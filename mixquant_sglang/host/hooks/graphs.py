@@ -17,7 +17,7 @@ from mixquant_sglang.versions.graphs import add_prefill_graph, prefill_graph_of
 @handler
 def size_prefill_graphs(*_args: Any, model_runner: Any, **_kwargs: Any) -> None:
     """So that the largest pass that ``min_tokens`` keeps in BF16 does not share a graph with low ones."""
-    run = runtime.current()
+    run = runtime.serving(model_runner)
     if run is not None and run.graphs.most_bf16_rows:
         add_prefill_graph(model_runner, run.graphs.most_bf16_rows)
 
@@ -26,7 +26,7 @@ def size_prefill_graphs(*_args: Any, model_runner: Any, **_kwargs: Any) -> None:
 def capture_prefill(
     original: Callable[..., Any], runner: Any, forward_batch: Any, num_tokens: int, *args: Any, **kwargs: Any
 ) -> Any:
-    run = runtime.current()
+    run = runtime.serving(runner.model_runner)
     if run is None:
         return original(runner, forward_batch, num_tokens, *args, **kwargs)
     backend = str(getattr(runner.prefill_backend_name, "value", runner.prefill_backend_name))
@@ -45,7 +45,7 @@ def capture_prefill(
 def can_replay_prefill(original: Callable[..., bool], runner: Any, forward_batch: Any) -> bool:
     if not original(runner, forward_batch):
         return False
-    run = runtime.current()
+    run = runtime.serving(runner.model_runner)
     if run is None:
         return True
     scheduled = scheduled_of(forward_batch)
@@ -59,13 +59,13 @@ def can_replay_prefill(original: Callable[..., bool], runner: Any, forward_batch
 def can_replay_decode(original: Callable[..., bool], runner: Any, forward_batch: Any) -> bool:
     if not original(runner, forward_batch):
         return False
-    run = runtime.current()
+    run = runtime.serving(runner.model_runner)
     return run is None or run.graphs.can_replay_decode()
 
 
 @handler
-def load_prefill_rows(_runner: Any, forward_batch: Any, **_kwargs: Any) -> None:
-    run = runtime.current()
+def load_prefill_rows(runner: Any, forward_batch: Any, **_kwargs: Any) -> None:
+    run = runtime.serving(runner.model_runner)
     if run is not None:
         scheduled = scheduled_of(forward_batch)
         assert scheduled is not None, "a prefill graph is replayed for a batch without the facts of its requests"

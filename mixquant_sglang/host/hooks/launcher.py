@@ -77,6 +77,8 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
                     registry.target_of(hook)
             asked.dtype = server_args.dtype
             asked.moe_backend = getattr(server_args, "moe_runner_backend", None)
+            if server_args.speculative_draft_model_quantization is None:  # SGLang would take ours for the draft too
+                server_args.speculative_draft_model_quantization = "unquant"
             _prepare_launcher()
         original(server_args, *args, **kwargs)
         if ours:

@@ -11,7 +11,7 @@ from mixquant_sglang.host.hooks.registry import handler
 
 @handler
 def finish_load(_result: None, model_runner: Any) -> None:
-    run = runtime.current()
+    run = runtime.serving(model_runner)
     if run is not None and run.lifecycle is not None and run.lifecycle.loading:
         run.lifecycle.finish_load(model_runner)
         publish_metrics()
@@ -19,14 +19,14 @@ def finish_load(_result: None, model_runner: Any) -> None:
 
 @handler
 def finish_attention(_result: None, model_runner: Any) -> None:
-    run = runtime.current()
+    run = runtime.serving(model_runner)
     if run is not None and run.lifecycle is not None:
         run.lifecycle.finish_attention(model_runner)
 
 
 @handler
 def prove_model(*, model_runner: Any, eager_runner: Any, **_kwargs: Any) -> None:
-    run = runtime.current()
+    run = runtime.serving(model_runner)
     if run is not None and run.lifecycle is not None and run.lifecycle.unproved:
         run.lifecycle.prove(model_runner, eager_runner)
         publish_metrics()

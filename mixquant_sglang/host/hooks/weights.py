@@ -66,7 +66,7 @@ def weights_from_disk(
     weight_name_filter: Callable[[str], bool] | None = None,
     **kwargs: Any,
 ) -> tuple[bool, str]:
-    run = runtime.current()
+    run = _served(updater)
     if run is None:
         return original(updater, model_path, load_format, weight_name_filter, **kwargs)
     if kwargs.get("recapture_cuda_graph") and run.weights.decodes_by_value:
@@ -149,7 +149,7 @@ def weights_from_tensor(
     named_tensors: Any,
     load_format: str | None = None,
 ) -> tuple[bool, str]:
-    if runtime.current() is not None and load_format in updater.custom_weight_loaders:
+    if _served(updater) is not None and load_format in updater.custom_weight_loaders:
         return False, (
             f"mixquant: load_format {load_format}: custom weight loaders write past the check of new weights; send the "
             f"checkpoint's tensors with load_format null or flattened_bucket; {_OLD}"
@@ -180,7 +180,7 @@ def weights_direct(original: Callable[..., None], model: Any, named_tensors: lis
 
 
 def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool = False) -> tuple[bool, str]:
-    run = runtime.current()
+    run = _served(updater)
     if run is None:
         return call()
     model, device = updater.get_model(), torch.device(updater.device)
@@ -245,14 +245,14 @@ def _taken_down(
 
 
 @handler
-def weights_begin(_updater: Any) -> None:
-    if (run := runtime.current()) is not None:
+def weights_begin(updater: Any) -> None:
+    if (run := _served(updater)) is not None:
         run.weights.begin()
 
 
 @handler
-def weights_end(_result: None, _updater: Any, **_kwargs: Any) -> None:
-    if (run := runtime.current()) is not None:
+def weights_end(_result: None, updater: Any, **_kwargs: Any) -> None:
+    if (run := _served(updater)) is not None:
         run.weights.end()
 
 
@@ -266,6 +266,11 @@ def weights_released(_result: Any, _manager: Any, recv_req: Any) -> None:
 def weights_resumed(_result: Any, _manager: Any, recv_req: Any) -> None:
     if (run := runtime.current()) is not None and concerns_weights(recv_req):
         run.weights.changed()
+
+
+def _served(updater: Any) -> Runtime | None:
+    """The runtime; None for what SGLang updates of a draft, which is its own."""
+    return runtime.serving(updater.get_model_runner())
 
 
 def _with_packing(run: Runtime, message: str) -> str:
