@@ -20,6 +20,12 @@ from scripts.serve.processes import Ended, Process, free_port, stop, wait_for
 
 _CPU = "--device cpu --attention-backend torch_native --disable-cuda-graph --max-total-tokens 20000 --sleep-on-idle"
 CPU_FLAGS = tuple(_CPU.split())
+# Where SGLang's prefill server records CUDA events, whatever it runs on: before a chunk behind cached tokens, and, in
+# 0.5.23, while it copies the numbers of pages to the host, unless all ranks of context parallelism (the one) send.
+CPU_ENV = {
+    "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
+    "SGLANG_DISAGGREGATION_ALL_CP_RANKS_TRANSFER": "1",
+}
 ROUTERS = ("rust", "mini")
 
 
@@ -43,6 +49,7 @@ class Plan:
     decode_flags: tuple[str, ...] = ()
     limit_s: float = 900
     ports: dict[str, int] = field(default_factory=dict)
+    envs: dict[str, dict[str, str]] = field(default_factory=dict)  # "prefill", "decode" -> more environment
 
     def port_of(self, name: str) -> int:
         if name not in self.ports:
@@ -64,9 +71,7 @@ class Plan:
         command += ["--disaggregation-bootstrap-port", str(self.port_of("bootstrap"))]
         command += ["--enable-cache-report", "--enable-metrics", *(() if gpus else CPU_FLAGS)]
         env = mooncake_environment() if self.transfer.startswith("mooncake") else {}
-        env |= {"PYTHONWARNINGS": "ignore"}
-        if gpus:
-            env["CUDA_VISIBLE_DEVICES"] = gpus
+        env |= {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": gpus} | ({} if gpus else CPU_ENV)
         if name == "decode":
             command.append("--disaggregation-decode-enable-radix-cache")
         if name == "prefill" or self.decode == "mixquant":
@@ -75,7 +80,7 @@ class Plan:
         elif gpus:
             env["SGLANG_PLUGINS"] = "none"
         command += [*self.both, *(self.prefill_flags if name == "prefill" else self.decode_flags)]
-        return command, env
+        return command, env | self.envs.get(name, {})
 
     def router_command(self) -> list[str]:
         command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation"]
