@@ -64,5 +64,6 @@ def add_path(registry: Any) -> None:
             return web.json_response({"error": "the prefill server has not said yet what it is"}, status=503)
         return web.json_response(told["facts"])
 
-    registry.app.router.add_put(PATH, put)
-    registry.app.router.add_get(PATH, get)
+    app: web.Application = registry.app
+    app.router.add_put(PATH, put)
+    app.router.add_get(PATH, get)

@@ -26,7 +26,9 @@ CPU_ENV = {
     "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
     "SGLANG_DISAGGREGATION_ALL_CP_RANKS_TRANSFER": "1",
 }
-ROUTERS = ("rust", "mini")
+# sglang-router's mini_lb hands bodies on as they are; its router in Rust (0.3.2) drops custom_params, and with them a
+# request's BF16 prefill.
+ROUTERS = ("mini", "rust")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Plan:
     decode_gpu: str = ""
     tp: int = 1
     transfer: str = "nixl"
-    router: str = "rust"
+    router: str = "mini"
     host: str = "127.0.0.1"
     both: tuple[str, ...] = ()
     prefill_flags: tuple[str, ...] = ()

@@ -47,7 +47,12 @@ def parse(argv: list[str]) -> Plan:
     add("--recipe", default="", help="a shipped recipe or a recipe file (default: auto)")
     add("--decode", choices=("mixquant", "stock"), default="mixquant", help="the decode server (default: %(default)s)")
     add("--transfer", help="SGLang's transfer back end (default: nixl, mooncake_tcp on a CPU)")
-    add("--router", choices=ROUTERS, default="rust", help="sglang-router's, or its mini_lb (default: %(default)s)")
+    add(
+        "--router",
+        choices=ROUTERS,
+        default="mini",
+        help="sglang-router's mini_lb, or its router in Rust, which drops custom_params (default: %(default)s)",
+    )
     add("--prefill-flags", default="", help="more flags for the prefill server, in one string")
     add("--decode-flags", default="", help="more flags for the decode server, in one string")
     add("flags", nargs="*", help="after --: more flags for both servers")
