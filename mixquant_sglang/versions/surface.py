@@ -132,7 +132,6 @@ SURFACE: tuple[Row, ...] = (
     ),
     Row(f"{_FORWARD}.CaptureHiddenMode", ("need_capture",), "versions/requests.py"),
     Row(f"{_FORWARD}.ForwardMode", ("EXTEND", "MIXED", "SPLIT_PREFILL", "DECODE", "IDLE"), "passes/running.py"),
-    # -- prefill/decode pairs (versions/bootstrap.py, host/hooks/pairs.py) ---------------------------------------------
     Row(f"{_PAIRS}.CommonKVManager", ("dist_init_addr", "bootstrap_host", "bootstrap_port", "server_args"), _BOOT),
     Row(f"{_PAIRS}.CommonKVManager", ("attn_tp_rank", "attn_cp_rank", "attn_dp_rank", "system_dp_rank"), _BOOT),
     Row(f"{_PAIRS}.CommonKVManager", ("pp_rank", "prefill_info_table", "record_failure"), _BOOT),
