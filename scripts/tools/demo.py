@@ -216,7 +216,7 @@ def converse(url: str, servers: Sequence[str], turns: int, task: Example | None)
 
     wrong = []
     ran = total["low"] + total["high"]
-    # A prefill server never had the answers of earlier turns, which the decode server, whose answer this is, has cached.
+    # A prefill server never had the answers of earlier turns, which the decode server, who tells of it, has cached.
     again = total["generated"] if len(servers) > 1 else 0
     if not total["new"] <= ran <= total["new"] + again:
         wrong.append(f"the API reports {total['new']} new prompt tokens, the server ran {ran}")
