@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
 import random
@@ -195,16 +196,17 @@ async def ask(session: aiohttp.ClientSession, url: str, prompt: bytes, tokens: i
 
 
 async def play(url: str, work: Workload, concurrency: int) -> tuple[list[Answer], float]:
-    """All conversations of ``work``, ``concurrency`` at a time; their answers, and the seconds they took."""
+    """All conversations of ``work``, ``concurrency`` at a time; their answers, and the seconds they took.  To several
+    URLs (by commas) the conversations go in turn, each to one."""
     answers: list[Answer] = []
-    waiting = iter(work.agents)
+    waiting = iter(zip(itertools.cycle(url.split(",")), work.agents, strict=False))
 
     async def agent(session: aiohttp.ClientSession) -> None:
-        for turns in waiting:
+        for server, turns in waiting:
             prompt = work.system
             for turn in turns:
                 prompt += b"," + turn.tool
-                answer = await ask(session, f"{url}/generate", prompt, turn.output_tokens)
+                answer = await ask(session, f"{server}/generate", prompt, turn.output_tokens)
                 prompt += b"," + encode(answer.ids)
                 answers.append(answer)
 

@@ -1,4 +1,4 @@
-"""Servers that are up already, as arms of a benchmark: a router with whatever is behind it."""
+"""Servers that are up already, as arms of a benchmark: a router with whatever is behind it, or several servers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import orjson
 
 @dataclass(frozen=True)
 class Running:
-    """``gpus``: of all that serves ``url``; ``servers``: those behind it, whose caches are emptied one by one."""
+    """``url``: one, or several by commas, to which conversations go in turn, as a router with affinity has it.
+    ``gpus``: of all that serves it; ``servers``: those whose caches are emptied one by one."""
 
     name: str
     url: str
@@ -50,8 +51,9 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="ARG",
-        help="NAME URL GPUS [SERVER ...]: an arm that is up already; SERVER: the servers behind URL, whose caches are "
-        "emptied (default: URL itself). May be given several times; with --arms none there are no others",
+        help="NAME URL[,URL...] GPUS [SERVER ...]: an arm that is up already; of several URLs a conversation goes to "
+        "one; SERVER: those behind a router, whose caches are emptied (default: the URLs). May be given several times; "
+        "with --arms none there are no others",
     )
 
 
@@ -63,10 +65,11 @@ def read(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         if len(words) < 3 or not words[2].isdigit() or int(words[2]) < 1:
             parser.error(f"argument --url: {' '.join(words)}: give a name, a URL and a number of GPUs")
         name, url, gpus, *servers = words
-        for address in (url, *servers):
+        urls, servers = ([one.rstrip("/") for one in some] for some in (url.split(","), servers))
+        for address in (*urls, *servers):
             if not address.startswith(("http://", "https://")):
                 parser.error(f"argument --url: {address} is no URL")
-        arms.append(Running(name, url.rstrip("/"), int(gpus), tuple(s.rstrip("/") for s in servers or [url])))
+        arms.append(Running(name, ",".join(urls), int(gpus), tuple(servers or urls)))
     names = [*args.arms, *(arm.name for arm in arms)]
     if not names:
         parser.error("argument --arms: none, and no --url")

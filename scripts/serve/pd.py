@@ -55,8 +55,9 @@ def parse(argv: list[str]) -> Plan:
     )
     add("--prefill-flags", default="", help="more flags for the prefill server, in one string")
     add("--decode-flags", default="", help="more flags for the decode server, in one string")
-    add("flags", nargs="*", help="after --: more flags for both servers")
-    args = parser.parse_args(argv)
+    parser.epilog = "Behind --: more flags for both servers."
+    own, more = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    args = parser.parse_args(own)
     gpus = gpu_count()
     decode_gpu = args.prefill_gpu + args.tp if args.decode_gpu is None else args.decode_gpu
     if args.tp < 1:
@@ -80,7 +81,7 @@ def parse(argv: list[str]) -> Plan:
         transfer=args.transfer or ("nixl" if gpus else "mooncake_tcp"),
         router=args.router,
         host=args.host,
-        both=tuple(args.flags),
+        both=tuple(more),
         prefill_flags=tuple(args.prefill_flags.split()),
         decode_flags=tuple(args.decode_flags.split()),
     )
