@@ -79,3 +79,20 @@ def test_arms_that_are_up_already() -> None:
         parse(common)
     answers = [Answer([1, 2, 3, 4], 10, 0, ttft=0.1, latency=0.5, gaps=[(0.3, 3)])]
     assert summarise(answers, wall_s=2, gpus=2)["output_tokens_per_s_per_gpu"] == 1
+
+
+def test_libraries_are_unpacked_once_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.serve import libraries
+
+    monkeypatch.setattr(libraries, "FOLDER", tmp_path)
+    monkeypatch.setattr(libraries, "installed", lambda: False)
+    monkeypatch.setattr(libraries.shutil, "which", lambda _: None)
+    with pytest.raises(libraries.MissingLibraries, match=r"libibverbs\.so\.1"):
+        libraries.mooncake_environment()
+    for folder, name in zip(("lib", "usr/lib", "usr/lib"), libraries.NAMES, strict=True):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / name).touch()
+    found = libraries.mooncake_environment()["LD_LIBRARY_PATH"]
+    assert found.split(":")[:2] == [str(tmp_path / "lib"), str(tmp_path / "usr" / "lib")]
+    monkeypatch.setattr(libraries, "installed", lambda: True)
+    assert libraries.mooncake_environment() == {}
