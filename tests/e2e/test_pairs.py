@@ -167,12 +167,12 @@ def test_four_turns_equal_one_server_where_keys_and_values_are_equal(
 
 
 def test_four_turns_with_prefix_caches(pair: Played, servers: Servers) -> None:
-    """Each server of the pair reuses what it has of the conversation; the first turn is one server's, and all that the
-    API says was new was prefilled, once, by the prefill server."""
+    """Each server of the pair reuses what it has of the conversation, the prefill server its prompts, the decode server
+    (which is who answers) all but the last token that it generated too; the first turn is one server's."""
     pair.flush()
     servers.low.flush()
     rng = random.Random(32)
-    prompt, low = ids(rng, 300), pair.states()[0]["precision"]["prefill"]
+    prompt, low, had = ids(rng, 300), pair.states()[0]["precision"]["prefill"], 0
     for turn, new in enumerate(TURNS):
         before = pair.states()
         ours = pair.generate(prompt, GENERATED, return_logprob=True)
@@ -181,10 +181,11 @@ def test_four_turns_with_prefix_caches(pair: Played, servers: Servers) -> None:
             assert outputs([ours])[0][:2] == outputs([theirs])[0][:2]
         time.sleep(0.5)
         prefill, decode = counted(before, pair.states())
-        fresh = ours["meta_info"]["prompt_tokens"] - ours["meta_info"]["cached_tokens"]
-        assert prefill == {f"prefill {low}": fresh - 1, "prefill bf16": 1, "protected": 1}
+        assert prefill == {f"prefill {low}": len(prompt) - had - 1, "prefill bf16": 1, "protected": 1}
         assert decode.keys() == {"decode bf16"}
-        assert (ours["meta_info"]["cached_tokens"] > 0) == (turn > 0)
+        cached = ours["meta_info"]["cached_tokens"]
+        assert cached == 0 if turn == 0 else had < cached <= had + GENERATED
+        had = len(prompt)
         prompt = [*prompt, *ours["output_ids"], *ids(rng, new)]
 
 
@@ -196,7 +197,8 @@ def test_requests_may_ask_for_bf16_and_bad_policies_are_refused(pair: Played) ->
     again = pair.generate(prompt, 4, sampling=BF16_POLICY)
     time.sleep(0.5)
     prefill, _ = counted(before, pair.states())
-    assert [a["meta_info"]["cached_tokens"] for a in (usual, mine, again)] == [0, 0, 149]
+    assert [a["meta_info"]["cached_tokens"] for a in (usual, mine)] == [0, 0]
+    assert again["meta_info"]["cached_tokens"] >= 149
     assert prefill == {"prefill bf16": 151, "protected": 151}
     body = {"input_ids": prompt, "sampling_params": {"custom_params": {"mixquant": {"prefill": "fp4"}}}}
     answer = pair.post("/generate", body)
