@@ -226,7 +226,7 @@ def test_generated_tokens_stay_protected_when_a_weight_update_has_them_prefilled
     pair: Played, tiny_model: Path
 ) -> None:
     pair.flush()
-    prompt, tokens = ids(random.Random(34), 140), 600
+    prompt, tokens = ids(random.Random(34), 140), 300
     answers: list[requests.Response] = []
     params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     body = {"input_ids": prompt, "sampling_params": params, "rid": "retracted"}
