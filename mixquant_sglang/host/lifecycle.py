@@ -13,6 +13,7 @@ from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError, refusing
 from mixquant_sglang.host import probe, refusals, report
 from mixquant_sglang.host.assignment import Assignment
+from mixquant_sglang.host.gathering import install_gathering, prepare_gathering
 from mixquant_sglang.host.ranks import check_same
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.host.shortage import explain
@@ -69,12 +70,14 @@ class LoadSteps:
         self._fuse(model_runner)
         self._tune_fp8(model_runner, linears, device)
         self._tune_experts(model_runner, experts, device)
+        prepare_gathering(self._run, model_runner, device)
         if packed and device.type == "cuda":
             rows = prefill_rows(model_runner)
             logger.info("mixquant: %s", warm_up(model, linears, experts, rows, device))
 
     def finish_attention(self, model_runner: Any) -> None:
         """Completes what ``_fuse`` began, each time that the model's attention back end was built."""
+        install_gathering(self._run, model_runner.attn_backend)
         if self._pruned is None or model_runner.model is not self._pruned:
             return
         reason = attention.prune_last_attention(model_runner.model, model_runner.attn_backend)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from mixquant_sglang import __version__
 from mixquant_sglang.kernels.environment import NOTHING, Environment
+from mixquant_sglang.layers.gathered_attention import Gathering
 from mixquant_sglang.passes.counters import PassCounters
 from mixquant_sglang.passes.graphs import Graphs
 from mixquant_sglang.passes.schedule import Schedule, ScheduledPass
@@ -89,6 +90,7 @@ class Runtime:
         self.arriving = Arriving()  # the weight update that SGLang carries out
         self.precisions: Counter[str] = Counter()  # linears by the precision of prompt rows
         self.experts: Counter[str] = Counter()  # MoE layers by that of prompt rows
+        self.gathering: Gathering | None = None  # of keys and values for prefill attention, where it pays
         self.shortage: Callable[[], str] | None = None  # for a server that has too little memory, once it is loaded
         self.unproven: str | None = None  # why the probe could not run
         self.stays_bf16: dict[str, list[str]] = {}  # reason -> modules
@@ -115,7 +117,7 @@ class Runtime:
     def state(self) -> dict[str, Any]:
         """``internal_states[i].mixquant`` of ``/server_info``; builtin types only."""
         table = self.schedule.table
-        state = {
+        state: dict[str, Any] = {
             "version": __version__,
             "recipe": self.recipe.name,
             "fingerprint": self.fingerprint,
@@ -132,6 +134,8 @@ class Runtime:
         }
         if self.pair is not None:
             state |= {"disaggregation": self.pair.mode}
+        if self.gathering is not None:
+            state["gathered_attention"] = self.gathering.state()
         return state if self.unproven is None else state | {"unproven": self.unproven}
 
 

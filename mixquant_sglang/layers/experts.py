@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from sglang.srt.layers.moe.moe_runner.runner import MoeRunner
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatchOutput
-from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
+from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
 from mixquant_sglang.errors import refusing
@@ -24,6 +24,7 @@ from mixquant_sglang.kernels.experts.base import Form, Masters, Ready
 from mixquant_sglang.kernels.limits import FEW_ROWS
 from mixquant_sglang.kernels.registry import packed_experts
 from mixquant_sglang.kernels.verify_experts import ExpertsPair
+from mixquant_sglang.layers.expert_config import choices_of, form_of
 from mixquant_sglang.passes.running import current
 from mixquant_sglang.recipe.roles import Kind, Role, by_role
 from mixquant_sglang.weights.ready_made_experts import ExpertShare
@@ -147,11 +148,7 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
     def find_choices(self, model: torch.nn.Module) -> None:
         """How many experts a token takes: as the layer was told, or (Llama-4) the router that stands beside it in
         ``model``.  Without either the layer stays BF16: nothing could be timed or proved of it."""
-        self._choices = self._layer.moe_runner_config.top_k  # type: ignore[assignment,union-attr]
-        if self._choices is None:
-            beside = [parent for parent in model.modules() if self._layer in {*parent.children()}]
-            routers = [child for parent in beside for child in parent.children() if isinstance(child, TopK)]
-            self._choices = routers[0].topk_config.top_k if routers else None
+        self._choices = choices_of(self._layer, model)
         if self._choices is None:
             self.stay_bf16("neither it nor a router beside it says how many experts a token takes")
 
@@ -333,24 +330,3 @@ def pick(x: torch.Tensor, topk: StandardTopKOutput, rows: Rows) -> tuple[torch.T
     return x.index_select(0, there), StandardTopKOutput(
         topk.topk_weights.index_select(0, there), ids, topk.router_logits[:0]
     )
-
-
-def form_of(config: Any) -> Form | str:
-    """What the experts of SGLang's ``MoeRunnerConfig`` compute, or why ours cannot."""
-    if not config.is_gated or config.no_combine or config.swiglu_limit is not None:
-        what = "a clamp of DeepSeek-V4" if config.is_gated and not config.no_combine else "no gate or no sum"
-        return f"experts with {what} are not known here"
-    if config.activation not in ("silu", "gelu"):
-        return f"experts with activation {config.activation} are not known here"
-    form = Form(
-        config.activation,
-        weighted_input=bool(config.apply_router_weight_on_input),
-        scaling=1.0 if config.routed_scaling_factor is None else float(config.routed_scaling_factor),
-    )
-    alpha, limit = config.gemm1_alpha, config.gemm1_clamp_limit
-    if alpha is None and limit is None:
-        return form
-    if config.activation != "silu" or alpha is None or limit is None:
-        return "experts whose activation has a limit alone are not known here"
-    interleaved = bool(config.gate_up_interleaved)
-    return replace(form, activation="swiglu_oai", interleaved=interleaved, alpha=float(alpha), limit=float(limit))

@@ -22,6 +22,9 @@ _SPECIAL_BACKEND = (
     "kv_cache_is_mxfp8",
     "_kv_shard_pool",
 )
+# What makes it read keys and values from anywhere else, or in another form.
+PAGED = "flash_attn_with_kvcache"  # FlashAttention over pages, by the name that FA3's back end calls it by
+_UNPAGED_BACKEND = ("use_mla", "fa_skip_kv_cache", "kv_cache_is_mxfp8", "_kv_shard_pool", "is_encoder_decoder")
 _SPECIAL_METADATA = (
     "local_attn_metadata",
     "swa_spec_metadata",
@@ -36,18 +39,64 @@ def attends_whole(backend: Any, attention: Any) -> str:
     FA3's kernel takes queries and keys of any lengths and aligns the ends of both, so that fewer queries, the last of
     each request, see the keys that they saw before.
     """
-    name = _class_name(backend)
-    if name != _FLASH_ATTENTION or backend.fa_impl_ver != 3:
-        version = f" {backend.fa_impl_ver}" if name == _FLASH_ATTENTION else ""
-        return f"the attention back end is {type(backend).__name__}{version}, not FlashAttention 3"
+    reason = _not_flash_attention_3(backend)
+    if reason:
+        return reason
     special = [name for name in _SPECIAL_BACKEND if getattr(backend, name, None)]
-    if _class_name(attention) != _RADIX_ATTENTION:
-        special.append(type(attention).__name__)
-    else:
-        special += [name for name in ("is_cross_attention", "use_irope") if getattr(attention, name)]
-        special += ["sliding_window_size"] if attention.sliding_window_size not in (None, -1) else []
-        special += [f"attn_type {attention.attn_type.value}"] if attention.attn_type.value != "decoder" else []
+    special += _special(attention)
     return f"it is not plain causal attention ({', '.join(special)})" if special else ""
+
+
+def attends_plainly(attention: Any) -> bool:
+    """Whether a layer's attention is causal, over all keys of its own requests."""
+    return not _special(attention)
+
+
+def reads_pages(backend: Any) -> str:
+    """Why prefill of ``backend`` does not read keys and values of BF16 out of pages with FlashAttention 3; empty if it
+    does."""
+    reason = _not_flash_attention_3(backend)
+    special = [name for name in _UNPAGED_BACKEND if getattr(backend, name, None)]
+    if not reason and special:
+        reason = f"its keys and values are not of plain pages ({', '.join(special)})"
+    if not reason and PAGED not in extend_namespace(backend):
+        reason = f"its forward_extend, of another module, calls no {PAGED}"
+    if not reason and backend.kv_cache_dtype_str not in ("auto", "bf16", "bfloat16"):
+        reason = f"its keys and values are {backend.kv_cache_dtype_str}"
+    return reason
+
+
+def extend_namespace(backend: Any) -> dict[str, Any]:
+    """The globals of ``backend``'s own ``forward_extend``."""
+    return type(backend).forward_extend.__globals__  # type: ignore[no-any-return]
+
+
+def prefill_attention(args: Any) -> str | None:
+    """The attention back end of prefill by its name in SGLang's resolved arguments."""
+    return getattr(args, "prefill_attention_backend", None) or args.attention_backend  # type: ignore[no-any-return]
+
+
+def flash_attention_3() -> tuple[Any, Any]:
+    """SGLang's ``flash_attn_with_kvcache`` and ``flash_attn_varlen_func``."""
+    from sglang.kernels.ops.attention import flash_attention
+
+    return flash_attention.flash_attn_with_kvcache, flash_attention.flash_attn_varlen_func
+
+
+def _not_flash_attention_3(backend: Any) -> str:
+    name = _class_name(backend)
+    if name == _FLASH_ATTENTION and backend.fa_impl_ver == 3:
+        return ""
+    version = f" {backend.fa_impl_ver}" if name == _FLASH_ATTENTION else ""
+    return f"the attention back end is {type(backend).__name__}{version}, not FlashAttention 3"
+
+
+def _special(attention: Any) -> list[str]:
+    if _class_name(attention) != _RADIX_ATTENTION:
+        return [type(attention).__name__]
+    special = [name for name in ("is_cross_attention", "use_irope") if getattr(attention, name)]
+    special += ["sliding_window_size"] if attention.sliding_window_size not in (None, -1) else []
+    return special + ([f"attn_type {attention.attn_type.value}"] if attention.attn_type.value != "decoder" else [])
 
 
 def metadata_of_queries(backend: Any, queries: Queries) -> Any | None:

@@ -268,9 +268,9 @@ SURFACE: tuple[Row, ...] = (
         (
             *("fa_impl_ver", "forward_metadata", "forward_extend", "use_mla", "is_encoder_decoder", "has_swa"),
             *("is_prefill_aware_swa", "use_sliding_window_kv_pool", "has_local_attention", "fa_skip_kv_cache"),
-            *("kv_cache_is_mxfp8",),
+            *("kv_cache_is_mxfp8", "kv_cache_dtype_str"),
         ),
-        "versions/attention.py, layers/fused.py",
+        "versions/attention.py, layers/fused.py, layers/gathered_attention.py",
     ),
     Row(f"{_FLASH}.FlashAttentionBackend", ("local_attn_builder", "_kv_shard_pool"), "versions/attention.py", NEW),
     Row(

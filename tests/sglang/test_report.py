@@ -131,14 +131,14 @@ def test_experts_a_token_takes_are_asked_of_the_router_where_the_layer_was_not_t
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Llama-4 builds its experts without top_k."""
-    from mixquant_sglang.layers import experts
+    from mixquant_sglang.layers import expert_config, experts
 
     class Router(torch.nn.Module):
         def __init__(self, top_k: int) -> None:
             super().__init__()
             self.topk_config = SimpleNamespace(top_k=top_k)
 
-    monkeypatch.setattr(experts, "TopK", Router)
+    monkeypatch.setattr(expert_config, "TopK", Router)
     config, _ = model(monkeypatch, "nvfp4")
 
     def block(told: int | None, *beside: torch.nn.Module) -> tuple[torch.nn.Module, Any]:

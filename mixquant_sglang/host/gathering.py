@@ -1,0 +1,43 @@
+"""When the server's prefill attention gathers keys and values (``layers/gathered_attention.py``), and what is said."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.layers.gathered_attention import Kernels, gather_attention, heads_of, prepare
+from mixquant_sglang.versions.attention import flash_attention_3, prefill_attention
+from mixquant_sglang.versions.dialect import dialect
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_gathering(run: Runtime, model_runner: Any, device: torch.device) -> None:
+    """Sees whether gathering gives the same bits and pays, with the model's heads; its scratch stays."""
+    args = dialect().resolved(model_runner.server_args)
+    if not run.recipe.fuse or device.type != "cuda" or prefill_attention(args) != "fa3":
+        return
+    heads = heads_of(model_runner.model)
+    if heads is None:
+        return
+    tokens = min(model_runner.model_config.context_len, args.max_total_tokens or 2**62)
+    found = prepare(heads, tokens, Kernels(*flash_attention_3()), device)
+    torch.cuda.empty_cache()
+    if isinstance(found, str):
+        logger.info("mixquant: prefill attention reads pages, as in SGLang: %s", found)
+    else:
+        run.gathering = found
+        logger.info("mixquant: %s", found.describe())
+
+
+def install_gathering(run: Runtime, backend: Any) -> None:
+    """Each time that the model's attention back end was built."""
+    if run.gathering is None:
+        return
+    reason = gather_attention(backend, run.gathering, Kernels(*flash_attention_3()))
+    if reason:
+        run.gathering = None
+        logger.info("mixquant: prefill attention reads pages, as in SGLang: %s", reason)
