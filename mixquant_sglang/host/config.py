@@ -21,11 +21,11 @@ from mixquant_sglang.host import refusals, runtime
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.lifecycle import LoadSteps
-from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.host.runtime import Pair, Runtime
 from mixquant_sglang.kernels.environment import NOTHING
 from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
-from mixquant_sglang.recipe.select import select
+from mixquant_sglang.recipe import pairs
 from mixquant_sglang.versions import fp4, machine
 from mixquant_sglang.weights.ready_made import ReadyMadeWeights
 
@@ -42,8 +42,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         ready: ReadyMadeWeights | None = None
         with refusing():
             registry.check_hooks_took_effect()
-            self._recipe = recipe.load(recipe.requested())
-            selection = select(self._recipe, machine.device())
+            asked, device, mode = recipe.load(recipe.requested()), machine.device(), machine.disaggregation()
+            self._recipe, selection = pairs.select_for(asked, device, mode)
             refusals.check_recipe(self._recipe, selection)
             environment = NOTHING
             if selection.kernels.get("nvfp4") == "native":
@@ -61,7 +61,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 selection.reason,
             )
             identity = ready.identity() if ready is not None else ""
-            runtime.start(Runtime(self._recipe, selection, ready_made=identity, environment=environment))
+            pair = Pair(mode, asked, pairs.kv_fingerprint(asked, device, ready_made=identity)) if mode else None
+            runtime.start(Runtime(self._recipe, selection, ready_made=identity, environment=environment, pair=pair))
         current = runtime.current()
         assert current is not None
         self._runtime = current

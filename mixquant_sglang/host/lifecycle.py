@@ -28,6 +28,7 @@ from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.text import show, some
 from mixquant_sglang.versions import batches, fp4, lora, machine, speculation
 from mixquant_sglang.versions.groups import agree, rank_group, tensor_parallel_ranks
+from mixquant_sglang.weights.sample import sample
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,9 @@ class LoadSteps:
         self._run.shortage = partial(explain, self._run, model_runner)
         with refusing():
             self._finish_weights(model)
+            if self._run.pair is not None:
+                self._run.pair.model, self._run.pair.weights = sample(model)
+                self._run.weights.on_change = self._run.pair.forget_weights
             self._check_rules()
             self._check_ready_made(model)
             report.keep_outside_bf16(model)

@@ -205,11 +205,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "serve them without the plugin",
     ),
     Refusal(
-        "disaggregation_mode",
-        "--disaggregation-mode",
+        "enable_pd_role_switch",
+        "--enable-pd-role-switch",
         is_set,
-        "prefill/decode disaggregation has not been tested",
-        "leave it out: one server does both phases here",
+        "a decode server has no packed copies to prefill with",
+        "start a server for each role",
     ),
     Refusal("encoder_only", "--encoder-only", is_set, "an encoder has no prefill", "serve it without the plugin"),
     Refusal(

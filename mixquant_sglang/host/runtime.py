@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mixquant_sglang import __version__
@@ -15,6 +16,7 @@ from mixquant_sglang.layers.gathered_attention import Gathering
 from mixquant_sglang.passes.counters import PassCounters
 from mixquant_sglang.passes.graphs import Graphs
 from mixquant_sglang.passes.schedule import Schedule, ScheduledPass
+from mixquant_sglang.recipe import pairs
 from mixquant_sglang.recipe.fingerprint import fingerprint
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.schema import Recipe
@@ -44,14 +46,41 @@ class Lifecycle(Protocol):
     def prove(self, model_runner: Any, eager_runner: Any) -> None: ...
 
 
+@dataclass
+class Pair:
+    """One half of a prefill/decode pair: ``mode``, the recipe as it was ``asked`` for, and, of a decode server, the
+    ``fingerprint`` that it names keys and values by."""
+
+    mode: str
+    asked: Recipe
+    fingerprint: str = ""
+    model: str = ""  # Identity.model and Identity.weights, once the model is loaded
+    weights: str = ""
+    kept: str = ""  # the fingerprint of what a decode server keeps for later requests
+    said: dict[str, tuple[Any, str]] = field(default_factory=dict)  # bootstrap address -> SGLang's facts, our verdict
+
+    def forget_weights(self) -> None:
+        """They were updated, and the two halves of a pair are not updated at once: they are not compared any more."""
+        self.weights = ""
+
+
 class Runtime:
     def __init__(
-        self, recipe: Recipe, selection: Selection, *, ready_made: str = "", environment: Environment = NOTHING
+        self,
+        recipe: Recipe,
+        selection: Selection,
+        *,
+        ready_made: str = "",
+        environment: Environment = NOTHING,
+        pair: Pair | None = None,
     ) -> None:
-        """``ready_made``: ``ReadyMadeWeights.identity``; ``environment``: what kernels need of the server."""
+        """``ready_made``: ``ReadyMadeWeights.identity``; ``environment``: what kernels need of the server; ``pair``:
+        of a server that does one phase alone."""
         self.recipe = recipe
         self.environment = environment
-        self.fingerprint = fingerprint(recipe, selection, ready_made=ready_made)
+        self.pair = pair
+        own = fingerprint(recipe, selection, ready_made=ready_made)
+        self.fingerprint = own if pair is None or pair.mode != pairs.DECODE else pair.fingerprint
         self.selection = selection
         self.counters = PassCounters()
         self.weights = Weights()
@@ -105,6 +134,8 @@ class Runtime:
             "protected_rows": self.counters.protected_rows,
             "passes": {name: self.counters.passes_of(name) for name in self.phases},
         }
+        if self.pair is not None:
+            state |= {"disaggregation": self.pair.mode}
         if self.gathering is not None:
             state["gathered_attention"] = self.gathering.state()
         return state if self.unproven is None else state | {"unproven": self.unproven}

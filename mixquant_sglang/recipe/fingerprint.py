@@ -44,6 +44,13 @@ def fingerprint(recipe: Recipe, selection: Selection, *, ready_made: str = "") -
     return digest(facts)
 
 
+def asked_digest(recipe: Recipe) -> str:
+    """16 hexadecimal digits of what ``recipe`` asks, whatever the device: those of a prefill and of a decode server are
+    equal where the two were given the same."""
+    asked = {name: getattr(recipe, name) for name in ("prefill", "decode", "kernel")}
+    return digest({"recipe": _plain(recipe), "asked": asked, "ready": bool(recipe.prefill_weights)})
+
+
 def digest(facts: Any) -> str:
     """16 hexadecimal digits of JSON values; the order of keys does not matter."""
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

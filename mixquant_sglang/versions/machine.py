@@ -14,6 +14,8 @@ NAME = "mixquant"
 TESTED: dict[str, tuple[str, ...]] = {"0.5.17": ("CPU", "GPU"), "0.5.23": ("CPU", "GPU")}
 # Set by the process that parsed the server arguments, inherited by the schedulers that it spawns.
 ACTIVE_ENV = "MIXQUANT_ACTIVE"
+# Of the same process: --disaggregation-mode of a server that has one, "prefill" or "decode".
+DISAGGREGATION_ENV = "MIXQUANT_DISAGGREGATION"
 
 
 def sglang_version() -> str:
@@ -34,6 +36,11 @@ def untested(device: Device) -> str:
 def is_scheduler_process() -> bool:
     """Whether this process was spawned to run a model for a launcher that asked for mixquant."""
     return os.environ.get(ACTIVE_ENV) == "1" and "sglang.srt.managers.scheduler" in sys.modules
+
+
+def disaggregation() -> str:
+    """The half of a prefill/decode pair that this server is: "prefill" or "decode"; "" for one that does both."""
+    return os.environ.get(DISAGGREGATION_ENV, "")
 
 
 def device() -> Device:

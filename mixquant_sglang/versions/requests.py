@@ -8,14 +8,16 @@ from typing import Any
 from mixquant_sglang.passes.rows import RequestRows
 
 
-def request_rows(forward_batch: Any, batch: Any, wants_bf16: Callable[[Any], bool]) -> list[RequestRows]:
+def request_rows(
+    forward_batch: Any, batch: Any, wants_bf16: Callable[[Any], bool], prompt_tokens: Callable[[Any], int]
+) -> list[RequestRows]:
     """The requests of an EXTEND, MIXED or SPLIT_PREFILL batch in row order."""
     decoding = {id(req) for req in batch.decoding_reqs or ()}
     return [
         RequestRows(
             new=int(new),
             prefix=int(prefix),
-            prompt=len(req.origin_input_ids),
+            prompt=prompt_tokens(req),
             decoding=id(req) in decoding,
             bf16=wants_bf16(req),
         )

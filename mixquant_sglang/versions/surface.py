@@ -29,6 +29,7 @@ _SPECULATION = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm"
 _COMPONENTS = "sglang.srt.model_executor.model_runner_components"
 _QUANTIZATION = "sglang.srt.layers.quantization"
 _MODELS = "sglang.srt.models"
+_PAIRS, _BOOT = "sglang.srt.disaggregation.common.conn", "host/hooks/pairs.py"
 _ARGS = "sglang.srt.server_args.ServerArgs"
 _LLAMA_LIKE = ("llama.Llama", "qwen2.Qwen2", "qwen3.Qwen3", "granite.Granite")
 _SANDWICHED = ("glm4.Glm4",)
@@ -65,7 +66,7 @@ SURFACE: tuple[Row, ...] = (
             *("enable_flexkv", "radix_cache_backend", "disable_radix_cache", "cuda_graph_backend_prefill"),
             *("cpu_offload_gb", "offload_group_size", "modelopt_quant"),
             *("quantize_and_serve", "rl_quant_profile", "load_format", "weight_cache_mode", "enable_eplb"),
-            *("elastic_ep_backend", "kt_weight_path", "model_impl"),
+            *("elastic_ep_backend", "kt_weight_path", "model_impl", "disaggregation_decode_enable_radix_cache"),
         ),
         "host/refusals.py",
     ),
@@ -81,7 +82,7 @@ SURFACE: tuple[Row, ...] = (
             *("attn_dp_size", "enable_cp_tp_group_sharing", "enable_layernorm_sp"),
             *("enable_decoder_swa_bounded_replay", "enable_encoder_swa_bounded_replay"),
             *("enable_return_aux_hidden_states", "enable_nvidia_megakernel", "enable_amd_monokernel"),
-            "enable_paged_experts",
+            *("enable_paged_experts", "enable_pd_role_switch"),
         ),
         "host/refusals.py",
         NEW,
@@ -136,6 +137,11 @@ SURFACE: tuple[Row, ...] = (
     Row(f"{_FORWARD}.CaptureHiddenMode", ("is_full",), "versions/requests.py"),
     Row(_SPECULATION, ("NONE", "NGRAM", "STANDALONE"), "versions/speculation.py"),
     Row(f"{_FORWARD}.ForwardMode", ("EXTEND", "MIXED", "SPLIT_PREFILL", "DECODE", "IDLE"), "passes/running.py"),
+    Row(f"{_PAIRS}.CommonKVManager", ("dist_init_addr", "bootstrap_host", "bootstrap_port", "server_args"), _BOOT),
+    Row(f"{_PAIRS}.CommonKVManager", ("attn_tp_rank", "attn_cp_rank", "attn_dp_rank", "system_dp_rank"), _BOOT),
+    Row(f"{_PAIRS}.CommonKVManager", ("pp_rank", "prefill_info_table", "record_failure"), _BOOT),
+    Row(f"{_PAIRS}.CommonKVReceiver", ("bootstrap_addr", "bootstrap_room", "kv_mgr", "abort"), _BOOT),
+    Row(f"{_PAIRS}.CommonKVBootstrapServer", ("app",), _BOOT),
     # -- the model runner ----------------------------------------------------------------------------------------------
     Row(
         _MODEL_RUNNER,

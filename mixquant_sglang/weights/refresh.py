@@ -65,6 +65,7 @@ class Weights:
         self.current = True
         # The first problem of any rank, in the same words on all of them; a collective where there are several.
         self.agree: Callable[[str | None], str | None] = alone
+        self.on_change: Callable[[], None] | None = None  # the masters are no longer what was loaded
         self._loading = True
         self._open = False
         self._due = False  # packing is to be tried before the next pass
@@ -109,11 +110,17 @@ class Weights:
         """The masters are being written, or their memory is gone; until ``changed`` nothing is packed."""
         self.current, self._due, self._why = False, False, why
         self._packed.clear()
+        self._changed()
 
     def changed(self) -> None:
         """The masters changed: pack again before the next pass."""
         self.current, self._due, self._why, self._problem = False, True, "the weights changed", None
         self._packed.clear()
+        self._changed()
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     def written(self) -> None:
         """The masters that ``hold`` spoke of are whole, unless a session writes more of them."""

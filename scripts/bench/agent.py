@@ -17,7 +17,10 @@ rounds:
     tok/s    generated tokens of the level / its time
     cached   prompt tokens that the cache served / prompt tokens (agents beyond the KV pool push each other out of it)
 
-Arms: stock-bf16 and stock-fp8 (SGLang without mixquant), or the name or file of a recipe.
+    tok/s/GPU  the same by the number of GPUs that serve
+
+Arms: stock-bf16 and stock-fp8 (SGLang without mixquant), or the name or file of a recipe; and, by --url, what is up
+already: a prefill/decode pair (scripts/serve_pd), or several servers behind a router (docs/pd.md).
 Prints a table per level; (1.2x) is 1.2 times as good as the first arm.  The last line of stdout is JSON.
 """
 
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
 import random
@@ -37,6 +41,8 @@ from typing import Any
 import aiohttp
 import orjson
 
+from scripts.bench import running
+from scripts.bench.running import Running
 from scripts.bench.servers import Arm, add_arguments, in_turn, machine, prepare, serving
 
 Measures = dict[str, float]
@@ -48,6 +54,7 @@ UNITS = {
     "latency_p50_ms": "latency p50",
     "latency_p95_ms": "latency p95",
     "output_tokens_per_s": "tok/s",
+    "output_tokens_per_s_per_gpu": "tok/s/GPU",
     "cache_hit_rate": "cached",
 }
 
@@ -153,7 +160,8 @@ def percentile(values: list[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def summarise(answers: list[Answer], wall_s: float) -> Measures:
+def summarise(answers: list[Answer], wall_s: float, gpus: int = 1) -> Measures:
+    tokens_per_s = sum(len(answer.ids) for answer in answers) / wall_s
     ttft = [1e3 * answer.ttft for answer in answers]
     latency = [1e3 * answer.latency for answer in answers]
     itl = [1e3 * gap / tokens for answer in answers for gap, tokens in answer.gaps for _ in range(tokens)]
@@ -164,7 +172,8 @@ def summarise(answers: list[Answer], wall_s: float) -> Measures:
         "itl_p95_ms": percentile(itl, 95),
         "latency_p50_ms": percentile(latency, 50),
         "latency_p95_ms": percentile(latency, 95),
-        "output_tokens_per_s": sum(len(answer.ids) for answer in answers) / wall_s,
+        "output_tokens_per_s": tokens_per_s,
+        "output_tokens_per_s_per_gpu": tokens_per_s / gpus,
         "cache_hit_rate": sum(a.cached_tokens for a in answers) / sum(a.prompt_tokens for a in answers),
     }
 
@@ -187,16 +196,17 @@ async def ask(session: aiohttp.ClientSession, url: str, prompt: bytes, tokens: i
 
 
 async def play(url: str, work: Workload, concurrency: int) -> tuple[list[Answer], float]:
-    """All conversations of ``work``, ``concurrency`` at a time; their answers, and the seconds they took."""
+    """All conversations of ``work``, ``concurrency`` at a time; their answers, and the seconds they took.  To several
+    URLs (by commas) the conversations go in turn, each to one."""
     answers: list[Answer] = []
-    waiting = iter(work.agents)
+    waiting = iter(zip(itertools.cycle(url.split(",")), work.agents, strict=False))
 
     async def agent(session: aiohttp.ClientSession) -> None:
-        for turns in waiting:
+        for server, turns in waiting:
             prompt = work.system
             for turn in turns:
                 prompt += b"," + turn.tool
-                answer = await ask(session, f"{url}/generate", prompt, turn.output_tokens)
+                answer = await ask(session, f"{server}/generate", prompt, turn.output_tokens)
                 prompt += b"," + encode(answer.ids)
                 answers.append(answer)
 
@@ -207,18 +217,18 @@ async def play(url: str, work: Workload, concurrency: int) -> tuple[list[Answer]
         return answers, time.perf_counter() - began
 
 
-def level(arm: Arm, work: Workload, concurrency: int) -> tuple[Measures, float]:
+def level(arm: Arm | Running, work: Workload, concurrency: int) -> tuple[Measures, float]:
     """One level on one arm, from an empty cache."""
     arm.flush()
     try:
         answers, wall_s = asyncio.run(play(arm.url, work, concurrency))
     except (aiohttp.ClientError, RuntimeError, TimeoutError, asyncio.TimeoutError) as error:
         raise arm.failed(f"failed at concurrency {concurrency}: {error!r}") from None
-    return summarise(answers, wall_s), wall_s
+    return summarise(answers, wall_s, arm.gpus), wall_s
 
 
 def measure(
-    arms: list[Arm], shapes: dict[int, Shape], args: argparse.Namespace
+    arms: list[Arm | Running], shapes: dict[int, Shape], args: argparse.Namespace
 ) -> dict[str, dict[str, list[Measures]]]:
     """``{arm: {concurrency: [measures of a round]}}``."""
     found: dict[str, dict[str, list[Measures]]] = {arm.name: {str(n): [] for n in shapes} for arm in arms}
@@ -258,7 +268,7 @@ def table(results: dict[str, Measures]) -> str:
             if key == "cache_hit_rate":
                 cells.append(f"{value:.1%}")
                 continue
-            better = value / first[key] if key == "output_tokens_per_s" else first[key] / value
+            better = value / first[key] if key.startswith("output_tokens") else first[key] / value
             cells.append(f"{value:.2f} ({better:.3f}x)")
         lines.append(f"{name:<18}" + "".join(f"{cell:>20}" for cell in cells))
     return "\n".join(lines)
@@ -283,7 +293,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[int, 
     add("--tool-tokens", default=[512, 4096], help="new tokens in each turn, uniform (default: %(default)s)", **spread)
     add("--output-tokens", default=[32, 128], help="generated in each turn, uniform (default: %(default)s)", **spread)
     add_arguments(parser, rounds=3, kv_tokens=150000)
+    running.add_argument(parser)
     args = parser.parse_args(argv)
+    running.read(args, parser)
     args.concurrency = sorted({*args.concurrency})
     for flag, (low, high), least in (("tool", args.tool_tokens, 1), ("output", args.output_tokens, 2)):
         if not least <= low <= high:
@@ -307,8 +319,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[int, 
 
 def main() -> None:
     args, shapes = parse()
-    with serving(args, timed=False) as arms:
-        found = measure(arms, shapes, args)
+    with serving(args, timed=False) as started:
+        found = measure([*started, *args.running], shapes, args)
     results = {name: {n: medians(rounds) for n, rounds in levels.items()} for name, levels in found.items()}
     for concurrency, shape in shapes.items():
         print(f"concurrency {concurrency}: {shape.agents} agents, {shape.turns} turns each")
@@ -320,7 +332,8 @@ def main() -> None:
         "kv_tokens": args.kv_tokens,
         "flags": args.flags,
         "workload": {str(n): asdict(shape) for n, shape in shapes.items()},
-        "baseline": args.arms[0],
+        "baseline": next(iter(found)),
+        "gpus": {arm.name: arm.gpus for arm in [*started, *args.running]},
         "medians": results,
         "by_round": found,
     }

@@ -143,6 +143,7 @@ class Arm:
         self, name: str, args: argparse.Namespace, plugin: Path | None, timed: bool, gpu: str | None = None
     ) -> None:
         self.name = name
+        self.gpus = ranks(args.flags)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = args.logs / f"{Path(name).stem}.log"
@@ -248,6 +249,16 @@ class Arm:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+def ranks(flags: list[str]) -> int:
+    """GPUs of a server with these flags."""
+    found = 1
+    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+        name, _, inline = flag.partition("=")
+        if name in ("--tp-size", "--tp", "--tensor-parallel-size"):
+            found = int(inline or value)
+    return found
 
 
 def gpu_names(count: int) -> list[str] | list[None]:

@@ -1,6 +1,6 @@
 """A multi-turn agent conversation through SGLang with mixquant: which tokens ran in which precision.
 
-    scripts/demo [--recipe NAME|FILE] [--model PATH] [--turns N] [any sglang.launch_server argument]
+    scripts/demo [--pd] [--recipe NAME|FILE] [--model PATH] [--turns N] [any sglang.launch_server argument]
 
 Starts a server with --quantization mixquant, on a machine without a GPU on the CPU, plays one conversation, and shows a
 table by turn. The small model in tests/models opens page after page with its tool, finds on each the reference that it
@@ -10,6 +10,10 @@ cache serves the old part and only the new part is prefilled. `new`, `cached` an
 as usage; `low`, `high` and `protected` are what the server counted in its forward passes (/server_info). The last line
 of stdout is a line of JSON; `ok` says that the two accounts agree, that prompts ran in low precision, and that no
 generated token did.
+
+With --pd a prefill server, a decode server and SGLang's router play it (scripts/serve_pd): on two GPUs, or on the CPU
+where there are fewer.  Prompts are then counted by the one and generated tokens by the other, and answers of earlier
+turns, which the prefill server never had, are prefilled there beside what is new.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +40,8 @@ from typing import Any
 import openai
 
 from scripts.models.tiny_tasks import Example, correct, examples
+from scripts.serve.pair import Pair, Plan, gpus_of
+from scripts.serve.pd import gpu_count
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache"
@@ -113,23 +121,24 @@ def server(command: list[str], url: str, log: Path) -> Iterator[None]:
         stop(process)
 
 
-def counters(url: str) -> dict[str, int]:
-    """What the server has counted so far, by phase and low (any precision but bf16) or high."""
+def state(url: str) -> dict[str, Any]:
     info = json.loads(get(f"{url}/server_info") or b"{}")
     try:
-        state = info["internal_states"][0]["mixquant"]
+        return dict(info["internal_states"][0]["mixquant"])
     except (KeyError, IndexError):
         raise RuntimeError("/server_info has no internal_states[0].mixquant: the plugin is not at work") from None
-    count = {"protected": int(state["protected_rows"])}
-    for phase in ("prefill", "decode"):
-        tokens = state["tokens"].get(phase, {})
-        count[f"{phase}_high"] = tokens.get("bf16", 0)
-        count[f"{phase}_low"] = sum(tokens.values()) - tokens.get("bf16", 0)
-    return count
 
 
-def recipe_name(url: str) -> str:
-    return str(json.loads(get(f"{url}/server_info") or b"{}")["internal_states"][0]["mixquant"]["recipe"])
+def counters(servers: Sequence[str]) -> dict[str, int]:
+    """What the servers have counted so far, by phase and low (any precision but bf16) or high."""
+    count: Counter[str] = Counter()
+    for found in map(state, servers):
+        count["protected"] += int(found["protected_rows"])
+        for phase in ("prefill", "decode"):
+            tokens = found["tokens"].get(phase, {})
+            count[f"{phase}_high"] += tokens.get("bf16", 0)
+            count[f"{phase}_low"] += sum(tokens.values()) - tokens.get("bf16", 0)
+    return dict(count)
 
 
 def tool_result(turn: int) -> dict[str, str]:
@@ -171,8 +180,8 @@ def short(text: str) -> str:
     return f"{found[1]}({found[2]})" if found else text[:40]
 
 
-def converse(url: str, turns: int, task: Example | None) -> tuple[dict[str, int], list[str]]:
-    """Play the conversation; the totals, and what does not hold about them."""
+def converse(url: str, servers: Sequence[str], turns: int, task: Example | None) -> tuple[dict[str, int], list[str]]:
+    """Play the conversation at ``url``; the totals of what ``servers`` count, and what does not hold about them."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
     model = client.models.list().data[0].id
     messages: list[Any] = [
@@ -184,13 +193,13 @@ def converse(url: str, turns: int, task: Example | None) -> tuple[dict[str, int]
     columns = ("new", "cached", "low", "high", "protected", "generated", "ttft")
     print("turn " + "".join(f"{c + ' ms' if c == 'ttft' else c:>11}" for c in columns) + "  answer")
     total: dict[str, int] = {}
-    before = counters(url)
+    before = counters(servers)
     for turn in range(turns):
         if not task:
             messages.append(tool_result(turn))
         text, row = ask(client, model, messages)
         messages.append({"role": "assistant", "content": text})
-        after = counters(url)
+        after = counters(servers)
         row |= {name: after[name] - before[name] for name in after}
         row |= {"low": row["prefill_low"], "high": row["prefill_high"]}
         before = after
@@ -206,8 +215,11 @@ def converse(url: str, turns: int, task: Example | None) -> tuple[dict[str, int]
     print(f"{'all':<5}" + "".join(f"{total[c]:>11}" for c in columns[:-1]) + "\n")
 
     wrong = []
-    if total["new"] != total["low"] + total["high"]:
-        wrong.append(f"the API reports {total['new']} new prompt tokens, the server ran {total['low'] + total['high']}")
+    ran = total["low"] + total["high"]
+    # A prefill server never had the answers of earlier turns, which the decode server, who tells of it, has cached.
+    again = total["generated"] if len(servers) > 1 else 0
+    if not total["new"] <= ran <= total["new"] + again:
+        wrong.append(f"the API reports {total['new']} new prompt tokens, the server ran {ran}")
     if total["low"] == 0:
         wrong.append("no prompt token ran in low precision")
     if total["cached"] == 0:
@@ -219,6 +231,7 @@ def converse(url: str, turns: int, task: Example | None) -> tuple[dict[str, int]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pd", action="store_true", help="a prefill and a decode server behind a router")
     parser.add_argument("--recipe", help="a shipped recipe or a recipe file (default: auto)")
     parser.add_argument("--model", help="a checkpoint (default: the small one in tests/models)")
     parser.add_argument("--turns", type=int, default=9, help="turns of the conversation (default: %(default)s)")
@@ -232,6 +245,8 @@ def main() -> int:
     if Path(model).exists():
         model = str(Path(model).resolve())
     task = None if options.model else examples("agent", "eval", 1, level=1, length=4096)[0]
+    if options.pd:
+        return on_pair(options, server_args, model, task)
     gpu = gpu_name()
     port = free_port()
     url, log = f"http://127.0.0.1:{port}", CACHE / f"demo-{port}.log"
@@ -245,20 +260,59 @@ def main() -> int:
     print(" ".join(["python", *command[1:]]) + f"\n  server log: {log}", flush=True)
     try:
         with server(command, url, log):
-            total, wrong = converse(url, options.turns, task)
-            result = {
-                "ok": not wrong,
-                "sglang": version("sglang"),
-                "device": gpu or "cpu",
-                "recipe": recipe_name(url),
-                "turns": options.turns,
-                **{n: total[n] for n in ("prefill_low", "prefill_high", "decode_low", "decode_high")},
-                "cached_tokens": total["cached"],
-            }
+            total, wrong = converse(url, [url], options.turns, task)
+            result = result_of(total, wrong, options.turns, gpu, state(url)["recipe"])
     except (RuntimeError, openai.OpenAIError) as error:
         wrong, result = [str(error)], {"ok": False, "error": str(error)}
     except KeyboardInterrupt:
         return 130
+    return tell(wrong, result)
+
+
+def on_pair(options: argparse.Namespace, server_args: list[str], model: str, task: Example | None) -> int:
+    recipe = options.recipe or ""
+    on_gpus = gpu_count() > 1
+    plan = Plan(
+        model,
+        free_port(),
+        recipe=str(Path(recipe).resolve()) if recipe and Path(recipe).is_file() else recipe,
+        prefill_gpu=gpus_of(0, 1) if on_gpus else "",
+        decode_gpu=gpus_of(1, 1) if on_gpus else "",
+        transfer="nixl" if on_gpus else "mooncake_tcp",
+        both=tuple(server_args),
+    )
+    try:
+        with Pair(plan, CACHE, partial(print, flush=True)) as pair:
+            servers = [plan.url(name) for name in ("prefill", "decode")]
+            total, wrong = converse(pair.url, servers, options.turns, task)
+            prefill, decode = (counters([url]) for url in servers)
+            if prefill["decode_low"] + prefill["decode_high"]:
+                wrong.append("the prefill server decoded")
+            if decode["prefill_low"] + decode["prefill_high"]:
+                wrong.append("the decode server prefilled")
+            result = result_of(
+                total, wrong, options.turns, gpu_name() if on_gpus else None, state(servers[0])["recipe"]
+            )
+    except (RuntimeError, openai.OpenAIError) as error:
+        wrong, result = [str(error)], {"ok": False, "error": str(error)}
+    except KeyboardInterrupt:
+        return 130
+    return tell(wrong, result | {"topology": "pd"})
+
+
+def result_of(total: dict[str, int], wrong: list[str], turns: int, gpu: str | None, recipe: str) -> dict[str, Any]:
+    return {
+        "ok": not wrong,
+        "sglang": version("sglang"),
+        "device": gpu or "cpu",
+        "recipe": recipe,
+        "turns": turns,
+        **{n: total[n] for n in ("prefill_low", "prefill_high", "decode_low", "decode_high")},
+        "cached_tokens": total["cached"],
+    }
+
+
+def tell(wrong: list[str], result: dict[str, Any]) -> int:
     for line in wrong:
         print(f"NOT OK: {line}")
     print(json.dumps(result))

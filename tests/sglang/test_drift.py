@@ -39,6 +39,7 @@ NOT_SGLANG = {
             "gemm_shapes",
             "mixquant",
             "mixquant_bf16",
+            "mixquant_prompt",
             "runs",
             "takes_stock_now",
             "whole",

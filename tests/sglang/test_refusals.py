@@ -31,6 +31,7 @@ ONLY = {
     "enable_nvidia_megakernel": "0.5.23",
     "enable_amd_monokernel": "0.5.23",
     "enable_paged_experts": "0.5.23",
+    "enable_pd_role_switch": "0.5.23",
     "enable_prefill_context_parallel": "0.5.17",
     "enable_dsa_prefill_context_parallel": "0.5.17",
     "torchao_config": "0.5.17",

@@ -32,10 +32,14 @@ from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host import refusals, runtime
 from mixquant_sglang.host.hooks import http, launcher, requests
-from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.host.hooks.forward import prompt_tokens
+from mixquant_sglang.host.runtime import Pair, Runtime
+from mixquant_sglang.passes.rows import RequestRows
+from mixquant_sglang.recipe import pairs
 from mixquant_sglang.recipe.policy import PolicyError
 from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.versions.dialect import dialect
+from mixquant_sglang.versions.requests import request_rows
 
 BF16 = {"mixquant": {"prefill": "bf16"}}
 CPU = Device("this CPU", None)
@@ -197,10 +201,44 @@ def test_a_prompt_prefilled_again_elsewhere_is_named_there_once(scheduler: Runti
             req = made(custom, extra_key=key)
             requests.rebootstrap_payload(payload, req)
             assert payload["extra_key"] == key
-            assert payload["sampling_params"].get("custom_params") == custom
+            prompt = {pairs.PROMPT: len(req.origin_input_ids)}
+            assert payload["sampling_params"]["custom_params"] == {**prompt, **(custom or {})}
             again = made(payload["sampling_params"].get("custom_params"), extra_key=payload["extra_key"])
             assert again.extra_key == req.extra_key
             json.dumps(payload)
+
+
+@pytest.mark.parametrize("mode", [pairs.PREFILL, pairs.DECODE, ""])
+def test_a_prefill_server_is_told_where_the_prompt_ends(
+    scheduler: Runtime, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another server looks at no such thing: there generated tokens are behind ``origin_input_ids``."""
+    monkeypatch.setattr(scheduler, "pair", Pair(mode, scheduler.recipe) if mode else None)
+    sent = len(made(None).origin_input_ids)
+    for told in (1, sent):
+        req = made({pairs.PROMPT: told})
+        assert req.to_finish is None and req.mixquant_prompt == (told if mode == pairs.PREFILL else None)
+    assert made(None).mixquant_prompt is None
+    for wrong in (0, sent + 1, True, "3", None, [1] * 500):
+        req = made({pairs.PROMPT: wrong})
+        assert (req.to_finish is not None) == (mode == pairs.PREFILL)
+        if req.to_finish is not None:
+            assert req.to_finish.status_code == 400 and f"allowed: 1 to {sent}" in req.to_finish.message
+            assert len(req.to_finish.message) < 200
+
+
+def test_rows_behind_the_prompt_that_a_prefill_server_was_told_of_are_protected(
+    scheduler: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "pair", Pair(pairs.PREFILL, scheduler.recipe))
+    req = made({pairs.PROMPT: 2})
+    sent = len(req.origin_input_ids)
+    batch = SimpleNamespace(reqs=[req], decoding_reqs=None)
+    rows = SimpleNamespace(extend_seq_lens_cpu=[sent], extend_prefix_lens_cpu=[0])
+    (found,) = request_rows(rows, batch, lambda r: r.mixquant_bf16, prompt_tokens)
+    assert found == RequestRows(new=sent, prefix=0, prompt=2)
+    scheduled = scheduler.schedule.prefill([found], torch.device("cpu"))
+    assert scheduled.protected == ((1, sent),)
 
 
 # -- the scheduler checks too ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 # What a stock SGLang needs on a machine without a GPU; with SGLANG_PLUGINS=cpu_shim no other plugin is loaded.
@@ -90,3 +91,9 @@ def write(folder: Path, name: str, source: str) -> Path:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
     (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:register\n")
     return root
+
+
+def on_path(folders: list[Path]) -> str:
+    """PYTHONPATH of a server that has the plugins in ``folders``."""
+    inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    return os.pathsep.join([*map(str, folders), *inherited])

@@ -29,12 +29,18 @@ def schedule_batch(forward_batch: Any, _cls: type, batch: Any, model_runner: Any
     if run is None or _role_of(forward_batch.forward_mode) is not Role.PROMPT:
         return
     run.weights.refresh()
-    requests = request_rows(forward_batch, batch, lambda req: getattr(req, "mixquant_bf16", False))
+    requests = request_rows(forward_batch, batch, lambda req: getattr(req, "mixquant_bf16", False), prompt_tokens)
     reads_all = run.schedule.prunes and reads_all_rows(forward_batch)
     scheduled = run.schedule.prefill(requests, torch.device(model_runner.device), reads_all=reads_all)
     setattr(forward_batch, _SCHEDULED, scheduled)
     if batch.prefill_stats is not None:
         batch.prefill_stats.mixquant = scheduled
+
+
+def prompt_tokens(req: Any) -> int:
+    """A prefill server gets generated tokens to prefill again as if they were of the prompt."""
+    told: int | None = getattr(req, "mixquant_prompt", None)
+    return len(req.origin_input_ids) if told is None else told
 
 
 @cache

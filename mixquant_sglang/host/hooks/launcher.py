@@ -18,7 +18,7 @@ from mixquant_sglang.host import stock
 from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.host.refusals import check_server_args
-from mixquant_sglang.recipe import Recipe
+from mixquant_sglang.recipe import Recipe, pairs
 from mixquant_sglang.versions import machine
 from mixquant_sglang.versions.dialect import dialect
 
@@ -66,6 +66,7 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
         return original(server_args, *args, **kwargs)
     ours = server_args.quantization == machine.NAME
     os.environ.pop(machine.ACTIVE_ENV, None)
+    os.environ.pop(machine.DISAGGREGATION_ENV, None)
     with _refusing():
         if asked.recipe_flag and not ours:
             raise MixQuantError(f"--mixquant-recipe needs --quantization {machine.NAME}")
@@ -85,6 +86,9 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
             check_server_args(server_args)
             if asked.command_line or _HTTP_SERVER in sys.modules:
                 _set_hooks("http")  # imports SGLang's HTTP server, which comes next; sgl.Engine does without
+            mode = str(dialect().resolved(server_args).disaggregation_mode)
+            if mode in (pairs.PREFILL, pairs.DECODE):
+                os.environ[machine.DISAGGREGATION_ENV] = mode
             os.environ[machine.ACTIVE_ENV] = "1"
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks import http, launcher
 from mixquant_sglang.host.hooks.registry import handler
-from mixquant_sglang.recipe import policy
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.recipe import pairs, policy
 from mixquant_sglang.recipe.policy import PolicyError
 from mixquant_sglang.versions import storage
 from mixquant_sglang.versions.dialect import dialect
@@ -32,8 +33,21 @@ def namespace_request(_result: None, req: Any, *_args: Any, **_kwargs: Any) -> N
         req.mixquant_bf16 = policy.asks_bf16(req.sampling_params.custom_params, run.recipe)
     except PolicyError as error:
         req.set_finish_with_abort(str(error))
+    req.mixquant_prompt = _prompt_tokens(run, req)
     fingerprint = policy.BF16 if req.mixquant_bf16 else run.fingerprint
     req.extra_key = policy.kv_name(fingerprint, req.extra_key)
+
+
+def _prompt_tokens(run: Runtime, req: Any) -> int | None:
+    """How many of the tokens sent are prompt, where a decode server says so; None where all are."""
+    custom = req.sampling_params.custom_params
+    if run.pair is None or run.pair.mode != pairs.PREFILL or not isinstance(custom, dict) or pairs.PROMPT not in custom:
+        return None
+    told, sent = custom[pairs.PROMPT], len(req.origin_input_ids)
+    if isinstance(told, bool) or not isinstance(told, int) or not 0 < told <= sent:
+        req.set_finish_with_abort(f"custom_params.{pairs.PROMPT} is {policy.show(told)}; allowed: 1 to {sent}")
+        return None
+    return told
 
 
 @handler
@@ -53,11 +67,13 @@ def session_turn(req: Any, session: Any, *_args: Any, **_kwargs: Any) -> None:
 
 @handler
 def rebootstrap_payload(payload: dict[str, Any], req: Any) -> None:
-    """What a decode server sends to have a prompt prefilled again: with the policy, and without our name on the key, to
-    which the prefill server puts its own."""
+    """What a decode server sends to have a prompt and what was generated prefilled again: with the policy, with the
+    length of the prompt, and without our name on the key, to which the prefill server puts its own."""
     payload["extra_key"] = policy.client_key(payload["extra_key"])
+    custom: dict[str, Any] = {pairs.PROMPT: len(req.origin_input_ids)}
     if req.mixquant_bf16:
-        payload["sampling_params"]["custom_params"] = {policy.KEY: dict(policy.ALLOWED)}
+        custom[policy.KEY] = dict(policy.ALLOWED)
+    payload["sampling_params"]["custom_params"] = custom
 
 
 @handler

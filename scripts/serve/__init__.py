@@ -1,0 +1,1 @@
+"""Servers for people: a prefill and a decode server behind a router."""
