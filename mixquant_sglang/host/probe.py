@@ -32,6 +32,7 @@ from mixquant_sglang.passes.running import current
 from mixquant_sglang.recipe import show
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.versions import batches
+from mixquant_sglang.versions.groups import from_previous_stage, to_next_stage
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +251,8 @@ def _prefill(model_runner: Any, rows: int) -> tuple[Any, Any]:
 def _forward(model_runner: Any, forward_batch: Any) -> None:
     ran = False
     try:
-        model_runner.forward(forward_batch)
+        proxies = from_previous_stage()
+        to_next_stage(model_runner.forward(forward_batch, pp_proxy_tensors=proxies))
         ran = True
     finally:
         if not ran:

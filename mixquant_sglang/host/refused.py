@@ -43,7 +43,6 @@ def _whole_graph(value: Any) -> bool:
     return value in ("full", "tc_piecewise")
 
 
-_REPLICAS = "start one server per replica behind SGLang's router"
 _TP = "use --tp-size"
 _LEAVE_OUT = "leave it out"
 _CP = "context parallelism splits and reorders the rows of a pass"
@@ -63,10 +62,10 @@ REFUSALS: tuple[Refusal, ...] = (
     # processes
     Refusal(
         "tokenizer_worker_num",
-        "--tokenizer-worker-num > 1",
-        _several,
-        "SGLang does not load plugins in its tokenizer workers",
-        "use one",
+        "SGLANG_HTTP_SERVER_APP_PATH with --tokenizer-worker-num > 1",
+        lambda v: v > 1 and environment.has_own_http_app(),
+        "that app is not SGLang's own, so a request's BF16 prefill might be ignored",
+        "unset it, or use one tokenizer worker",
     ),
     Refusal(
         "port",
@@ -83,7 +82,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "use HTTP",
         unless=("smg_grpc_mode", "grpc_mode"),
     ),
-    Refusal("use_ray", "--use-ray", is_set, "SGLang does not load plugins in Ray actors", _LEAVE_OUT),
     Refusal(
         "device",
         "--device other than cuda and cpu",
@@ -100,8 +98,6 @@ REFUSALS: tuple[Refusal, ...] = (
         _TP,
     ),
     Refusal("attn_dp_size", "--attn-dp-size > 1", _several, "it mixes the rows of several ranks", _TP),
-    Refusal("dp_size", "--dp-size > 1", _several, "it has not been tested", _REPLICAS),
-    Refusal("pp_size", "--pp-size > 1", _several, "pipeline parallelism has not been tested", _TP),
     Refusal("attn_cp_size", "--attn-cp-size > 1", _several, _CP, _TP),
     Refusal("enable_prefill_cp", "--enable-prefill-cp", is_set, _CP, _TP),
     Refusal("enable_prefill_context_parallel", "--enable-prefill-context-parallel", is_set, _CP, _TP),

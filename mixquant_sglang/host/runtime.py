@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mixquant_sglang import __version__
@@ -42,6 +43,16 @@ class Lifecycle(Protocol):
     def prove(self, model_runner: Any, eager_runner: Any) -> None: ...
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What one stage of a pipeline holds; the only one of a model that has no pipeline."""
+
+    layers: Counter[str]
+    experts: Counter[str]
+    stays_bf16: dict[str, list[str]]
+    extra_weight_bytes: int
+
+
 class Runtime:
     def __init__(
         self, recipe: Recipe, selection: Selection, *, ready_made: str = "", environment: Environment = NOTHING
@@ -63,6 +74,7 @@ class Runtime:
         self.shortage: Callable[[], str] | None = None  # for a server that has too little memory, once it is loaded
         self.unproven: str | None = None  # why the probe could not run
         self.stays_bf16: dict[str, list[str]] = {}  # reason -> modules
+        self.stages: list[Stage] = []  # of all ranks of the pipeline, once the model is loaded
 
     @property
     def loading(self) -> bool:
@@ -83,9 +95,22 @@ class Runtime:
     def extra_weight_bytes(self) -> int:
         return sum(layer.extra_bytes for layer in self.layers)
 
+    def stage(self) -> Stage:
+        """Of this rank."""
+        return Stage(self.precisions, self.experts, self.stays_bf16, self.extra_weight_bytes)
+
+    def counted(self, what: str) -> dict[str, int]:
+        """``layers`` or ``experts`` of all stages, by the precision of prompt rows."""
+        stages = self.stages if len(self.stages) > 1 else [self.stage()]
+        return dict(sum((getattr(stage, what) for stage in stages), Counter()))
+
     def state(self) -> dict[str, Any]:
         """``internal_states[i].mixquant`` of ``/server_info``; builtin types only."""
-        table = self.schedule.table
+        table, several = self.schedule.table, len(self.stages) > 1
+        kept: dict[str, list[str]] = {}
+        for stage in self.stages if several else [self.stage()]:
+            for reason, names in stage.stays_bf16.items():
+                kept.setdefault(reason, []).extend(names)
         state = {
             "version": __version__,
             "recipe": self.recipe.name,
@@ -93,14 +118,19 @@ class Runtime:
             "precision": {"prefill": self.schedule.words[Role.PROMPT], "decode": self.schedule.words[Role.DECODE]},
             "roles": {role.value: table.row(role) for role in Role},
             "kernel": dict(self.selection.kernels),
-            "layers": dict(self.precisions),
-            "experts": dict(self.experts),
-            "stays_bf16": {reason: some(names) for reason, names in self.stays_bf16.items()},
+            "layers": self.counted("layers"),
+            "experts": self.counted("experts"),
+            "stays_bf16": {reason: some(names) for reason, names in kept.items()},
             "extra_weight_bytes": self.extra_weight_bytes,
             "tokens": {name: self.counters.by_phase(name) for name in ("prefill", "decode")},
             "protected_rows": self.counters.protected_rows,
             "passes": {name: self.counters.passes_of(name) for name in ("prefill", "decode")},
         }
+        if several:
+            state["stages"] = [
+                {"layers": dict(s.layers), "experts": dict(s.experts), "extra_weight_bytes": s.extra_weight_bytes}
+                for s in self.stages
+            ]
         return state if self.unproven is None else state | {"unproven": self.unproven}
 
 
