@@ -29,6 +29,7 @@ COMMANDS = {
     "make_family_models": "models.make_family_models",
     "make_tiny_model": "models.make_tiny_model",
     "measure_formats": "tools.measure_formats",
+    "support_matrix": "tools.support",
     "train_tiny_model": "models.train_tiny_model",
 }
 
