@@ -41,7 +41,7 @@ def publish_metrics() -> None:
         version=__version__,
         recipe=run.recipe.name,
         kernel=",".join(f"{precision}:{kernel}" for precision, kernel in run.selection.kernels.items()) or "none",
-        layers=run.counted("layers"),
+        layers=run.precisions,
         extra_bytes=run.extra_weight_bytes,
     )
     _labels = None
