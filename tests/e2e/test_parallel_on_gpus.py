@@ -43,7 +43,7 @@ PROMPTS = (300, 7, 129, 640)
 NEW = 24
 FLAGS = [
     *("--skip-tokenizer-init", "--random-seed", "1", "--chunked-prefill-size", "256", "--mem-fraction-static", "0.5"),
-    *("--max-running-requests", "8", "--cuda-graph-max-bs", "8", "--disable-radix-cache"),
+    *("--max-running-requests", "8", "--cuda-graph-max-bs-decode", "8", "--disable-radix-cache"),
 ]
 
 

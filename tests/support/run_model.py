@@ -40,6 +40,7 @@ from typing import Any
 PROMPT = 37
 STEPS = 6
 BROKEN = 3
+RANK = 0  # among those that run the model together (run_stages.py)
 BF16 = {"mixquant": {"prefill": "bf16"}}
 # What SGLang's own code raises where a model does not run.
 ERRORS = (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, LookupError, ImportError, OSError)
@@ -203,7 +204,7 @@ def _server_args(case: dict[str, Any]) -> Any:
         from sglang.srt import runtime_context
 
         args.resolve_once()
-        runtime_context.publish(args, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=0, gpu_id=0))
+        runtime_context.publish(args, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=RANK, gpu_id=0))
     return args
 
 
