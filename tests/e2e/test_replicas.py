@@ -27,15 +27,17 @@ pytestmark = [
     pytest.mark.skipif(ON_GPU, reason="two replicas take two GPUs: test_parallel_on_gpus.py"),
 ]
 
-# 0.5.23 wants to be told the cores of each process where there are more of them than NUMA nodes
-CORES = {} if machine.sglang_version() == "0.5.17" else {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+# 0.5.23 wants to be told the cores of each process where there are more of them than NUMA nodes.  uvicorn ends a worker
+# that does not answer for so many seconds, as one that still imports SGLang on a busy machine
+ENV = {"SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "600"}
+ENV |= {} if machine.sglang_version() == "0.5.17" else {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 SIZES = ["--dp-size", "2", "--tokenizer-worker-num", "2"]
 
 
 @pytest.fixture(scope="module")
 def replicas(servers: Servers, tiny_model: Path, logs: Path) -> Iterator[Server]:
     flags = [*FLAGS, "--quantization", "mixquant", "--mixquant-recipe", LOW_RECIPE, "--enable-metrics"]
-    with Server(tiny_model, logs, "replicas", *flags, *SIZES, env=CORES) as server:
+    with Server(tiny_model, logs, "replicas", *flags, *SIZES, env=ENV) as server:
         yield server
 
 

@@ -67,6 +67,7 @@ def _names_of_server_args() -> list[str]:
 def test_the_last_stage_is_stock(ran: list[dict[str, Any]]) -> None:
     last = {name: ran[1][name] for name in caches.KINDS}
     assert not caches.problems(last)
+    assert "bits" in last["stock"], caches.ended(last["stock"])
 
 
 def test_each_stage_counts_every_row(ran: list[dict[str, Any]]) -> None:

@@ -56,7 +56,11 @@ def main() -> None:
     run_model.RANK = rank
     run_model._free_port = lambda: next(ports)
     from sglang.benchmark import one_batch
+    from sglang.srt.distributed import parallel_state
 
+    # gloo alone: SGLang builds NCCL's communicator of stages on a CPU too, where it cannot be
+    make_group = parallel_state.init_model_parallel_group
+    parallel_state.init_model_parallel_group = partial(make_group, use_pynccl=False)
     one_batch.load_model = partial(_loaded, one_batch.load_model)
     if hasattr(one_batch, "ParallelState"):  # 0.5.17 hands ranks to the model runner
         state = one_batch.ParallelState
