@@ -54,7 +54,7 @@ class LoadSteps:
             self._check_ready_made(model)
             report.keep_outside_bf16(model)
             self._check_prefixes(model)
-            packed = self._check_packed()
+            packed = self._check_packed(model)
         self._report(model, packed, device)
         self._run.stages = over_stages(self._run.stage())
         self.unproved = any(over_stages(bool(packed)))
@@ -136,10 +136,13 @@ class LoadSteps:
                     "SGLang, so ready-made weights cannot be told apart; leave 'weights' out"
                 )
 
-    def _check_packed(self) -> list[Packed]:
+    def _check_packed(self, model: torch.nn.Module) -> list[Packed]:
         """The linears and experts that have a low precision; refuses a low recipe of which nothing is left."""
         run = self._run
         methods = [m for m in run.layers if isinstance(m, (MixQuantLinearMethod, MixQuantExpertsMethod))]
+        for method in methods:
+            if isinstance(method, MixQuantExpertsMethod):
+                method.find_choices(model)
         packed: list[Packed] = [m for m in methods if m.low]
         if run.selection.kernels and not any(over_stages(bool(packed))):
             raise MixQuantError(

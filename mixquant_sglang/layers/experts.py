@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from sglang.srt.layers.moe.moe_runner.runner import MoeRunner
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatchOutput
-from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
 from mixquant_sglang.errors import refusing
@@ -65,6 +65,7 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         self._ready = ready
         self._ready_print: tuple[tuple[int, int], ...] | None = None  # of those that the ready-made weights belong to
         self._padded_runner: MoeRunner | None = None
+        self._choices: int | None = None
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -140,8 +141,19 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
     def sizes(self) -> tuple[int, int, int, int]:
         """Experts of this rank, I, H, experts a token."""
         w13, w2 = self.masters[:2]
-        top_k: int = self._layer.moe_runner_config.top_k  # type: ignore[assignment,union-attr]
-        return len(w13), w2.shape[2], w2.shape[1], top_k
+        assert self._choices is not None, f"{self.name} was not asked how many experts a token takes"
+        return len(w13), w2.shape[2], w2.shape[1], self._choices
+
+    def find_choices(self, model: torch.nn.Module) -> None:
+        """How many experts a token takes: as the layer was told, or (Llama-4) the router that stands beside it in
+        ``model``.  Without either the layer stays BF16: nothing could be timed or proved of it."""
+        self._choices = self._layer.moe_runner_config.top_k  # type: ignore[assignment,union-attr]
+        if self._choices is None:
+            beside = [parent for parent in model.modules() if self._layer in {*parent.children()}]
+            routers = [child for parent in beside for child in parent.children() if isinstance(child, TopK)]
+            self._choices = routers[0].topk_config.top_k if routers else None
+        if self._choices is None:
+            self.stay_bf16("neither it nor a router beside it says how many experts a token takes")
 
     @property
     def form(self) -> Form | None:

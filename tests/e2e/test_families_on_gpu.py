@@ -86,7 +86,7 @@ def _counts(counts: dict[str, int]) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_family(name: str, ran: dict[str, dict[str, Any]]) -> None:
     best = select(recipe.load("auto"), machine.device()).prefill
-    problems = families.problems(name, ran[name], attention="fp8", others=best)
+    problems = families.problems(name, ran[name], attention="fp8", others=best, cuda=True)
     for kind, result in ran[name].items():
         if problems and "trace" in result:
             print(f"{kind}:\n{result['trace']}")

@@ -127,6 +127,38 @@ def test_nor_can_two_moe_layers_of_one_prefix(monkeypatch: pytest.MonkeyPatch) -
         config._runtime.lifecycle._check_prefixes(root)
 
 
+def test_experts_a_token_takes_are_asked_of_the_router_where_the_layer_was_not_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Llama-4 builds its experts without top_k."""
+    from mixquant_sglang.layers import experts
+
+    class Router(torch.nn.Module):
+        def __init__(self, top_k: int) -> None:
+            super().__init__()
+            self.topk_config = SimpleNamespace(top_k=top_k)
+
+    monkeypatch.setattr(experts, "TopK", Router)
+    config, _ = model(monkeypatch, "nvfp4")
+
+    def block(told: int | None, *beside: torch.nn.Module) -> tuple[torch.nn.Module, Any]:
+        method = experts.MixQuantExpertsMethod(config._runtime, "a", "nvfp4", "bf16", flags=(False, False, False))
+        layer, parent = torch.nn.Module(), torch.nn.Module()
+        layer.moe_runner_config = SimpleNamespace(top_k=told)
+        method._layers = [layer]
+        for at, child in enumerate((*beside, layer)):
+            parent.add_module(str(at), child)
+        return parent, method
+
+    blocks = [block(8, Router(2)), block(None, Router(1)), block(None)]
+    whole = torch.nn.ModuleList(parent for parent, _ in blocks)
+    for _, method in blocks:
+        method.find_choices(whole)
+    assert [method._choices for _, method in blocks] == [8, 1, None]
+    assert [method.low for _, method in blocks] == [{"nvfp4"}, {"nvfp4"}, set()]
+    assert blocks[2][1].refusal == "neither it nor a router beside it says how many experts a token takes"
+
+
 def test_subclasses_of_fused_moe_are_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     config, root = model(monkeypatch, "nvfp4", model__layers__0__fc="model.layers.0.fc")
 

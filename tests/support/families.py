@@ -23,7 +23,8 @@ class Expected:
     ``image``: one of four tokens, for the first prompt.
 
     ``interpreted``: on a CPU the family runs with Triton's interpreter alone, and with ``cpu_args``.  ``cpu``: why it
-    does not run there, by version."""
+    does not run there, by version.  ``shared_fused``: on CUDA SGLang has the shared experts among the others, so there
+    are no linears of theirs."""
 
     attention: Mapping[str, int]
     others: Mapping[str, int] = field(default_factory=dict)
@@ -35,12 +36,15 @@ class Expected:
     cpu_args: Mapping[str, Any] = field(default_factory=dict)
     cpu: Mapping[str, str] = field(default_factory=dict)
     image: Mapping[str, Any] | None = None
+    shared_fused: bool = False
 
-    def low(self, attention: str, others: str) -> dict[str, dict[str, int]]:
+    def low(self, attention: str, others: str, cuda: bool = False) -> dict[str, dict[str, int]]:
         """As ``run_model`` tells it, for these precisions."""
         out: dict[str, dict[str, int]] = {}
+        gone = "mlp.shared_experts." if cuda and self.shared_fused else None
         for precision, linears in ((attention, self.attention), (others, self.others)):
-            out.setdefault(precision, {}).update({f"{self.prefix}{name}": count for name, count in linears.items()})
+            kept = {name: count for name, count in linears.items() if gone is None or not name.startswith(gone)}
+            out.setdefault(precision, {}).update({f"{self.prefix}{name}": count for name, count in kept.items()})
         return {precision: linears for precision, linears in out.items() if linears}
 
     @property
@@ -96,7 +100,7 @@ EXPECTED: dict[str, Expected] = {
     "qwen2_moe": Expected(_attention(), _mlp("mlp.shared_expert"), experts=2, interpreted=True),
     "qwen3_moe": EXPERTS,
     "phimoe": EXPERTS,
-    "glm4_moe": Expected(_attention(), SHARED, experts=1),
+    "glm4_moe": Expected(_attention(), SHARED, experts=1, shared_fused=True),
     "granitemoe": EXPERTS,
     # its linears of attention are built without a quantization config
     "gpt_oss": Expected(
@@ -123,7 +127,7 @@ EXPECTED: dict[str, Expected] = {
         cpu_args=TRITON,
     ),
     "deepseek_v3": Expected(LATENT, SHARED, experts=1, interpreted=True, cpu_args=TRITON),
-    "glm4_moe_lite": Expected(LATENT, SHARED, experts=1, interpreted=True, cpu_args=TRITON),
+    "glm4_moe_lite": Expected(LATENT, SHARED, experts=1, interpreted=True, cpu_args=TRITON, shared_fused=True),
     "qwen3_next": Expected(
         HYBRID,
         _mlp("mlp.shared_expert"),
@@ -165,7 +169,7 @@ EXPECTED: dict[str, Expected] = {
     "qwen3_vl": Expected(_attention(), _mlp(), reasons=IMAGES, image=PATCHES_16),
     "qwen3_vl_moe": Expected(_attention(), reasons=IMAGES, experts=2),
     "glm4v": Expected(_attention(), _mlp(), reasons=IMAGES, image=PATCHES_14),
-    "glm4v_moe": Expected(_attention(), SHARED, reasons=IMAGES, experts=1, image=PATCHES_14),
+    "glm4v_moe": Expected(_attention(), SHARED, reasons=IMAGES, experts=1, image=PATCHES_14, shared_fused=True),
     "qwen3_embedding": Expected(_attention(), _mlp(), args=EMBEDS),
     "e5_mistral": Expected(_attention(), _mlp(), reasons=(), args=EMBEDS),
     "qwen2_reward": Expected(_attention(), _mlp(), args=EMBEDS),
@@ -188,7 +192,7 @@ def cases(name: str, model: str, more: Mapping[str, Any], args: Mapping[str, Any
     return {"stock": base, "bf16": {**base, "recipe": "bf16"}, "auto": low}
 
 
-def problems(name: str, ran: Mapping[str, Any], attention: str, others: str) -> list[str]:
+def problems(name: str, ran: Mapping[str, Any], attention: str, others: str, cuda: bool = False) -> list[str]:
     """What is not as it must be; ``ran``: results of ``cases``; ``attention``, ``others``: precisions of ``auto``."""
     expected = EXPECTED[name]
     failed = {case: result.get("error") or result.get("refused") for case, result in ran.items()}
@@ -203,13 +207,18 @@ def problems(name: str, ran: Mapping[str, Any], attention: str, others: str) -> 
         found.append(f"recipe bf16 has low linears: {control['low']}")
     if expected.image and stock["other_image"][0] == stock["bits"][0]:
         found.append("the image makes no difference")
-    return found + _problems_of_low(expected, ran["auto"], stock, attention, others)
+    return found + _problems_of_low(expected, ran["auto"], stock, expected.low(attention, others, cuda), attention, others)
 
 
 def _problems_of_low(
-    expected: Expected, auto: Mapping[str, Any], stock: Mapping[str, Any], attention: str, others: str
+    expected: Expected,
+    auto: Mapping[str, Any],
+    stock: Mapping[str, Any],
+    low: Mapping[str, Mapping[str, int]],
+    attention: str,
+    others: str,
 ) -> list[str]:
-    state, low = auto["state"], expected.low(attention, others)
+    state = auto["state"]
     steps, rows = len(auto["bits"]) - 1, sum(PROMPTS)
     label = others if others in low or expected.experts else attention
     counted = {"bf16": len(PROMPTS), label: rows - len(PROMPTS)}
