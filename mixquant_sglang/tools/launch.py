@@ -83,7 +83,7 @@ def _ends(flags: Sequence[str]) -> list[str]:
 
     load_plugins()
     noted: list[str] = []
-    launcher.asked.__init__(noted=noted)  # type: ignore[misc]  # a command of its own
+    launcher.note(noted)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

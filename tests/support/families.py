@@ -207,7 +207,9 @@ def problems(name: str, ran: Mapping[str, Any], attention: str, others: str, cud
         found.append(f"recipe bf16 has low linears: {control['low']}")
     if expected.image and stock["other_image"][0] == stock["bits"][0]:
         found.append("the image makes no difference")
-    return found + _problems_of_low(expected, ran["auto"], stock, expected.low(attention, others, cuda), attention, others)
+    return found + _problems_of_low(
+        expected, ran["auto"], stock, expected.low(attention, others, cuda), attention, others
+    )
 
 
 def _problems_of_low(

@@ -38,6 +38,12 @@ class Asked:
 asked = Asked()
 
 
+def note(lines: list[str]) -> None:
+    """Forgets what was asked for, and has ``lines`` take what would end a start, all of it."""
+    global asked
+    asked = Asked(noted=lines)
+
+
 class _RecipeFlag(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         asked.recipe_flag = True
