@@ -52,8 +52,8 @@ SURFACE: tuple[Row, ...] = (
     Row(
         _ARGS,
         (
-            *("tokenizer_worker_num", "port", "grpc_port", "grpc_mode", "smg_grpc_mode", "device"),
-            *("enable_dp_attention", "attn_cp_size", "enable_prefill_cp", "dcp_size"),
+            *("tokenizer_worker_num", "port", "grpc_port", "grpc_mode", "smg_grpc_mode", "use_ray", "device"),
+            *("enable_dp_attention", "dp_size", "attn_cp_size", "enable_prefill_cp", "dcp_size"),
             *("enable_attn_tp_input_scattered", "moe_dense_tp_size", "moe_dp_size", "moe_a2a_backend", "dwdp_size"),
             *("enable_two_batch_overlap", "enable_single_batch_overlap", "enable_pdmux"),
             *("speculative_algorithm", "decoupled_spec_role", "dllm_algorithm", "disaggregation_mode", "encoder_only"),
@@ -83,8 +83,6 @@ SURFACE: tuple[Row, ...] = (
         NEW,
     ),
     Row("sglang.srt.environ.Envs", ("SGLANG_RUST_SERVER",), "versions/environment.py"),
-    Row(_ARGS, ("tokenizer_worker_num", "use_ray"), "host/hooks/arrival.py"),
-    Row("sglang.srt.environ.Envs", ("SGLANG_HTTP_SERVER_APP_PATH",), "versions/environment.py", NEW),
     Row("sglang.srt.environ.Envs", ("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED",), "versions/environment.py", NEW),
     Row("sglang.srt.environ.Envs", ("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",), "versions/v0_5_17.py", OLD),
     Row("sglang.srt.mem_cache.utils", ("storage_namespace_seed",), "versions/v0_5_23.py", NEW),

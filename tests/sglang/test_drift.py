@@ -33,7 +33,7 @@ NOT_SGLANG = {
         *("__closure__", "__func__", "__wrapped__", "cell_contents", "environ", "get", "name", "value", "values"),
     ),
     "ours": (
-        *("RECIPE_ENV", "_mixquant", "activation_format", "gemm_shapes", "mixquant", "mixquant_bf16", "runs"),
+        *("RECIPE_ENV", "activation_format", "gemm_shapes", "mixquant", "mixquant_bf16", "runs"),
         "takes_stock_now",
     ),
 }

@@ -62,13 +62,6 @@ HOOKS = (
         "checks recipe and flags before anything is started",
     ),
     Hook(
-        "carry_plugin",
-        "after",
-        "launcher",
-        hook_targets("resolve_server_args"),
-        "loads the plugin in tokenizer workers and Ray actors",
-    ),
-    Hook(
         "check_checkpoint",
         "before",
         "asked",
