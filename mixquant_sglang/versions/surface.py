@@ -154,10 +154,15 @@ SURFACE: tuple[Row, ...] = (
     Row("sglang.srt.mem_cache.memory_pool.ReqToTokenPool", ("available_size", "clear"), "versions/batches.py"),
     Row(
         "sglang.srt.distributed.parallel_state.GroupCoordinator",
-        ("cpu_group", "world_size", "rank_in_group"),
+        (
+            *("cpu_group", "world_size", "rank_in_group", "is_first_rank", "is_last_rank"),
+            *("recv_tensor_dict", "send_tensor_dict"),
+        ),
         "versions/groups.py, versions/v0_5_23.py",
     ),
-    Row("sglang.srt.distributed.parallel_state", ("_WORLD",), "versions/groups.py"),
+    Row("sglang.srt.distributed.parallel_state", ("_WORLD", "_PP"), "versions/groups.py"),
+    Row("sglang.srt.model_executor.model_runner.ModelRunnerOutput", ("logits_output",), "versions/groups.py"),
+    Row(f"{_FORWARD}.PPProxyTensors", ("tensors",), "versions/groups.py"),
     Row(
         "sglang.srt.model_executor.pool_configurator.MemoryPoolConfig",
         ("max_total_num_tokens", "__post_init__"),
