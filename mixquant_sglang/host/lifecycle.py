@@ -27,7 +27,7 @@ from mixquant_sglang.layers.warm_up import warm_up
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.text import show, some
 from mixquant_sglang.versions import batches, fp4, lora, machine, speculation
-from mixquant_sglang.versions.groups import agree, rank_group, tensor_parallel_ranks
+from mixquant_sglang.versions.groups import agree, over_stages, rank_group, tensor_parallel_ranks
 from mixquant_sglang.weights.sample import sample
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ class LoadSteps:
             packed = self._check_packed(model)
         self._report(model, packed, device)
         self._speculate(model_runner)
-        self.unproved = bool(packed)
+        self._run.stages = over_stages(self._run.stage())
+        self.unproved = any(over_stages(bool(packed)))
         linears = [m for m in packed if isinstance(m, MixQuantLinearMethod)]
         experts = [m for m in packed if isinstance(m, MixQuantExpertsMethod)]
         self._tune_fp4(model_runner, linears, experts)
@@ -100,6 +101,7 @@ class LoadSteps:
         self.unproved = False
         with refusing():
             probe.prove(model_runner, eager_runner, self._run, self._assignment)
+        self._run.stages = over_stages(self._run.stage())
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -118,15 +120,22 @@ class LoadSteps:
             raise
 
     def _check_rules(self) -> None:
-        matcher = self._assignment.matcher
+        """Of the layers of all stages of a pipeline."""
+        matcher, selection = self._assignment.matcher, self._run.selection
+        names = {name: None for stage in over_stages([*self._assignment.names]) for name in stage}
         if matcher is None:
             return
-        matcher.check_all_matched(self._assignment.names)
+        for name in names.keys() - self._assignment.names.keys():
+            matcher.precisions(name, selection.prefill, selection.decode)
+        matcher.check_all_matched(names)
         for rule in matcher.unmatched():
             logger.info("mixquant: %s: optional rule %s matches no layer", rule.where, show(rule.match))
 
     def _check_ready_made(self, model: torch.nn.Module) -> None:
         if self._ready is not None:
+            for taken, unused in over_stages((self._ready.taken, self._ready.unused)):
+                self._ready.taken.update(taken)
+                self._ready.unused.update(unused)
             self._ready.check_all_taken()
             self._ready.check_norms(model.named_parameters())
 
@@ -150,7 +159,7 @@ class LoadSteps:
             if isinstance(method, MixQuantExpertsMethod):
                 method.find_choices(model)
         packed: list[Packed] = [m for m in methods if m.low]
-        if run.selection.kernels and not packed:
+        if run.selection.kernels and not any(over_stages(bool(packed))):
             raise MixQuantError(
                 f"recipe {run.recipe.name} wants {' and '.join(run.selection.kernels)}, but no layer of this "
                 "model can take it; " + ("; ".join(f"{m.name}: {m.refusal}" for m in methods[:3]) or "see the rules")

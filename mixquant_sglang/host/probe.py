@@ -32,6 +32,7 @@ from mixquant_sglang.passes.running import current
 from mixquant_sglang.recipe import show
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.versions import batches
+from mixquant_sglang.versions.groups import from_previous_stage, over_stages, to_next_stage
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +216,7 @@ def _run(model_runner: Any, record: Record) -> None:
     room = min(
         batches.most_prefill_rows(model_runner), pools.free_tokens // 4, model_runner.model_config.context_len // 2
     )
+    room = min(over_stages(room))
     many = min(MANY.get(torch.device(model_runner.device).type, MANY["cpu"]), room)
     if room < FEW:
         raise Unproven(f"the KV cache has no room for a prompt of {FEW} tokens")
@@ -231,10 +233,16 @@ def _run(model_runner: Any, record: Record) -> None:
 
 
 def _build(make: Callable[[], Any]) -> Any:
+    """What ``make`` gives; ``Unproven`` in all stages of a pipeline, which wait for each other, if one cannot."""
+    made, problem = None, None
     try:
-        return make()
+        made = make()
     except _CANNOT_BUILD as error:
-        raise Unproven(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    for said in over_stages(problem):
+        if said is not None:
+            raise Unproven(said)
+    return made
 
 
 def _prefill(model_runner: Any, rows: int) -> tuple[Any, Any]:
@@ -250,7 +258,8 @@ def _prefill(model_runner: Any, rows: int) -> tuple[Any, Any]:
 def _forward(model_runner: Any, forward_batch: Any) -> None:
     ran = False
     try:
-        model_runner.forward(forward_batch)
+        proxies = from_previous_stage()
+        to_next_stage(model_runner.forward(forward_batch, pp_proxy_tensors=proxies))
         ran = True
     finally:
         if not ran:

@@ -6,10 +6,11 @@ on) and a model its own.  ``docs/support.md`` has the same list, and what was lo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.host.refused import REFUSALS, is_set
+from mixquant_sglang.host.refused import REFUSALS, Refusal, is_set
 from mixquant_sglang.recipe import Recipe, takes_ready_made
 from mixquant_sglang.recipe.select import Selection
 from mixquant_sglang.versions import environment, machine
@@ -27,21 +28,27 @@ WATCHING = (
 
 
 def check_server_args(server_args: Any) -> None:
-    """Raises ``MixQuantError`` for a flag that mixquant refuses, as given or as resolved so far."""
+    """Raises ``MixQuantError`` for the first flag that mixquant refuses, as given or as resolved so far."""
+    for line in refused_lines(server_args):
+        raise MixQuantError(line)
+
+
+def refused_lines(server_args: Any) -> Iterator[str]:
+    """Of each flag that mixquant refuses, as given or as resolved so far, in the order of the table."""
     resolved = dialect().resolved(server_args)
     device = str(getattr(resolved, "device", None) or "").partition(":")[0]
     for refusal in REFUSALS:
         if refusal.devices and device not in refusal.devices:
             continue
         # as given too: SGLang resolves --enable-dp-attention to --attn-dp-size and False
-        for args in (server_args, resolved):
-            if any(is_set(_value(args, field)) for field in refusal.unless):
-                continue
-            value = _value(args, refusal.field)
-            if value is not None and refusal.refused(value):
-                raise MixQuantError(
-                    f"--quantization {machine.NAME} does not go with {refusal.flag}: {refusal.why}; {refusal.instead}"
-                )
+        if any(_refuses(refusal, args) for args in (server_args, resolved)):
+            yield f"--quantization {machine.NAME} does not go with {refusal.flag}: {refusal.why}; {refusal.instead}"
+
+
+def _refuses(refusal: Refusal, args: Any) -> bool:
+    value = _value(args, refusal.field)
+    unless = any(is_set(_value(args, field)) for field in refusal.unless)
+    return value is not None and not unless and refusal.refused(value)
 
 
 def check_recipe(recipe: Recipe, selection: Selection) -> None:

@@ -43,13 +43,18 @@ def _whole_graph(value: Any) -> bool:
     return value in ("full", "tc_piecewise")
 
 
-_REPLICAS = "start one server per replica behind SGLang's router"
 _TP = "use --tp-size"
 _LEAVE_OUT = "leave it out"
 _CP = "context parallelism splits and reorders the rows of a pass"
+_GATHERED = "MLPs see the rows of all ranks, whose protected ones this rank does not know"
+_ROUTER = "start one server per replica behind SGLang's router"
+_FORWARD = "it replaces the model's forward pass, which has not been tested"
 _RANKS = "the linears of some layers get other rows than those of the pass"
 _BREAKABLE = "use 'breakable' (SGLang's default on CUDA) or 'disabled'"
-_GRAPHS = "row protection is tested with breakable prefill graphs and without"
+_GRAPHS = (
+    "a graph of the whole pass would hold the choice of rows for the last layer's attention that was made at capture, "
+    "and traced code that of all protected rows; breakable graphs run attention between their pieces"
+)
 _SEVERAL_DRAFTS = "several drafts, which some models turn on, have not been tested"
 _CHECKPOINT = "serve the plain BF16 checkpoint"
 
@@ -99,12 +104,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "enable_dp_attention",
         "--enable-dp-attention",
         is_set,
-        "it turns decode passes into prefill passes and mixes the rows of several ranks",
-        _TP,
+        f"{_GATHERED}, and a rank whose pass does without its graph would wait for those that replay theirs",
+        _ROUTER,
     ),
-    Refusal("attn_dp_size", "--attn-dp-size > 1", _several, "it mixes the rows of several ranks", _TP),
-    Refusal("dp_size", "--dp-size > 1", _several, "it has not been tested", _REPLICAS),
-    Refusal("pp_size", "--pp-size > 1", _several, "pipeline parallelism has not been tested", _TP),
+    Refusal("dp_size", "--dp-size > 1", _several, "it has not been tested", _ROUTER),
+    Refusal("attn_dp_size", "--attn-dp-size > 1", _several, _GATHERED, _ROUTER),
     Refusal("attn_cp_size", "--attn-cp-size > 1", _several, _CP, _TP),
     Refusal("enable_prefill_cp", "--enable-prefill-cp", is_set, _CP, _TP),
     Refusal("enable_prefill_context_parallel", "--enable-prefill-context-parallel", is_set, _CP, _TP),
@@ -158,7 +162,13 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "enable_single_batch_overlap", "--enable-single-batch-overlap", is_set, "it has not been tested", _LEAVE_OUT
     ),
-    Refusal("enable_pdmux", "--enable-pdmux", is_set, "it has not been tested", _LEAVE_OUT),
+    Refusal(
+        "enable_pdmux",
+        "--enable-pdmux",
+        is_set,
+        "prefill of a few layers at a time beside decode on another stream has been run in no test",
+        "use --chunked-prefill-size to bound what decode waits for",
+    ),
     Refusal(
         "enable_decoder_swa_bounded_replay",
         "--enable-decoder-swa-bounded-replay",
@@ -216,7 +226,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "enable_deterministic_inference",
         "--enable-deterministic-inference",
         is_set,
-        "the low-precision GEMMs sum in an order that depends on the number of rows",
+        "it needs one low-precision GEMM for any number of rows, where libraries pick one by it, and no radix cache, "
+        "since KV is BF16 or low by what was cached",
         "leave it out, and --rl-on-policy-target, which turns it on",
     ),
     # where KV is kept
@@ -263,20 +274,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "unset it",
     ),
     # what replaces the forward pass
-    Refusal(
-        "enable_nvidia_megakernel",
-        "--enable-nvidia-megakernel",
-        is_set,
-        "it replaces the model's forward pass, which has not been tested",
-        _LEAVE_OUT,
-    ),
-    Refusal(
-        "enable_amd_monokernel",
-        "--enable-amd-monokernel",
-        is_set,
-        "it replaces the model's forward pass, which has not been tested",
-        _LEAVE_OUT,
-    ),
+    Refusal("enable_nvidia_megakernel", "--enable-nvidia-megakernel", is_set, _FORWARD, _LEAVE_OUT),
+    Refusal("enable_amd_monokernel", "--enable-amd-monokernel", is_set, _FORWARD, _LEAVE_OUT),
     Refusal("cuda_graph_backend_prefill", "--cuda-graph-backend-prefill full", _whole_graph, _GRAPHS, _BREAKABLE),
     Refusal(
         "cuda_graph_config.prefill.backend",

@@ -64,6 +64,16 @@ class Pair:
         self.weights = ""
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What one stage of a pipeline holds; the only one of a model that has no pipeline."""
+
+    layers: Counter[str]
+    experts: Counter[str]
+    stays_bf16: dict[str, list[str]]
+    extra_weight_bytes: int
+
+
 class Runtime:
     def __init__(
         self,
@@ -96,6 +106,7 @@ class Runtime:
         self.unproven: str | None = None  # why the probe could not run
         self.stays_bf16: dict[str, list[str]] = {}  # reason -> modules
         self.phases: tuple[str, ...] = ("prefill", "decode")  # and "verify", where the server speculates
+        self.stages: list[Stage] = []  # of all ranks of the pipeline, once the model is loaded
 
     @property
     def loading(self) -> bool:
@@ -116,9 +127,22 @@ class Runtime:
     def extra_weight_bytes(self) -> int:
         return sum(layer.extra_bytes for layer in self.layers)
 
+    def stage(self) -> Stage:
+        """Of this rank."""
+        return Stage(self.precisions, self.experts, self.stays_bf16, self.extra_weight_bytes)
+
+    def counted(self, what: str) -> dict[str, int]:
+        """``layers`` or ``experts`` of all stages, by the precision of prompt rows."""
+        stages = self.stages if len(self.stages) > 1 else [self.stage()]
+        return dict(sum((getattr(stage, what) for stage in stages), Counter()))
+
     def state(self) -> dict[str, Any]:
         """``internal_states[i].mixquant`` of ``/server_info``; builtin types only."""
-        table = self.schedule.table
+        table, several = self.schedule.table, len(self.stages) > 1
+        kept: dict[str, list[str]] = {}
+        for stage in self.stages if several else [self.stage()]:
+            for reason, names in stage.stays_bf16.items():
+                kept.setdefault(reason, []).extend(names)
         state: dict[str, Any] = {
             "version": __version__,
             "recipe": self.recipe.name,
@@ -126,9 +150,9 @@ class Runtime:
             "precision": {"prefill": self.schedule.words[Role.PROMPT], "decode": self.schedule.words[Role.DECODE]},
             "roles": {role.value: table.row(role) for role in Role},
             "kernel": dict(self.selection.kernels),
-            "layers": dict(self.precisions),
-            "experts": dict(self.experts),
-            "stays_bf16": {reason: some(names) for reason, names in self.stays_bf16.items()},
+            "layers": self.counted("layers"),
+            "experts": self.counted("experts"),
+            "stays_bf16": {reason: some(names) for reason, names in kept.items()},
             "extra_weight_bytes": self.extra_weight_bytes,
             "tokens": {name: self.counters.by_phase(name) for name in self.phases},
             "protected_rows": self.counters.protected_rows,
@@ -138,6 +162,11 @@ class Runtime:
             state |= {"disaggregation": self.pair.mode}
         if self.gathering is not None:
             state["gathered_attention"] = self.gathering.state()
+        if several:
+            state["stages"] = [
+                {"layers": dict(s.layers), "experts": dict(s.experts), "extra_weight_bytes": s.extra_weight_bytes}
+                for s in self.stages
+            ]
         return state if self.unproven is None else state | {"unproven": self.unproven}
 
 

@@ -10,12 +10,16 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.versions import machine
 from mixquant_sglang.versions.dialect import dialect
+from mixquant_sglang.versions.groups import stages
 from mixquant_sglang.weights import footprint
 
 
 def explain(run: Runtime, model_runner: Any) -> str:
     """One line, computed from the model's config alone; where that is not possible it says why."""
     args = dialect().resolved(model_runner.server_args)
+    if stages() > 1:
+        held = run.extra_weight_bytes / 1e9
+        return f"packed weights of this stage hold {held:.1f} GB; fewer low layers or more stages take less"
     ranks = args.tp_size, args.ep_size
     try:
         config = model_runner.model_config.hf_config.to_dict()

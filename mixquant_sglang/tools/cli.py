@@ -23,8 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     sensitivity_parser = add("sensitivity", help="which layers to keep in BF16, measured; prints a recipe")
     plan.add_arguments(add("plan", help="predict times, gain and memory of a model on a GPU"))
     run = {"doctor": doctor.run, "recipes": _recipes, "plan": plan.run}
+    argv = argv if argv is not None else sys.argv[1:]
+    launch: list[str] = []
+    if argv[:1] == ["doctor"]:  # what follows its own options is SGLang's
+        argv, launch = doctor.split(argv)
     # these two bring torch, which the other commands do without
-    asked = (argv if argv is not None else sys.argv[1:])[:1]
+    asked = argv[:1]
     if asked == ["quantize"]:
         from mixquant_sglang.tools.quantize import command as quantize
 
@@ -36,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         sensitivity.add_arguments(sensitivity_parser)
         run["sensitivity"] = sensitivity.run
     args = parser.parse_args(argv)
+    args.launch = launch
     try:
         return run[args.command](args)
     except MixQuantError as error:

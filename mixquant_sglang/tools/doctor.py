@@ -1,6 +1,7 @@
-"""``mixquant doctor``: versions, GPU, hooks and recipes; what a server would say here, with none started.
+"""``mixquant doctor [COMMAND]``: versions, GPU, hooks and recipes; what a server would say here, with none started.
 
-Imports SGLang and torch, but changes nothing.
+With a launch command: whether it starts, or all that would end it (``launch.py``).  With ``--report``: what a bug
+report needs (``report.py``).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING
 
@@ -23,11 +25,33 @@ _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flashinfer-python", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``mixquant doctor``."""
+    parser.usage = "mixquant doctor [-h] [--recipe NAME|FILE] [--report] [LAUNCH COMMAND OR FLAGS ...]"
     parser.add_argument("--recipe", default=None, metavar="NAME|FILE", help="look at this recipe alone")
+    parser.add_argument("--report", action="store_true", help="print what a bug report needs: no paths, keys or hosts")
+    parser.epilog = "What follows these options is SGLang's: a launch command, or its flags alone."
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own arguments, and the launch command behind them."""
+    end = 1
+    while end < len(argv):
+        if argv[end] == "--recipe":
+            end += 2
+        elif argv[end] in ("--report", "-h", "--help") or argv[end].startswith("--recipe="):
+            end += 1
+        else:
+            break
+    return [*argv[:end]], [*argv[end:]][1 if argv[end : end + 1] == ["--"] else 0 :]
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints what a server would be, and do, here; returns 0 if it would start, else 1."""
+    if args.report:
+        from mixquant_sglang.tools import report
+
+        return report.run(args.recipe, args.launch)
+    if args.launch:
+        return _launch(args.recipe, args.launch)
     if not _packages():
         print("=> SGLang is not installed: pip install mixquant-sglang brings it")
         return 1
@@ -42,6 +66,23 @@ def run(args: argparse.Namespace) -> int:
     healthy = _recipes(args.recipe, device) and healthy
     print(f"=> --quantization mixquant {'will start here' if healthy else 'will NOT start here'}")
     return 0 if healthy else 1
+
+
+def _launch(wanted: str | None, words: Sequence[str]) -> int:
+    """Prints whether the launch command starts here, and all that would end it."""
+    from mixquant_sglang.tools import launch
+
+    command = launch.Command(words)
+    if wanted is not None:
+        command.environment[recipe.RECIPE_ENV] = wanted
+    lines = launch.ends(command)
+    for note in command.notes:
+        print(f"note: {note}")
+    for line in lines:
+        print(f"ends: {line}")
+    some = "1 line" if len(lines) == 1 else f"{len(lines)} lines"
+    print(f"=> it will NOT start here: {some}" if lines else "=> it will start here")
+    return 1 if lines else 0
 
 
 def _packages() -> bool:

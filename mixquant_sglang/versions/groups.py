@@ -20,6 +20,47 @@ def tensor_parallel_ranks() -> int:
     return int(get_tp_group().world_size) if torch.distributed.is_initialized() else 1
 
 
+def stage_group() -> Any | None:
+    """SGLang's GroupCoordinator of the pipeline's stages; None where the model has one."""
+    from sglang.srt.distributed import parallel_state
+
+    group = getattr(parallel_state, "_PP", None)
+    return None if group is None or group.world_size == 1 else group
+
+
+def stages() -> int:
+    """Of the pipeline that runs the model."""
+    group = stage_group()
+    return 1 if group is None else int(group.world_size)
+
+
+def over_stages(value: Any) -> list[Any]:
+    """``value`` of each stage of the pipeline, in their order: a collective."""
+    import torch.distributed
+
+    group = stage_group()
+    if group is None:
+        return [value]
+    found: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(found, value, group=group.cpu_group)
+    return found
+
+
+def from_previous_stage() -> Any | None:
+    """What a forward pass of this stage takes from the one before it, which is awaited; None in the first stage."""
+    from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
+
+    group = stage_group()
+    return None if group is None or group.is_first_rank else PPProxyTensors(group.recv_tensor_dict())
+
+
+def to_next_stage(result: Any) -> None:
+    """Sends on what ``ModelRunner.forward`` gave in a stage that is not the last."""
+    group = stage_group()
+    if group is not None and not group.is_last_rank:
+        group.send_tensor_dict(result.logits_output.tensors)
+
+
 def agree(problem: str | None) -> str | None:
     """The first rank's problem of the tensor parallel group, the same on all of its ranks."""
     if tensor_parallel_ranks() == 1:

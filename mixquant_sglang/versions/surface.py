@@ -57,7 +57,7 @@ SURFACE: tuple[Row, ...] = (
         _ARGS,
         (
             *("tokenizer_worker_num", "port", "grpc_port", "grpc_mode", "smg_grpc_mode", "use_ray", "device"),
-            *("enable_dp_attention", "dp_size", "pp_size", "attn_cp_size", "enable_prefill_cp", "dcp_size"),
+            *("enable_dp_attention", "dp_size", "attn_cp_size", "enable_prefill_cp", "dcp_size"),
             *("enable_attn_tp_input_scattered", "moe_dense_tp_size", "moe_dp_size", "moe_a2a_backend", "dwdp_size"),
             *("enable_two_batch_overlap", "enable_single_batch_overlap", "enable_pdmux"),
             *("speculative_algorithm", "speculative_draft_model_quantization", "enable_multi_layer_eagle"),
@@ -165,10 +165,15 @@ SURFACE: tuple[Row, ...] = (
     Row("sglang.srt.mem_cache.memory_pool.ReqToTokenPool", ("available_size", "clear"), "versions/batches.py"),
     Row(
         "sglang.srt.distributed.parallel_state.GroupCoordinator",
-        ("cpu_group", "world_size", "rank_in_group"),
+        (
+            *("cpu_group", "world_size", "rank_in_group", "is_first_rank", "is_last_rank"),
+            *("recv_tensor_dict", "send_tensor_dict"),
+        ),
         "versions/groups.py, versions/v0_5_23.py",
     ),
-    Row("sglang.srt.distributed.parallel_state", ("_WORLD",), "versions/groups.py"),
+    Row("sglang.srt.distributed.parallel_state", ("_WORLD", "_PP"), "versions/groups.py"),
+    Row("sglang.srt.model_executor.model_runner.ModelRunnerOutput", ("logits_output",), "versions/groups.py"),
+    Row(f"{_FORWARD}.PPProxyTensors", ("tensors",), "versions/groups.py"),
     Row(
         "sglang.srt.model_executor.pool_configurator.MemoryPoolConfig",
         ("max_total_num_tokens", "__post_init__"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,25 +16,10 @@ from mixquant_sglang.host import refusals, refused
 from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.versions import environment, machine
 from mixquant_sglang.versions.dialect import dialect
-
-SUPPORT = Path(__file__).resolve().parents[2] / "docs" / "support.md"
+from scripts.tools import support
 
 # Fields that one of the tested versions alone has.
-ONLY = {
-    "attn_dp_size": "0.5.23",
-    "enable_cp_tp_group_sharing": "0.5.23",
-    "enable_layernorm_sp": "0.5.23",
-    "enable_decoder_swa_bounded_replay": "0.5.23",
-    "enable_encoder_swa_bounded_replay": "0.5.23",
-    "enable_return_aux_hidden_states": "0.5.23",
-    "enable_nvidia_megakernel": "0.5.23",
-    "enable_amd_monokernel": "0.5.23",
-    "enable_paged_experts": "0.5.23",
-    "enable_pd_role_switch": "0.5.23",
-    "enable_prefill_context_parallel": "0.5.17",
-    "enable_dsa_prefill_context_parallel": "0.5.17",
-    "torchao_config": "0.5.17",
-}
+ONLY: dict[str, str] = support.data()["only"]["fields"]
 # A value that is refused, of fields for which 2 is not.
 REFUSED_VALUES: dict[str, Any] = {
     "cuda_graph_backend_prefill": "full",
@@ -145,6 +129,18 @@ def test_prefill_graphs_of_the_resolved_config() -> None:
     refusals.check_server_args(args)
 
 
+def test_all_lines_are_given_where_all_are_asked_for() -> None:
+    args = plain()
+    args.enable_two_batch_overlap, args.cpu_offload_gb, args.enable_pdmux = True, 4, True
+    lines = [*refusals.refused_lines(args)]
+    flags = ["--enable-two-batch-overlap", "--enable-pdmux", "--cpu-offload-gb"]
+    assert [line.partition(" does not go with ")[2].partition(":")[0] for line in lines] == flags
+    with pytest.raises(MixQuantError) as first:
+        refusals.check_server_args(args)
+    assert str(first.value) == lines[0]
+    assert not [*refusals.refused_lines(plain())]
+
+
 def test_what_sglang_turned_on_by_itself_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--rl-on-policy-target turns deterministic inference on; 0.5.23 writes that beside the record."""
     from sglang.srt.environ import envs
@@ -218,14 +214,6 @@ def test_nothing_is_fused_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, 
     runner.server_args.forward_hooks = None
     made._fuse(runner)
     assert called == ["a model"] and schedule.prunes
-
-
-def test_the_document_lists_the_refusals() -> None:
-    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", SUPPORT.read_text(), re.MULTILINE)
-    listed = [row for row in rows if row[0].startswith("`") or row[0] in {f"{r.flag}" for r in refused.REFUSALS}]
-    assert [tuple(cell.replace("`", "") for cell in row) for row in listed] == [
-        (r.flag, r.why, r.instead) for r in refused.REFUSALS
-    ]
 
 
 def test_a_cpu_whose_sglang_repacks_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,36 @@ def note(forward_batch, _cls, batch, *args, **kwargs):
         file.write(json.dumps({"mode": mode, "requests": rows}) + "\\n")
 """
 
+# Writes down what each rank ran, and what mixquant there counted of it: one file a process, kept as of its last pass.
+RANKS = """
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+rows = Counter()
+
+
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.forward", note)
+
+
+def note(_result, _runner, forward_batch, *args, **kwargs):
+    from mixquant_sglang.host import runtime
+
+    rows[forward_batch.forward_mode.name] += len(forward_batch.input_ids)
+    run = runtime.current()
+    if run is None:
+        return
+    state = run.state()
+    said = {"rows": rows, "tokens": state["tokens"], "protected": state["protected_rows"]}
+    file = Path(os.environ["RANKS_FOLDER"]) / f"{os.getpid()}.json"
+    file.with_suffix(".new").write_text(json.dumps(said))
+    file.with_suffix(".new").replace(file)
+"""
+
 # Writes down the name of every Triton kernel that a process compiles or loads for the first time, one a line.
 COMPILER_SPY = """
 import os

@@ -42,6 +42,7 @@ from tests.support.processes import free_port
 PROMPT = 37
 STEPS = 6
 BROKEN = 3
+RANK = 0  # among those that run the model together (run_stages.py)
 BF16 = {"mixquant": {"prefill": "bf16"}}
 # What SGLang's own code raises where a model does not run.
 ERRORS = (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, LookupError, ImportError, OSError)
@@ -203,7 +204,7 @@ def _server_args(case: dict[str, Any]) -> Any:
         args.resolve_once()
         if "lora_paths" in given:
             args.check_server_args()
-        runtime_context.publish(args, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=0, gpu_id=0))
+        runtime_context.publish(args, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=RANK, gpu_id=0))
     elif "lora_paths" in given:  # which a launcher calls
         args.check_server_args()
     return args

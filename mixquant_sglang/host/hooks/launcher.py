@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from mixquant_sglang.errors import MixQuantError, refusing
 from mixquant_sglang.host import stock
 from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.hooks.registry import handler
-from mixquant_sglang.host.refusals import check_server_args
+from mixquant_sglang.host.refusals import check_server_args, refused_lines
 from mixquant_sglang.recipe import Recipe, pairs
 from mixquant_sglang.versions import machine
 from mixquant_sglang.versions.dialect import dialect
@@ -32,9 +32,16 @@ class Asked:
     dtype: str | None = None
     moe_backend: str | None = None
     recipe: Recipe | None = None
+    noted: list[str] | None = None  # what ends the start, where all of it is asked for (mixquant doctor)
 
 
 asked = Asked()
+
+
+def note(lines: list[str]) -> None:
+    """Forgets what was asked for, and has ``lines`` take what would end a start, all of it."""
+    global asked
+    asked = Asked(noted=lines)
 
 
 class _RecipeFlag(argparse.Action):
@@ -71,8 +78,9 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
         if asked.recipe_flag and not ours:
             raise MixQuantError(f"--mixquant-recipe needs --quantization {machine.NAME}")
         if ours:
-            asked.recipe = recipe.load(recipe.requested())
-            check_server_args(server_args)
+            with _noting():
+                asked.recipe = recipe.load(recipe.requested())
+            _check(server_args)
             for hook in registry.hooks_of():
                 if hook.process != "http":
                     registry.target_of(hook)
@@ -83,28 +91,39 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
             _prepare_launcher()
         original(server_args, *args, **kwargs)
         if ours:
-            check_server_args(server_args)
-            if asked.command_line or _HTTP_SERVER in sys.modules:
-                _set_hooks("http")  # imports SGLang's HTTP server, which comes next; sgl.Engine does without
+            _check(server_args)
+            if asked.noted is None and (asked.command_line or HTTP_SERVER in sys.modules):
+                registry.set_hooks("http")  # imports SGLang's HTTP server, which comes next; sgl.Engine does without
             mode = str(dialect().resolved(server_args).disaggregation_mode)
             if mode in (pairs.PREFILL, pairs.DECODE):
                 os.environ[machine.DISAGGREGATION_ENV] = mode
             os.environ[machine.ACTIVE_ENV] = "1"
 
 
-_HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+@contextmanager
+def _noting() -> Iterator[None]:
+    try:
+        yield
+    except MixQuantError as error:
+        if asked.noted is None:
+            raise
+        asked.noted.append(str(error))
+
+
+def _check(server_args: Any) -> None:
+    if asked.noted is None:
+        check_server_args(server_args)
+    else:
+        asked.noted += [line for line in refused_lines(server_args) if line not in asked.noted]
+
+
+HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 
 
 def _prepare_launcher() -> None:
-    _set_hooks("asked")
+    registry.set_hooks("asked")
     registry.check_hooks_took_effect("launcher")
     register_config()
-
-
-def _set_hooks(process: str) -> None:
-    registry.register_hooks([hook for hook in registry.hooks_of(process) if not registry.took_effect(hook)])
-    registry.apply_hooks()
-    registry.check_hooks_took_effect(process)
 
 
 def register_config() -> None:

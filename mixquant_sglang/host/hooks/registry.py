@@ -45,6 +45,13 @@ def register_hooks(hooks: list[Hook]) -> None:
         HookRegistry.register(target_of(hook), handler_of(hook), HookType(hook.kind))
 
 
+def set_hooks(process: str) -> None:
+    """Sets and proves those of ``process`` that are not in place."""
+    register_hooks([hook for hook in hooks_of(process) if not took_effect(hook)])
+    apply_hooks()
+    check_hooks_took_effect(process)
+
+
 def apply_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.versions.groups import stages
 from mixquant_sglang.versions.updates import concerns_weights, ipc_without_post_hook, postprocess, read_weights
 from mixquant_sglang.weights.arriving import Arriving, FromDisk
 from mixquant_sglang.weights.incoming import SKIPPED
@@ -34,6 +35,10 @@ LOAD_ERRORS = (
     *(RuntimeError, TypeError, ValueError, httpx.HTTPError, pickle.PickleError, SafetensorError),
 )
 _OLD = "the old weights serve on"
+_STAGES = (
+    "mixquant: with --pp-size > 1 a stage writes new weights before the next one has heard of them, so a refusal by "
+    f"one would leave the model with two versions; restart the server; {_OLD}"
+)
 
 
 # -- what was loaded at start ------------------------------------------------------------------------------------------
@@ -69,6 +74,8 @@ def weights_from_disk(
     run = _served(updater)
     if run is None:
         return original(updater, model_path, load_format, weight_name_filter, **kwargs)
+    if stages() > 1:
+        return False, _STAGES
     if kwargs.get("recapture_cuda_graph") and run.weights.decodes_by_value:
         return False, (
             "mixquant: recapture_cuda_graph: SGLang captures decode graphs alone anew, which hold the tensor scales of "
@@ -183,6 +190,8 @@ def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool
     run = _served(updater)
     if run is None:
         return call()
+    if stages() > 1:
+        return False, _STAGES
     model, device = updater.get_model(), torch.device(updater.device)
     try:
         with _taken_down(run.arriving, model, keep=keep) as (loads, direct):

@@ -1,0 +1,152 @@
+"""Whether a launch command would start: parsed and resolved as SGLang does it, with nothing started.
+
+Every line that would end it is wanted, not the first; what refuses is what refuses in a server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mixquant_sglang import recipe
+from mixquant_sglang.errors import MixQuantError
+
+# What SGLang's own parsing and resolution raise for arguments that it does not take.
+_ENDS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError)
+_ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
+
+# Stands for the model of a command that names none: a small dense one.
+_MODEL: dict[str, Any] = {
+    **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "bfloat16", "head_dim": 128},
+    **{"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    **{"num_key_value_heads": 8, "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6},
+}
+
+
+class Command:
+    """``words``: ``A=B python -m sglang.launch_server FLAGS``, ``sglang serve [MODEL] FLAGS``, or the flags alone."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        rest = [*words]
+        self.environment: dict[str, str] = {}
+        while rest and _ASSIGNMENT.match(rest[0]):
+            name, _, value = rest.pop(0).partition("=")
+            self.environment[name] = value
+        whole = bool(rest) and not rest[0].startswith("-")
+        if whole:
+            end = next((i for i, word in enumerate(rest) if word in ("sglang.launch_server", "serve")), None)
+            if end is None:
+                raise MixQuantError(
+                    f"{' '.join(rest[:3])} ... is no launch command; allowed: python -m sglang.launch_server FLAGS, "
+                    "sglang serve FLAGS, or FLAGS"
+                )
+            rest = rest[end + 1 :]
+            if rest and not rest[0].startswith("-"):
+                rest.insert(0, "--model-path")
+        self.notes: list[str] = []
+        self.flags = rest
+        if not self._has("--quantization"):
+            self.flags += ["--quantization", "mixquant"]
+            if whole:
+                self.notes.append("the command has no --quantization mixquant: asked with it")
+
+    def _has(self, *flags: str) -> bool:
+        return any(word.partition("=")[0] in flags for word in self.flags)
+
+    def stand_in(self, folder: Path) -> None:
+        """Gives a command without a model one."""
+        if not self._has("--model-path", "--model", "--config"):
+            (folder / "config.json").write_text(json.dumps(_MODEL))
+            self.flags = ["--model-path", str(folder), *self.flags]
+            self.notes.append("no --model-path: asked for a small dense Qwen3")
+
+
+def ends(command: Command) -> list[str]:
+    """The lines that would end it; none where it starts.  Changes this process as a launch would."""
+    with tempfile.TemporaryDirectory() as folder, _environment(command.environment), _quiet():
+        command.stand_in(Path(folder))
+        return _ends(command.flags)
+
+
+def _ends(flags: Sequence[str]) -> list[str]:
+    from sglang.srt.plugins import load_plugins
+
+    from mixquant_sglang.host.hooks import launcher
+
+    load_plugins()
+    noted: list[str] = []
+    launcher.note(noted)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            server_args = _resolve(flags)
+        if server_args.quantization != "mixquant":
+            return [f"--quantization {server_args.quantization}: a server without mixquant"]
+        _check_model(server_args)
+    except SystemExit as error:
+        line = error.code if isinstance(error.code, str) else (said.getvalue().strip().splitlines() or [""])[-1]
+        noted.append(line.removeprefix("mixquant: ").removeprefix("sglang serve: "))
+    except MixQuantError as error:
+        noted.append(str(error))
+    except (*_ENDS, ValueError) as error:
+        noted.append(f"SGLang: {' '.join(str(error).split()) or type(error).__name__}")
+    _check_recipe(noted)
+    return list(dict.fromkeys(noted))
+
+
+def _resolve(flags: Sequence[str]) -> Any:
+    from sglang.srt.server_args import prepare_server_args
+
+    server_args = prepare_server_args([*flags])
+    if hasattr(server_args, "resolve_once"):  # 0.5.17 resolves as it constructs
+        server_args.resolve_once()
+    return server_args
+
+
+def _check_model(server_args: Any) -> None:
+    """The checkpoint, which SGLang looks at once it builds its model config."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    ModelConfig.from_server_args(server_args)
+
+
+def _check_recipe(noted: list[str]) -> None:
+    """What the recipe comes to on this machine."""
+    from mixquant_sglang.host import refusals
+    from mixquant_sglang.recipe.select import select
+    from mixquant_sglang.versions import machine
+
+    try:
+        loaded = recipe.load(recipe.requested())
+        refusals.check_recipe(loaded, select(loaded, machine.device()))
+    except MixQuantError as error:
+        noted.append(str(error))
+
+
+@contextlib.contextmanager
+def _environment(more: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without SGLang's log lines, which say what a server does."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,133 @@
+"""``mixquant doctor`` with a launch command: whether it starts, or all that ends it, as a server would say it.
+
+One process asks for all commands, as several launches in a row.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixquant_sglang.tools import doctor, launch, report
+
+pytestmark = pytest.mark.slow
+CPU = ["--device", "cpu", "--attention-backend", "torch_native"]
+
+# name -> (words, parts of each line that ends it)
+COMMANDS: dict[str, tuple[list[str], list[list[str]]]] = {
+    "flags that start": ([*CPU, "--mixquant-recipe", "nvfp4"], []),
+    "a whole command that starts": (
+        [
+            "A_NAME=1",
+            "python",
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            "MODEL",
+            *CPU,
+            "--quantization",
+            "mixquant",
+        ],
+        [],
+    ),
+    "several": (
+        [*CPU, "--enable-two-batch-overlap", "--cpu-offload-gb", "4", "--mixquant-recipe", "nvpf4"],
+        [
+            ["unknown recipe 'nvpf4'", "did you mean 'nvfp4'"],
+            ["does not go with --enable-two-batch-overlap", "leave it out"],
+            ["does not go with --cpu-offload-gb"],
+        ],
+    ),
+    "another quantization": ([*CPU, "--quantization", "fp8"], [["--quantization fp8: a server without mixquant"]]),
+    "a word that SGLang does not know": ([*CPU, "--kv-cache-dtype", "fp3"], [["invalid choice: 'fp3'"]]),
+    "a flag that SGLang does not know": ([*CPU, "--no-such-flag"], [["unrecognized arguments: --no-such-flag"]]),
+    "a float32 checkpoint": (["--model-path", "FLOAT32", *CPU], [["is a float32 checkpoint", "--dtype bfloat16"]]),
+    "a variable": (
+        ["SGLANG_RUST_SERVER=1", "python", "-m", "sglang.launch_server", "--model-path", "MODEL", *CPU],
+        [["does not go with SGLANG_RUST_SERVER", "unset it"]],
+    ),
+}
+SCRIPT = """
+import json, sys
+from mixquant_sglang.tools import launch
+for words in json.loads(sys.argv[1]):
+    command = launch.Command(words)
+    print("ENDS" + json.dumps([launch.ends(command), command.notes]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("doctor")
+    config = json.loads((tiny_model / "config.json").read_text()) | {"torch_dtype": "float32", "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    models = {"MODEL": str(tiny_model), "FLOAT32": str(folder)}
+    words = [[models.get(word, word) for word in words] for words, _ in COMMANDS.values()]
+    (folder / "ask.py").write_text(SCRIPT)
+    command = [sys.executable, "-W", "ignore", str(folder / "ask.py"), json.dumps(words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    lines = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ENDS")]
+    assert len(lines) == len(COMMANDS), done.stderr[-3000:]
+    return dict(zip(COMMANDS, lines, strict=True))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_ends_a_command(name: str, found: dict[str, Any]) -> None:
+    lines, notes = found[name]
+    expected = COMMANDS[name][1]
+    assert len(lines) == len(expected), lines
+    for line, parts in zip(lines, expected, strict=True):
+        assert all(part in line for part in parts), line
+        assert "\n" not in line
+    named = any(word == "--model-path" for word in COMMANDS[name][0])
+    assert ("no --model-path: asked for a small dense Qwen3" in notes) is not named
+
+
+def test_a_whole_run(tiny_model: Path) -> None:
+    """Exit status and last line; ``--report`` gives nothing away."""
+    flags = ["--model-path", str(tiny_model), *CPU, "--api-key", "sk-secret", "--enable-pdmux", "--port", "30001"]
+    python = [sys.executable, "-W", "ignore", "-m", "mixquant_sglang", "doctor"]
+    done = subprocess.run([*python, *flags], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1 and done.stdout.endswith("=> it will NOT start here: 1 line\n"), done.stdout
+    assert "ends: --quantization mixquant does not go with --enable-pdmux" in done.stdout
+    done = subprocess.run([*python, "--report", *flags], capture_output=True, text=True, check=False, timeout=300)
+    out = done.stdout
+    assert done.returncode == 1
+    assert "flag: --api-key (not shown)\n" in out and "flag: --port 30001\n" in out and "flag: --device cpu\n" in out
+    assert "recipe: auto (prefill auto" in out and "ends: --quantization mixquant does not go with" in out
+    assert "sk-secret" not in out and "/" not in out.replace("and/or", "")
+
+
+def test_own_options_come_first() -> None:
+    assert doctor.split(["doctor"]) == (["doctor"], [])
+    assert doctor.split(["doctor", "--recipe", "fp8", "--report", "--tp", "2"]) == (
+        ["doctor", "--recipe", "fp8", "--report"],
+        ["--tp", "2"],
+    )
+    assert doctor.split(["doctor", "--", "--report"]) == (["doctor"], ["--report"])
+
+
+def test_what_a_command_is() -> None:
+    served = launch.Command(["X=1", "sglang", "serve", "a/model", "--tp", "2"])
+    assert served.flags == ["--model-path", "a/model", "--tp", "2", "--quantization", "mixquant"]
+    assert served.environment == {"X": "1"} and served.notes
+    assert not launch.Command(["--tp", "2"]).notes
+    with pytest.raises(ValueError, match=r"vllm serve .* is no launch command|is no launch command"):
+        launch.Command(["vllm", "start", "a/model"])
+
+
+def test_what_is_shown_of_flags() -> None:
+    words = ["--model-path", "/a/b", "--tp=2", "--quantization", "mixquant", "--lora-paths", "x=/y", "--device", "cpu"]
+    assert report.flags(words, {"--device": ("cpu", "cuda")}) == [
+        "--model-path (not shown)",
+        "--tp 2",
+        "--quantization mixquant",
+        "--lora-paths (not shown)",
+        "--device cpu",
+    ]
+    assert report.without_paths("/a/b.yaml:2 layers: see https://x.y/z, 10.0.0.1") == "PATH:2 layers: see PATH, PATH"
