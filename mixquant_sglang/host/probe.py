@@ -259,7 +259,8 @@ def _forward(model_runner: Any, forward_batch: Any) -> None:
     ran = False
     try:
         proxies = from_previous_stage()
-        to_next_stage(model_runner.forward(forward_batch, pp_proxy_tensors=proxies))
+        more = {} if proxies is None else {"pp_proxy_tensors": proxies}
+        to_next_stage(model_runner.forward(forward_batch, **more))
         ran = True
     finally:
         if not ran:

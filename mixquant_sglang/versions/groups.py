@@ -48,10 +48,12 @@ def over_stages(value: Any) -> list[Any]:
 
 def from_previous_stage() -> Any | None:
     """What a forward pass of this stage takes from the one before it, which is awaited; None in the first stage."""
+    group = stage_group()
+    if group is None or group.is_first_rank:
+        return None
     from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 
-    group = stage_group()
-    return None if group is None or group.is_first_rank else PPProxyTensors(group.recv_tensor_dict())
+    return PPProxyTensors(group.recv_tensor_dict())
 
 
 def to_next_stage(result: Any) -> None:
