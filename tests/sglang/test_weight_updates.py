@@ -109,7 +109,8 @@ def test_graphs_are_not_captured_anew_with_other_numbers_than_the_rest(monkeypat
     def original(*_args: Any, **_kwargs: Any) -> tuple[bool, str]:
         raise AssertionError("nothing is written")
 
-    done, message = weights_from_disk(original, None, "PATH", "auto", recapture_cuda_graph=True)
+    updater = SimpleNamespace(get_model_runner=lambda: SimpleNamespace(is_draft_worker=False))
+    done, message = weights_from_disk(original, updater, "PATH", "auto", recapture_cuda_graph=True)
     assert not done and message.startswith("mixquant: recapture_cuda_graph: ")
     assert not any(
         Weights.decodes_by_value.fget(SimpleNamespace(layers=[other]))
