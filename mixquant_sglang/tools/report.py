@@ -123,4 +123,4 @@ def shown(value: str, allowed: Sequence[str]) -> str:
 
 def without_paths(text: str) -> str:
     """``text`` with what looks like a path, an address or a model's name on the hub taken out."""
-    return re.sub(r"(?<![\w])[\w.~-]*/[^\s,;:'\")]+|\b\d+\.\d+\.\d+\.\d+\b", "PATH", text)
+    return re.sub(r"\b\w+://[^\s,;'\")]+|(?<!\w)[\w.~-]*/[^\s,;:'\")]+|\b\d+(\.\d+){3}\b", "PATH", text)

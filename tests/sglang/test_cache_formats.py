@@ -22,7 +22,7 @@ def ran(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         for kind, case in caches.cases(str(tiny_model), {"kv_cache_dtype": name}).items()
     }
     out: dict[str, dict[str, Any]] = {}
-    results = model_runs.run([*cases.values()], tmp_path_factory.mktemp("caches"), model_runs.CPU, 300)
+    results = model_runs.run([*cases.values()], tmp_path_factory.mktemp("caches"), model_runs.CPU, 900)
     for (name, kind), result in zip(cases, results, strict=True):
         out.setdefault(name, {})[kind] = result
     return out

@@ -15,7 +15,7 @@ import pytest
 
 from mixquant_sglang.tools import doctor, launch, report
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CPU = ["--device", "cpu", "--attention-backend", "torch_native"]
 
 # name -> (words, parts of each line that ends it)
@@ -70,7 +70,7 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     words = [[models.get(word, word) for word in words] for words, _ in COMMANDS.values()]
     (folder / "ask.py").write_text(SCRIPT)
     command = [sys.executable, "-W", "ignore", str(folder / "ask.py"), json.dumps(words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
     lines = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ENDS")]
     assert len(lines) == len(COMMANDS), done.stderr[-3000:]
     return dict(zip(COMMANDS, lines, strict=True))
@@ -92,10 +92,10 @@ def test_a_whole_run(tiny_model: Path) -> None:
     """Exit status and last line; ``--report`` gives nothing away."""
     flags = ["--model-path", str(tiny_model), *CPU, "--api-key", "sk-secret", "--enable-pdmux", "--port", "30001"]
     python = [sys.executable, "-W", "ignore", "-m", "mixquant_sglang", "doctor"]
-    done = subprocess.run([*python, *flags], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run([*python, *flags], capture_output=True, text=True, check=False, timeout=800)
     assert done.returncode == 1 and done.stdout.endswith("=> it will NOT start here: 1 line\n"), done.stdout
     assert "ends: --quantization mixquant does not go with --enable-pdmux" in done.stdout
-    done = subprocess.run([*python, "--report", *flags], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run([*python, "--report", *flags], capture_output=True, text=True, check=False, timeout=800)
     out = done.stdout
     assert done.returncode == 1
     assert "flag: --api-key (not shown)\n" in out and "flag: --port 30001\n" in out and "flag: --device cpu\n" in out
