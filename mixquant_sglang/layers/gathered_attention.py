@@ -231,7 +231,7 @@ class GatheredExtend:
         new, whole = forward_batch.extend_seq_lens_cpu, forward_batch.seq_lens_cpu
         if new is None or whole is None:
             return
-        lengths = [*zip((int(n) for n in new), whole.tolist(), strict=True)]
+        lengths = [*zip(map(int, new), map(int, whole), strict=True)]
         if self._gathering.pays([n for n, _ in lengths], [w for _, w in lengths]):
             self._lengths = lengths
             self._gathering.passes += 1

@@ -7,33 +7,16 @@ SGLang's source, and fails for an attribute that we use and that has no row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from mixquant_sglang.versions.surface_models import BLOCKS, NEW, OLD, Row
 
-
-@dataclass(frozen=True)
-class Row:
-    """``owner``: the class, or the module that sets these on an object from outside.  ``versions``: those that have
-    them; empty: all.  A version that is none of ours is asked for what the newest has."""
-
-    owner: str
-    names: tuple[str, ...]
-    used_in: str
-    versions: tuple[str, ...] = ()
-
-
-OLD, NEW = ("0.5.17",), ("0.5.23",)
 _MODEL_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _FLASH = "sglang.srt.layers.attention.flashattention_backend"
 _FORWARD = "sglang.srt.model_executor.forward_batch_info"
 _SPECULATION = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm"
 _COMPONENTS = "sglang.srt.model_executor.model_runner_components"
 _QUANTIZATION = "sglang.srt.layers.quantization"
-_MODELS = "sglang.srt.models"
 _PAIRS, _BOOT = "sglang.srt.disaggregation.common.conn", "host/hooks/pairs.py"
 _ARGS = "sglang.srt.server_args.ServerArgs"
-_LLAMA_LIKE = ("llama.Llama", "qwen2.Qwen2", "qwen3.Qwen3", "granite.Granite")
-_SANDWICHED = ("glm4.Glm4",)
-_WITH_EXPERTS = ("qwen3_moe.Qwen3Moe", "qwen2_moe.Qwen2Moe", "glm4_moe.Glm4Moe")
 
 SURFACE: tuple[Row, ...] = (
     # -- server arguments ----------------------------------------------------------------------------------------------
@@ -44,6 +27,8 @@ SURFACE: tuple[Row, ...] = (
     Row(_ARGS, ("_resolution_finished",), "versions/v0_5_23.py", NEW),
     Row(_ARGS, ("cuda_graph_config",), "versions/v0_5_17.py"),
     Row(_ARGS, ("chunked_prefill_size", "max_prefill_tokens"), "versions/batches.py"),
+    Row(_ARGS, ("prefill_attention_backend", "attention_backend"), "versions/attention.py"),
+    Row(_ARGS, ("max_total_tokens",), "host/gathering.py"),
     Row(_ARGS, ("disable_flashinfer_autotune", "enable_deterministic_inference"), "versions/fp4.py"),
     Row(
         _ARGS,
@@ -131,6 +116,7 @@ SURFACE: tuple[Row, ...] = (
             *("forward_mode", "input_ids", "split_index", "extend_seq_lens_cpu", "extend_prefix_lens_cpu"),
             *("extend_logprob_start_lens_cpu", "return_logprob", "capture_hidden_mode", "is_prefill_only"),
             *("return_pooled_hidden_states", "multi_item_delimiter_indices", "_attn_output", "init_new"),
+            *("seq_lens_cpu",),
         ),
         "host/hooks/forward.py, versions/requests.py, layers/fused.py",
     ),
@@ -282,6 +268,11 @@ SURFACE: tuple[Row, ...] = (
         ),
         "versions/attention.py, layers/fused.py, layers/gathered_attention.py",
     ),
+    Row(
+        "sglang.srt.layers.attention.hybrid_linear_attn_backend.HybridLinearAttnBackend",
+        ("full_attn_backend",),
+        "layers/gathered_attention.py",
+    ),
     Row(f"{_FLASH}.FlashAttentionBackend", ("local_attn_builder", "_kv_shard_pool"), "versions/attention.py", NEW),
     Row(
         f"{_FLASH}.FlashAttentionMetadata",
@@ -291,59 +282,14 @@ SURFACE: tuple[Row, ...] = (
     Row(f"{_FLASH}.FlashAttentionMetadata", ("image_token_ranges",), "versions/attention.py", NEW),
     Row(
         "sglang.srt.layers.radix_attention.RadixAttention",
-        ("is_cross_attention", "use_irope", "sliding_window_size", "attn_type"),
-        "versions/attention.py",
+        (
+            *("is_cross_attention", "use_irope", "sliding_window_size", "attn_type"),
+            *("layer_id", "tp_q_head_num", "tp_k_head_num", "head_dim", "v_head_dim"),
+        ),
+        "versions/attention.py, layers/gathered_attention.py",
     ),
     Row("sglang.srt.layers.radix_attention.AttentionType", ("DECODER",), "versions/attention.py"),
-    # -- blocks that we know -------------------------------------------------------------------------------------------
-    *(
-        Row(
-            f"{_MODELS}.{name}DecoderLayer",
-            ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
-            "layers/fused.py",
-        )
-        for name in (*_LLAMA_LIKE, *_SANDWICHED, *_WITH_EXPERTS)
-    ),
-    Row(
-        f"{_MODELS}.mixtral.MixtralDecoderLayer",
-        ("self_attn", "block_sparse_moe", "input_layernorm", "post_attention_layernorm"),
-        "layers/families.py",
-    ),
-    Row(f"{_MODELS}.olmo2.Olmo2DecoderLayer", ("self_attn", "mlp"), "layers/families.py"),
-    *(
-        Row(f"{_MODELS}.{name}MLP", ("gate_up_proj", "down_proj", "act_fn"), "layers/fused.py")
-        for name in (
-            *("llama.Llama", "qwen2.Qwen2", "granite.Granite", "commandr.Cohere", "olmo2.Olmo2", "glm4.Glm4"),
-            *("qwen2_moe.Qwen2Moe", "glm4_moe.Glm4Moe"),
-        )
-    ),
-    *(
-        Row(f"{_MODELS}.{name}Attention", ("qkv_proj", "o_proj", "attn", "q_size"), "layers/fused.py")
-        for name in (*_LLAMA_LIKE, *_SANDWICHED, *_WITH_EXPERTS, "mixtral.Mixtral", "olmo2.Olmo2", "commandr.Cohere")
-    ),
-    Row(f"{_MODELS}.qwen3_moe.Qwen3MoeAttention", ("use_fused_qk_norm_rope",), "layers/blocks.py"),
-    *(
-        Row(
-            f"{_MODELS}.{name}ForCausalLM",
-            ("model", "capture_aux_hidden_states", "load_weights"),
-            "layers/fused.py",
-        )
-        for name in ("llama.Llama", "qwen2.Qwen2", "qwen3.Qwen3")
-    ),
-    *(
-        Row(f"{_MODELS}.{name}ForCausalLM", ("model", "load_weights"), "layers/last_layer.py")
-        for name in ("granite.Granite", *_SANDWICHED, *_WITH_EXPERTS, "mixtral.Mixtral", "olmo2.Olmo2")
-    ),
-    *(
-        Row(f"{_MODELS}.{name}Model", ("layers", "norm"), "layers/fused.py")
-        for name in (*_LLAMA_LIKE, *_SANDWICHED, *_WITH_EXPERTS, "mixtral.Mixtral", "olmo2.Olmo2")
-    ),
-    Row(
-        f"{_MODELS}.qwen3_5.Qwen3_5GatedDeltaNet",
-        ("_forward_input_proj", "in_proj_qkvz", "in_proj_ba"),
-        "layers/bypasses.py",
-    ),
-    Row(f"{_MODELS}.qwen3_5.Qwen3_5GatedDeltaNet", ("_fused_in_proj_weight",), "layers/bypasses.py", NEW),
+    *BLOCKS,
     # -- what users see ------------------------------------------------------------------------------------------------
     Row("sglang.srt.managers.io_struct.GetInternalStateReqOutput", ("internal_state",), "host/hooks/observe.py"),
     Row(
