@@ -9,6 +9,7 @@ import torch
 
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.layers.gathered_attention import Kernels, gather_attention, heads_of, prepare
+from mixquant_sglang.recipe import pairs
 from mixquant_sglang.versions.attention import flash_attention_3, prefill_attention
 from mixquant_sglang.versions.dialect import dialect
 
@@ -16,15 +17,21 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_gathering(run: Runtime, model_runner: Any, device: torch.device) -> None:
-    """Sees whether gathering gives the same bits and pays, with the model's heads; its scratch stays."""
+    """Sees whether gathering gives the same bits and pays, with the model's heads; its scratch stays.  A decode server
+    of a pair has no prefill."""
     args = dialect().resolved(model_runner.server_args)
     if not run.recipe.fuse or device.type != "cuda" or prefill_attention(args) != "fa3":
+        return
+    if run.pair is not None and run.pair.mode == pairs.DECODE:
         return
     heads = heads_of(model_runner.model)
     if heads is None:
         return
     tokens = min(model_runner.model_config.context_len, args.max_total_tokens or 2**62)
-    found = prepare(heads, tokens, Kernels(*flash_attention_3()), device)
+    try:
+        found = prepare(heads, tokens, Kernels(*flash_attention_3()), device)
+    except torch.OutOfMemoryError:
+        found = "too little memory to time another way"
     torch.cuda.empty_cache()
     if isinstance(found, str):
         logger.info("mixquant: prefill attention reads pages, as in SGLang: %s", found)
