@@ -20,6 +20,7 @@ from mixquant_sglang.errors import MixQuantError
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flashinfer-python", "transformers", "safetensors", "ray")
 _PLAIN = re.compile(r"-?\d+(\.\d+)?|true|false|on|off|none|null", re.IGNORECASE)
 _VARIABLES = ("SGLANG_", "MIXQUANT_", "NCCL_", "FLASHINFER_", "CUDA_VISIBLE_DEVICES", "TORCHDYNAMO_", "TRITON_")
+_DEVICES = ("cuda", "cpu", "xpu", "npu", "hpu")  # for which SGLang lists no words
 HIDDEN = "(not shown)"
 
 
@@ -92,7 +93,7 @@ def choices() -> dict[str, tuple[str, ...]]:
 
     parser = argparse.ArgumentParser(add_help=False)
     ServerArgs.add_cli_args(parser)
-    return {
+    return dict.fromkeys(("--device",), _DEVICES) | {
         flag: tuple(map(str, action.choices)) for action in parser._actions if action.choices for flag in _of(action)
     }
 
