@@ -54,7 +54,7 @@ def main() -> None:
     rank, port = int(sys.argv[2]), int(sys.argv[3])
     ports: Iterator[int] = count(port)  # another one for each case: the last one may not be free yet
     run_model.RANK = rank
-    run_model._free_port = lambda: next(ports)
+    run_model.free_port = lambda: next(ports)
     from sglang.benchmark import one_batch
     from sglang.srt.distributed import parallel_state
 
