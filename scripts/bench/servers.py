@@ -11,10 +11,8 @@ import contextlib
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +26,7 @@ from typing import Any, TypeVar
 import orjson
 
 from scripts.bench import passes
+from scripts.serve.processes import free_port
 
 HERE = Path(__file__).resolve().parent
 T = TypeVar("T")
@@ -118,22 +117,6 @@ def in_turn(arms: list[T], round_number: int) -> list[T]:
     turn, shift = divmod(round_number, len(arms))
     order = arms[shift:] + arms[:shift]
     return order[::-1] if turn % 2 else order
-
-
-_given: list[int] = []
-
-
-def free_port() -> int:
-    """Below those that Linux hands out itself: one of these may be somebody's by the time that a server wants it.  Far
-    from the others, since a server takes more ports behind its own, a minute before another arm listens on its."""
-    while True:
-        port = random.randrange(20000, 32768)
-        if any(abs(port - other) < 300 for other in _given):
-            continue
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            _given.append(port)
-            return port
 
 
 class Arm:

@@ -24,7 +24,8 @@ _given: list[int] = []
 
 
 def free_port() -> int:
-    """Below those that Linux hands out itself, and far from the others: a server takes more ports behind its own."""
+    """Below those that Linux hands out itself: one of these may be somebody's by the time that a server wants it.  Far
+    from the others, since a server takes more ports behind its own, a minute before another listens on its."""
     while True:
         port = random.randrange(20000, 32768)
         if any(abs(port - other) < 300 for other in _given):
