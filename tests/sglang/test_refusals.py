@@ -64,6 +64,7 @@ def test_each_is_refused_with_reason_and_way_out(refusal: refused.Refusal, monke
     monkeypatch.setattr(environment, "serves_by_rust", lambda: refusal.flag == "SGLANG_RUST_SERVER")
     interleaved = refusal.flag == "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"
     monkeypatch.setattr(environment, "interleaves_experts", lambda: interleaved)
+    monkeypatch.setattr(environment, "has_own_http_app", lambda: True)
     bad, field = plain(), refusal.field.partition(".")[0]
     setattr(bad, field, REFUSED_VALUES.get(field, 2))
     with pytest.raises(MixQuantError) as error:
