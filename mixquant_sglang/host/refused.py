@@ -15,7 +15,7 @@ class Refusal:
     """``field`` of ``ServerArgs`` (dots go on into what it holds), how much of it is refused, why, and the way out.
 
     ``devices``: of which ``--device`` alone this is asked; empty for all.  ``unless``: fields that, if one is set, give
-    ``field`` another meaning."""
+    ``field`` another meaning.  ``low``: asked only where the recipe has some layer run low."""
 
     field: str
     flag: str
@@ -24,6 +24,7 @@ class Refusal:
     instead: str
     devices: tuple[str, ...] = ()
     unless: tuple[str, ...] = ()
+    low: bool = False
 
 
 def is_set(value: Any) -> bool:
@@ -227,7 +228,8 @@ REFUSALS: tuple[Refusal, ...] = (
         is_set,
         "it needs one low-precision GEMM for any number of rows, where libraries pick one by it, and no radix cache, "
         "since KV is BF16 or low by what was cached",
-        "leave it out, and --rl-on-policy-target, which turns it on",
+        "use recipe bf16, or leave out this flag and --rl-on-policy-target, which turns it on",
+        low=True,
     ),
     # where KV is kept
     Refusal(

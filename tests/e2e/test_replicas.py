@@ -207,3 +207,14 @@ def test_a_broken_weight_update_is_refused_by_each_replica(replicas: Server, tin
     said = replicas.post("/update_weights_from_disk", {"model_path": str(broken)}, ok=False).json()
     assert not said["success"] and said["message"].count(f"{broken}: {NAME} ") == len(RANKS), said
     assert answers(replicas, prompt, ranks=RANKS) == before and before[0] == before[1]
+
+
+def test_sglang_refuses_weights_from_tensors(replicas: Server) -> None:
+    """Of replicas it takes weights from disk alone; it says why in its log."""
+    said = replicas.post("/update_weights_from_tensor", {"serialized_named_tensors": ["not looked at"]}, ok=False)
+    assert said.status_code == 500, said.text
+    for _ in range(50):
+        if re.search("Error: .* for update weights from tensor", replicas.log.read_text()):
+            return
+        time.sleep(0.2)
+    raise AssertionError("SGLang did not say why")

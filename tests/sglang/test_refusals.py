@@ -161,6 +161,17 @@ def test_what_sglang_turned_on_by_itself_is_refused(tiny_model: Path, monkeypatc
         refusals.check_server_args(args)
 
 
+def test_deterministic_inference_goes_with_a_recipe_that_is_bf16_throughout(tmp_path: Path) -> None:
+    args = plain()
+    args.enable_deterministic_inference = True
+    refusals.check_server_args(args, recipe.load("bf16"))
+    rules = "layers:\n  - {match: '*down_proj', prefill: fp8}\n"
+    (tmp_path / "some.yaml").write_text(f"version: 1\nprefill: {{precision: bf16}}\n{rules}")
+    for low in (None, recipe.load("auto"), recipe.load("fp8"), recipe.load(str(tmp_path / "some.yaml"))):
+        with pytest.raises(MixQuantError, match=r"--enable-deterministic-inference: .*; use recipe bf16, or leave out"):
+            refusals.check_server_args(args, low)
+
+
 def test_as_given_counts_too() -> None:
     """0.5.23 resolves --enable-dp-attention to False, and says so in --attn-dp-size."""
     args = plain()

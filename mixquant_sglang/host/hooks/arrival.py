@@ -20,7 +20,8 @@ from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.versions import machine
 from mixquant_sglang.versions.dialect import dialect
 
-_CARRIED = (machine.ACTIVE_ENV, recipe.RECIPE_ENV, "SGLANG_PLUGINS")  # a Ray actor inherits nothing of the launcher
+# A Ray actor inherits nothing of the launcher.
+_CARRIED = (machine.ACTIVE_ENV, machine.DISAGGREGATION_ENV, recipe.RECIPE_ENV, "SGLANG_PLUGINS")
 
 
 class Arrival:
