@@ -68,7 +68,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, default=10, help="of rounds, restarts among them (default: %(default)s)")
     add("--round", type=float, default=20, help="seconds of a round (default: %(default)s)")
     add("--kills", type=int, help="how many servers lose their scheduler (default: 1, with --pd 2, with --url 0)")
-    add("--agents", type=int, default=12, help="different agents (default: %(default)s)")
+    add("--agents", type=int, default=8, help="different agents (default: %(default)s)")
     add("--seed", type=int, default=1, help="(default: %(default)s)")
     add("--growth", type=float, default=1.0, help="percent of memory that fail the run (default: %(default)s)")
     add("--logs", type=Path, default=ROOT / ".cache", help="folder of the servers' logs (default: .cache)")
@@ -123,6 +123,7 @@ async def kept(play: Play, agents: list[problems.Agent]) -> list[problems.Agent]
     """Agents with those of their questions that are answered right alone, in both precisions, beyond doubt."""
     found, least = [], float("inf")
     asked = dropped = 0
+    told = time.monotonic()
     for agent in agents:
         good = []
         for question in (*agent.asks, agent.walk):
@@ -131,6 +132,9 @@ async def kept(play: Play, agents: list[problems.Agent]) -> list[problems.Agent]
                 request, lead = await play.alone(question, problems.first(agent, question), bf16)
                 leads.append(lead if request.end == RIGHT else 0.0)
             asked += 1
+            if time.monotonic() - told > 15:
+                told = time.monotonic()
+                say(f"  asking alone, {asked} of {len(agents) * (len(agent.asks) + 1)} questions")
             if min(leads) >= problems.MARGIN:
                 good.append(question)
                 least = min(least, *leads)
