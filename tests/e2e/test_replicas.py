@@ -160,6 +160,17 @@ def test_each_worker_hands_on_a_good_policy(servers: Servers, replicas: Server, 
         assert low == 0 and protected > 0
 
 
+def test_policies_of_all_endpoints(servers: Servers, replicas: Server, tiny_model: Path) -> None:
+    """``scripts/fuzz``: good and bad ones at random endpoints, which replicas and workers share as it happens."""
+    from scripts.tools import fuzz
+
+    stock = servers.stock.url
+    ran = fuzz.run(replicas.url, tiny_model, stock, seconds=600, seed=2026, steps=30, only=["policies"])
+    seen = [*ran["seen"]]
+    assert ran["steps"] == 30 and "policies: low" in seen
+    assert all(any(name.startswith(f"policies: {what}") for name in seen) for what in ("refused", "bf16"))
+
+
 # -- weights ---
 
 
