@@ -33,7 +33,7 @@ from scripts.load.agents import Play
 from scripts.load.books import ABORTED, CLOSED, DOWN, GONE, LOST, MALFORMED, REFUSED, RIGHT, WRONG, Books
 from scripts.load.client import Client
 from scripts.load.rounds import CYCLE, KILL, Rounds
-from scripts.load.target import BOTH, QUIET, OneServer, PairTarget, Side, Target
+from scripts.load.target import BOTH, ON_CPU, QUIET, OneServer, PairTarget, Side, Target
 from scripts.serve.libraries import MissingLibraries
 from scripts.serve.pair import Pair, Plan, gpus_of
 from scripts.serve.pd import gpu_count
@@ -112,7 +112,7 @@ def start(args: argparse.Namespace) -> Target:
         decode_gpu=gpus_of(1, 1) if two else "",
         transfer="nixl" if two else "mooncake_tcp",
         both=(*BOTH, *args.flags),
-        envs={"prefill": QUIET, "decode": QUIET},
+        envs=dict.fromkeys(("prefill", "decode"), QUIET if two else QUIET | ON_CPU),
     )
     pair = Pair(plan, args.logs.resolve(), say)
     pair.__enter__()
