@@ -93,10 +93,11 @@ def start(args: argparse.Namespace) -> Target:
     """Ready to serve.  Raises ``Ended``."""
     args.logs.mkdir(parents=True, exist_ok=True)
     gpus = gpu_count()
+    first = (gpus_of(0, 1),) if gpus else ()
     if args.url:
-        return Target(args.url.rstrip("/"), [Side("server", args.url.rstrip("/"), (0,) if gpus else ())], args.model)
+        return Target(args.url.rstrip("/"), [Side("server", args.url.rstrip("/"), first)], args.model)
     if not args.pd:
-        server = OneServer(args.model, args.recipe, args.flags, (0,) if gpus else (), args.logs.resolve())
+        server = OneServer(args.model, args.recipe, args.flags, first, args.logs.resolve())
         try:
             server.start(say)
         except BaseException:
@@ -116,7 +117,7 @@ def start(args: argparse.Namespace) -> Target:
     )
     pair = Pair(plan, args.logs.resolve(), say)
     pair.__enter__()
-    return PairTarget(pair, plan, {"prefill": (0,) if two else (), "decode": (1,) if two else ()})
+    return PairTarget(pair, plan, {"prefill": first if two else (), "decode": (gpus_of(1, 1),) if two else ()})
 
 
 async def kept(play: Play, agents: list[problems.Agent]) -> list[problems.Agent]:
