@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,9 +14,6 @@ from tests.support.commands import command_of, provide
 provide()
 
 ROOT = Path(__file__).resolve().parent.parent
-
-_STATUS = pytest.StashKey[int]()
-
 
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 
@@ -62,19 +57,3 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("servers")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    session.config.stash[_STATUS] = int(exitstatus)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Ends without Python's taking apart of what torch and SGLang loaded: with torch 2.14 a segmentation fault was seen
-    there, after all tests had passed and were summed up."""
-    status = config.stash.get(_STATUS, None)
-    if status is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)

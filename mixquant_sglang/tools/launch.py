@@ -16,11 +16,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
 
-# What SGLang's own parsing and resolution raise for arguments that it does not take.
-_ENDS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError)
+# What SGLang's own parsing and resolution, and transformers' of a config, raise for what they do not take.
+_ENDS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError),
+    StrictDataclassError,
+)
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 # Stands for the model of a command that names none: a small dense one.

@@ -1,38 +1,74 @@
 """``mixquant doctor --report``: what a bug report needs, and nothing that should not leave the machine.
 
-Left out: paths, addresses, host and user names, keys.  Of flags and environment variables the names are given, and a
-value where it is a number, a switch, or one of the words that SGLang lists for the flag.
+Left out: paths, addresses, host and user names, keys.  Of flags the names are given that SGLang knows, and a value
+where it is a number and the flag takes one, or one of the words that SGLang lists for the flag; of environment
+variables the names, and numbers and switches.  What messages quote of all else is taken out of them (``hidden.py``).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import logging
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from types import TracebackType
 
 from mixquant_sglang import __version__, recipe
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.tools.hidden import MASK, Hidden, is_secret
 
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flashinfer-python", "transformers", "safetensors", "ray")
-_PLAIN = re.compile(r"-?\d+(\.\d+)?|true|false|on|off|none|null", re.IGNORECASE)
+_NUMBER = re.compile(r"-?\d{1,9}(\.\d{1,6})?[kKmM]?")
+_SWITCH = re.compile(r"true|false|on|off|yes|no|none|null", re.IGNORECASE)
 _VARIABLES = ("SGLANG_", "MIXQUANT_", "NCCL_", "FLASHINFER_", "CUDA_VISIBLE_DEVICES", "TORCHDYNAMO_", "TRITON_")
-_DEVICES = ("cuda", "cpu", "xpu", "npu", "hpu")  # for which SGLang lists no words
-HIDDEN = "(not shown)"
+_TEXT = 100_000  # characters of a file that are looked at
+
+
+@dataclass(frozen=True)
+class Takes:
+    """What of a flag's values may be shown: these words, and numbers if it takes such."""
+
+    words: tuple[str, ...] = ()
+    numbers: bool = False
+
+
+# Flags for which SGLang lists no words, and ours.
+_WORDS = {
+    "--device": ("cuda", "cpu", "xpu", "npu", "hpu"),
+    "--model-impl": ("auto", "sglang", "transformers", "mindspore"),
+    "--quantization": ("mixquant",),
+    "--speculative-algorithm": ("NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN"),
+}
 
 
 def run(wanted: str | None, launch: Sequence[str]) -> int:
     """Prints it; returns 0 if a server would start here, else 1."""
-    lines, healthy = made(wanted or recipe.requested(), launch, os.environ)
+    sys.excepthook = _say_the_kind_alone
+    with _silence():
+        lines, healthy = made(wanted or recipe.requested(), launch, os.environ)
     print("\n".join(lines))
     return 0 if healthy else 1
 
 
 def made(asked: str, launch: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], bool]:
     """The lines of the report, and whether a server would start."""
+    known = flags_of_sglang()
+    hidden = Hidden()
+    hidden.add_environment(environment)
+    hidden.add_all(word for word in typed(launch, known) if word not in recipe.shipped())
+    for file in ({asked} - {*recipe.shipped()}, named(launch, "--config"), named(launch, "--mixquant-recipe")):
+        for path in file - {*recipe.shipped()}:
+            hidden.add(path)
+            hidden.add_words(_text_of(path))
     lines = [f"mixquant: {__version__}", f"Python: {platform.python_version()} ({platform.machine()})"]
     for package in _PACKAGES:
         try:
@@ -40,17 +76,13 @@ def made(asked: str, launch: Sequence[str], environment: Mapping[str, str]) -> t
         except PackageNotFoundError:
             lines.append(f"{package}: not installed")
     lines += _device()
-    said, healthy = _recipe(asked)
+    said, healthy = _recipe(asked, hidden)
     lines += said
-    names = sorted(name for name in environment if name.startswith(_VARIABLES))
-    lines += [f"environment: {name}={shown(environment[name], ())}" for name in names]
+    lines += variables(environment)
     if launch:
-        from mixquant_sglang.tools.launch import Command, ends
-
-        command = Command(launch)
-        lines += [f"flag: {flag}" for flag in flags(command.flags, choices())]
-        found = ends(command)
-        lines += [f"ends: {without_paths(line)}" for line in found]
+        lines += [f"flag: {flag}" for flag in flags(launch, known)]
+        found = _ends(launch)
+        lines += [f"ends: {hidden.out_of(line)}" for line in found]
         healthy = healthy and not found
     return lines, healthy
 
@@ -65,7 +97,7 @@ def _device() -> list[str]:
     return [*each, f"CUDA of torch: {torch.version.cuda}"]
 
 
-def _recipe(asked: str) -> tuple[list[str], bool]:
+def _recipe(asked: str, hidden: Hidden) -> tuple[list[str], bool]:
     """What the recipe asks, field by field, and what it comes to here; of a file, not where it lies."""
     from mixquant_sglang.host import refusals
     from mixquant_sglang.recipe.fingerprint import fingerprint
@@ -78,50 +110,133 @@ def _recipe(asked: str) -> tuple[list[str], bool]:
         selection = select(loaded, machine.device())
         refusals.check_recipe(loaded, selection)
     except MixQuantError as error:
-        return [f"recipe: {name}: refused: {without_paths(str(error))}"], False
-    rules = [f"rule: {r.match} prefill {r.prefill} decode {r.decode} optional {r.optional}" for r in loaded.layers]
+        return [f"recipe: {name}: refused: {hidden.out_of(str(error))}"], False
+    rules = [
+        f"rule: {hidden.out_of(r.match)} prefill {r.prefill} decode {r.decode} optional {r.optional}"
+        for r in loaded.layers
+    ]
     fields = {"prefill": loaded.prefill, "decode": loaded.decode, "kernel": loaded.kernel, "fuse": loaded.fuse}
     fields |= {"min_tokens": loaded.min_tokens, "ready-made weights": bool(loaded.prefill_weights)}
     lines = [f"recipe: {name} ({', '.join(f'{key} {value}' for key, value in fields.items())})", *rules]
-    lines.append(f"selection: {without_paths(selection.describe())}; because {without_paths(selection.reason)}")
+    lines.append(f"selection: {hidden.out_of(selection.describe())}; because {hidden.out_of(selection.reason)}")
     return [*lines, f"fingerprint: {fingerprint(loaded, selection)}"], True
 
 
-def choices() -> dict[str, tuple[str, ...]]:
-    """Of SGLang's flags: those that have words of their own, and these."""
+def _ends(launch: Sequence[str]) -> list[str]:
+    from mixquant_sglang.tools.launch import Command, ends
+
+    try:
+        return ends(Command(launch))
+    except MixQuantError as error:
+        return [str(error)]
+
+
+def flags_of_sglang() -> dict[str, Takes]:
+    """SGLang's flags and what may be shown of their values."""
     from sglang.srt.server_args import ServerArgs
 
     parser = argparse.ArgumentParser(add_help=False)
     ServerArgs.add_cli_args(parser)
-    return dict.fromkeys(("--device",), _DEVICES) | {
-        flag: tuple(map(str, action.choices)) for action in parser._actions if action.choices for flag in _of(action)
-    }
+    known = {"--mixquant-recipe": Takes(tuple(recipe.shipped()))}
+    for action in parser._actions:
+        words = tuple(map(str, action.choices or ()))
+        number = action.type in (int, float) or getattr(action.type, "__name__", "").endswith("_int")
+        for flag in action.option_strings:
+            known[flag] = Takes(words + _WORDS.get(flag, ()), number)
+    return known
 
 
-def _of(action: Any) -> list[str]:
-    return [*action.option_strings]
-
-
-def flags(words: Sequence[str], known: Mapping[str, Sequence[str]]) -> list[str]:
+def flags(launch: Sequence[str], known: Mapping[str, Takes]) -> list[str]:
     """Each flag with what may be shown of its values."""
-    out: list[str] = []
-    flag = ""
-    for word in words:
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            allowed = known.get(flag, ())
-            out.append(f"{flag} {shown(value, allowed)}" if equals else flag)
-        elif out:
-            out[-1] += f" {shown(word, known.get(flag, ()))}"
-    return out
+    return [" ".join(shown) for shown, _ in _split(launch, known)]
 
 
-def shown(value: str, allowed: Sequence[str]) -> str:
-    """``value`` where it can give nothing away."""
-    plain = _PLAIN.fullmatch(value) or value in allowed or value in recipe.shipped() or value == "mixquant"
-    return value if plain and len(value) < 24 else HIDDEN
+def typed(launch: Sequence[str], known: Mapping[str, Takes]) -> list[str]:
+    """The words, and the values in them, of which ``flags`` shows nothing."""
+    return [word for _, hidden in _split(launch, known, whole=True) for word in hidden]
 
 
-def without_paths(text: str) -> str:
-    """``text`` with what looks like a path, an address or a model's name on the hub taken out."""
-    return re.sub(r"\b\w+://[^\s,;'\")]+|(?<!\w)[\w.~-]*/[^\s,;:'\")]+|\b\d+(\.\d+){3}\b", "PATH", text)
+def _split(
+    launch: Sequence[str], known: Mapping[str, Takes], whole: bool = False
+) -> Iterator[tuple[list[str], list[str]]]:
+    """By flag: what is shown, and what is not; ``whole``: what stands before the first flag, too."""
+    shown, hidden, flag = [""], list[str](), ""
+    for word in launch:
+        name, equals, value = word.partition("=")
+        if word.startswith("-") and not _NUMBER.fullmatch(word):
+            if flag or (whole and hidden):
+                yield shown, hidden
+            flag, hidden = _flag(name, known), []
+            shown = [flag or f"a flag that SGLang does not have: {MASK}"]
+            if not flag:
+                hidden, flag = [name, name.lstrip("-")], " "
+            if not equals:
+                continue
+        elif flag:
+            value = word
+        else:
+            hidden += [word, value] if equals else [word]
+            continue
+        may = _may_be_shown(value, known.get(flag, Takes()))
+        shown.append(value if may else MASK)
+        hidden += [] if may else [value, *value.split("=")[1:]]
+    if flag or (whole and hidden):
+        yield shown, hidden
+
+
+def _flag(name: str, known: Mapping[str, Takes]) -> str:
+    """The flag that ``name`` is, or begins and is the only one to, as argparse has it; "" if none."""
+    if name in known:
+        return name
+    longer = [flag for flag in known if name.startswith("--") and len(name) > 2 and flag.startswith(name)]
+    return longer[0] if len(longer) == 1 else ""
+
+
+def _may_be_shown(value: str, takes: Takes) -> bool:
+    return value in takes.words or (takes.numbers and _NUMBER.fullmatch(value) is not None)
+
+
+def variables(environment: Mapping[str, str]) -> list[str]:
+    """The lines of environment variables that matter here."""
+    names = sorted(name for name in environment if name.startswith(_VARIABLES) and re.fullmatch(r"[A-Z0-9_]+", name))
+    return [f"environment: {name}={_value(name, environment[name])}" for name in names]
+
+
+def _value(name: str, value: str) -> str:
+    if name == recipe.RECIPE_ENV and value in recipe.shipped():
+        return value
+    plain = _NUMBER.fullmatch(value) or _SWITCH.fullmatch(value)
+    return value if plain and not is_secret(name) else MASK
+
+
+def named(launch: Sequence[str], flag: str) -> set[str]:
+    """The values of ``flag``."""
+    follows = {word for at, word in enumerate(launch) if at and launch[at - 1] == flag}
+    return follows | {word.partition("=")[2] for word in launch if word.startswith(f"{flag}=")}
+
+
+def _text_of(path: str) -> str:
+    """The beginning of a file that the user wrote, "" if there is none: messages quote it."""
+    try:
+        with Path(path).expanduser().open(errors="replace") as file:
+            return file.read(_TEXT)
+    except (OSError, ValueError):
+        return ""
+
+
+def _say_the_kind_alone(kind: type[BaseException], _error: BaseException, _trace: TracebackType | None) -> None:
+    """A traceback has paths, and an error's text may be anything."""
+    print(f"mixquant: no report: {kind.__name__}; without --report it says more", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what SGLang prints, logs and warns of meanwhile, which names files and hosts."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mixquant_sglang.tools import doctor, launch, report
+from mixquant_sglang.tools import doctor, launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CPU = ["--device", "cpu", "--attention-backend", "torch_native"]
@@ -119,15 +119,3 @@ def test_what_a_command_is() -> None:
     assert not launch.Command(["--tp", "2"]).notes
     with pytest.raises(ValueError, match=r"vllm serve .* is no launch command|is no launch command"):
         launch.Command(["vllm", "start", "a/model"])
-
-
-def test_what_is_shown_of_flags() -> None:
-    words = ["--model-path", "/a/b", "--tp=2", "--quantization", "mixquant", "--lora-paths", "x=/y", "--device", "cpu"]
-    assert report.flags(words, {"--device": ("cpu", "cuda")}) == [
-        "--model-path (not shown)",
-        "--tp 2",
-        "--quantization mixquant",
-        "--lora-paths (not shown)",
-        "--device cpu",
-    ]
-    assert report.without_paths("/a/b.yaml:2 layers: see https://x.y/z, 10.0.0.1") == "PATH:2 layers: see PATH, PATH"
