@@ -60,9 +60,9 @@ def test_rows_of_retracted_and_cut_requests_have_bounds() -> None:
     assert told == bounds(WHOLE), "an answer that says how often it was retracted is believed"
     assert bounds(replace(WHOLE, retractions=None), may_retract=1) == again
     cut = bounds(Request(CLOSED, prompt=300, cached=100, generated=5, most=24))
-    assert cut == Bounds((199, 199), (1, 1), (4, 24)), "its prompt was prefilled to the end"
+    assert cut == Bounds((199, 199), (1, 1), (4, 25)), "its prompt was prefilled to the end"
     for end in (GONE, ABORTED, DOWN, LOST):
-        assert bounds(Request(end, prompt=300, most=24)) == Bounds((0, 300), (0, 1), (0, 24))
+        assert bounds(Request(end, prompt=300, most=24)) == Bounds((0, 300), (0, 1), (0, 25))
 
 
 GOOD = Counted({("prefill", "nvfp4"): 398, ("prefill", "bf16"): 2, ("decode", "bf16"): 39}, 2)
