@@ -26,7 +26,7 @@ QUIET = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0", "PYTHONWARNINGS": "ign
 # On a CPU torch keeps a kernel of oneDNN for each number of rows that it multiplied, 1024 of them in each of two
 # caches, a quarter to half a MiB each: memory that fills for an hour and is no leak.  Bounded, they are soon full.
 ON_CPU = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-# Small on purpose: prompts come in chunks, decode rows in mixed passes, and the pool gets full.
+# Small on purpose: prompts come in chunks, decode rows in mixed passes, and what does not fit waits.
 BOTH = ("--enable-cache-report", "--enable-metrics", "--random-seed", "1", "--chunked-prefill-size", "256")
 RUNNING, QUEUED, POOL = 8, 8, 5000
 SINGLE = (
