@@ -30,6 +30,7 @@ COMMANDS = {
     "make_tiny_model": "models.make_tiny_model",
     "measure_formats": "tools.measure_formats",
     "serve_pd": "serve.pd",
+    "soak": "load.soak",
     "support_matrix": "tools.support",
     "train_tiny_model": "models.train_tiny_model",
 }

@@ -27,18 +27,20 @@ WATCHING = (
 )
 
 
-def check_server_args(server_args: Any) -> None:
+def check_server_args(server_args: Any, recipe: Recipe | None = None) -> None:
     """Raises ``MixQuantError`` for the first flag that mixquant refuses, as given or as resolved so far."""
-    for line in refused_lines(server_args):
+    for line in refused_lines(server_args, recipe):
         raise MixQuantError(line)
 
 
-def refused_lines(server_args: Any) -> Iterator[str]:
-    """Of each flag that mixquant refuses, as given or as resolved so far, in the order of the table."""
+def refused_lines(server_args: Any, recipe: Recipe | None = None) -> Iterator[str]:
+    """Of each flag that mixquant refuses, as given or as resolved so far, in the order of the table; without a recipe,
+    of one that has low layers."""
+    low = recipe is None or not recipe.bf16_throughout
     resolved = dialect().resolved(server_args)
     device = str(getattr(resolved, "device", None) or "").partition(":")[0]
     for refusal in REFUSALS:
-        if refusal.devices and device not in refusal.devices:
+        if (refusal.devices and device not in refusal.devices) or (refusal.low and not low):
             continue
         # as given too: SGLang resolves --enable-dp-attention to --attn-dp-size and False
         if any(_refuses(refusal, args) for args in (server_args, resolved)):

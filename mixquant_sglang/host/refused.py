@@ -15,7 +15,7 @@ class Refusal:
     """``field`` of ``ServerArgs`` (dots go on into what it holds), how much of it is refused, why, and the way out.
 
     ``devices``: of which ``--device`` alone this is asked; empty for all.  ``unless``: fields that, if one is set, give
-    ``field`` another meaning."""
+    ``field`` another meaning.  ``low``: asked only where the recipe has some layer run low."""
 
     field: str
     flag: str
@@ -24,6 +24,7 @@ class Refusal:
     instead: str
     devices: tuple[str, ...] = ()
     unless: tuple[str, ...] = ()
+    low: bool = False
 
 
 def is_set(value: Any) -> bool:
@@ -47,7 +48,7 @@ _TP = "use --tp-size"
 _LEAVE_OUT = "leave it out"
 _CP = "context parallelism splits and reorders the rows of a pass"
 _GATHERED = "MLPs see the rows of all ranks, whose protected ones this rank does not know"
-_ROUTER = "start one server per replica behind SGLang's router"
+_REPLICAS = "use --dp-size without it, or --tp-size"
 _FORWARD = "it replaces the model's forward pass, which has not been tested"
 _RANKS = "the linears of some layers get other rows than those of the pass"
 _BREAKABLE = "use 'breakable' (SGLang's default on CUDA) or 'disabled'"
@@ -71,10 +72,10 @@ REFUSALS: tuple[Refusal, ...] = (
     # processes
     Refusal(
         "tokenizer_worker_num",
-        "--tokenizer-worker-num > 1",
-        _several,
-        "SGLang does not load plugins in its tokenizer workers",
-        "use one",
+        "SGLANG_HTTP_SERVER_APP_PATH with --tokenizer-worker-num > 1",
+        lambda v: v > 1 and environment.has_own_http_app(),
+        "that app is not SGLang's own, so a request's BF16 prefill might be ignored",
+        "unset it, or use one tokenizer worker",
     ),
     Refusal(
         "port",
@@ -91,7 +92,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "use HTTP",
         unless=("smg_grpc_mode", "grpc_mode"),
     ),
-    Refusal("use_ray", "--use-ray", is_set, "SGLang does not load plugins in Ray actors", _LEAVE_OUT),
+    Refusal("use_ray", "--use-ray", is_set, "our hooks reach Ray actors, but no server has run on Ray", _LEAVE_OUT),
     Refusal(
         "device",
         "--device other than cuda and cpu",
@@ -105,10 +106,9 @@ REFUSALS: tuple[Refusal, ...] = (
         "--enable-dp-attention",
         is_set,
         f"{_GATHERED}, and a rank whose pass does without its graph would wait for those that replay theirs",
-        _ROUTER,
+        _REPLICAS,
     ),
-    Refusal("dp_size", "--dp-size > 1", _several, "it has not been tested", _ROUTER),
-    Refusal("attn_dp_size", "--attn-dp-size > 1", _several, _GATHERED, _ROUTER),
+    Refusal("attn_dp_size", "--attn-dp-size > 1", _several, _GATHERED, _REPLICAS),
     Refusal("attn_cp_size", "--attn-cp-size > 1", _several, _CP, _TP),
     Refusal("enable_prefill_cp", "--enable-prefill-cp", is_set, _CP, _TP),
     Refusal("enable_prefill_context_parallel", "--enable-prefill-context-parallel", is_set, _CP, _TP),
@@ -228,7 +228,8 @@ REFUSALS: tuple[Refusal, ...] = (
         is_set,
         "it needs one low-precision GEMM for any number of rows, where libraries pick one by it, and no radix cache, "
         "since KV is BF16 or low by what was cached",
-        "leave it out, and --rl-on-policy-target, which turns it on",
+        "use recipe bf16, or leave out this flag and --rl-on-policy-target, which turns it on",
+        low=True,
     ),
     # where KV is kept
     Refusal(

@@ -58,6 +58,12 @@ class Recipe:
     prefill_weights: str = ""  # the folder or hub name of an NVFP4 checkpoint; "" packs from the BF16 one
     prefill_weights_at: str = ""  # "file:line prefill.weights"
 
+    @property
+    def bf16_throughout(self) -> bool:
+        """Whether it asks no layer to run low, on whatever device."""
+        rules = {precision for rule in self.layers for precision in (rule.prefill, rule.decode)}
+        return {self.prefill, self.decode} | rules - {None} == {"bf16"}
+
     def to_yaml(self) -> str:
         """A file that ``load`` reads as this recipe again, but for where it stands: name, source and lines."""
         prefill = {"precision": self.prefill, "min_tokens": self.min_tokens, "fuse": self.fuse}

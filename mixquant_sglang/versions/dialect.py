@@ -47,6 +47,9 @@ class Dialect(Protocol):
     def tree_ignores_keys(self) -> bool:
         """Whether the environment asks for a radix tree that looks at tokens alone."""
 
+    def replica(self, scheduler: Any) -> int | None:
+        """Which replica of ``--dp-size`` the scheduler serves; None where there is one alone."""
+
     def set_first_chunk(self, req: Any, rows: int) -> None:
         """Makes the first ``rows`` tokens of a request what its next extend pass is of."""
 

@@ -29,3 +29,11 @@ def interleaves_experts() -> bool:
 
     asked = getattr(envs, "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", None)
     return asked is not None and bool(asked.get())
+
+
+def has_own_http_app() -> bool:
+    """Whether the environment gives tokenizer workers another app than SGLang's (0.5.23)."""
+    from sglang.srt.environ import envs
+
+    asked = getattr(envs, "SGLANG_HTTP_SERVER_APP_PATH", None)
+    return asked is not None and asked.get() != "sglang.srt.entrypoints.http_server:app"

@@ -16,6 +16,7 @@ _SPECULATION = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm"
 _COMPONENTS = "sglang.srt.model_executor.model_runner_components"
 _QUANTIZATION = "sglang.srt.layers.quantization"
 _PAIRS, _BOOT = "sglang.srt.disaggregation.common.conn", "host/hooks/pairs.py"
+_DISTRIBUTED, _RUNTIME = "sglang.srt.distributed", "sglang.srt.runtime_context"
 _ARGS = "sglang.srt.server_args.ServerArgs"
 
 SURFACE: tuple[Row, ...] = (
@@ -41,8 +42,8 @@ SURFACE: tuple[Row, ...] = (
     Row(
         _ARGS,
         (
-            *("tokenizer_worker_num", "port", "grpc_port", "grpc_mode", "smg_grpc_mode", "use_ray", "device"),
-            *("enable_dp_attention", "dp_size", "attn_cp_size", "enable_prefill_cp", "dcp_size"),
+            *("tokenizer_worker_num", "port", "grpc_port", "grpc_mode", "smg_grpc_mode", "device"),
+            *("enable_dp_attention", "attn_cp_size", "enable_prefill_cp", "dcp_size"),
             *("enable_attn_tp_input_scattered", "moe_dense_tp_size", "moe_dp_size", "moe_a2a_backend", "dwdp_size"),
             *("enable_two_batch_overlap", "enable_single_batch_overlap", "enable_pdmux"),
             *("speculative_algorithm", "speculative_draft_model_quantization", "enable_multi_layer_eagle"),
@@ -73,6 +74,8 @@ SURFACE: tuple[Row, ...] = (
         NEW,
     ),
     Row("sglang.srt.environ.Envs", ("SGLANG_RUST_SERVER",), "versions/environment.py"),
+    Row(_ARGS, ("tokenizer_worker_num", "use_ray"), "host/hooks/arrival.py"),
+    Row("sglang.srt.environ.Envs", ("SGLANG_HTTP_SERVER_APP_PATH",), "versions/environment.py", NEW),
     Row("sglang.srt.environ.Envs", ("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED",), "versions/environment.py", NEW),
     Row("sglang.srt.environ.Envs", ("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",), "versions/v0_5_17.py", OLD),
     Row("sglang.srt.mem_cache.utils", ("storage_namespace_seed",), "versions/v0_5_23.py", NEW),
@@ -291,6 +294,9 @@ SURFACE: tuple[Row, ...] = (
     Row("sglang.srt.layers.radix_attention.AttentionType", ("DECODER",), "versions/attention.py"),
     *BLOCKS,
     # -- what users see ------------------------------------------------------------------------------------------------
+    Row("sglang.srt.managers.scheduler.Scheduler", ("ps",), "versions/v0_5_17.py", OLD),
+    Row(f"{_DISTRIBUTED}.parallel_state_wrapper.ParallelState", ("dp_rank",), "versions/v0_5_17.py", OLD),
+    Row(f"{_RUNTIME}.SpawnRanks", ("dp_rank",), "versions/v0_5_23.py", NEW),
     Row("sglang.srt.managers.io_struct.GetInternalStateReqOutput", ("internal_state",), "host/hooks/observe.py"),
     Row(
         "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter",

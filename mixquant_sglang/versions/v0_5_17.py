@@ -69,6 +69,11 @@ def tree_ignores_keys() -> bool:
     return bool(envs.SGLANG_EXPERIMENTAL_CPP_RADIX_TREE.get())
 
 
+def replica(scheduler: Any) -> int | None:
+    rank: int | None = scheduler.ps.dp_rank
+    return rank
+
+
 def set_first_chunk(req: Any, rows: int) -> None:
     req.set_extend_range(0, rows)
 

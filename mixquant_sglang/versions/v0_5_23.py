@@ -80,6 +80,15 @@ def tree_ignores_keys() -> bool:
     return hasattr(envs, "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE") and v0_5_17.tree_ignores_keys()  # up to 0.5.20
 
 
+def replica(scheduler: Any) -> int | None:
+    if hasattr(scheduler, "ps"):  # before SGLang kept it in the runtime context
+        return v0_5_17.replica(scheduler)
+    from sglang.srt.runtime_context import get_parallel
+
+    rank: int | None = get_parallel().dp_rank
+    return rank
+
+
 def set_first_chunk(req: Any, rows: int) -> None:
     if hasattr(req, "set_extend_range"):  # up to 0.5.21
         v0_5_17.set_first_chunk(req, rows)

@@ -128,7 +128,8 @@ class Family:
     """``model`` and ``config``: classes of transformers.  ``text``: what differs from ``TEXT``; with ``whole`` it is
     the ``text_config`` of a model of several modalities, whose other fields ``whole`` are.  Where checkpoints differ
     from what transformers saves: ``written`` are fields of config.json, ``extra`` shapes of tensors that its class
-    lacks or leaves at zero, ``renamed`` a part of names and what stands there, ``transposed`` ends of names."""
+    lacks or leaves at zero, ``renamed`` a part of names and what stands there, ``transposed`` ends of names,
+    ``indexed`` that the file of weights has an index beside it, where SGLang looks for a tower."""
 
     model: str
     config: str
@@ -138,6 +139,7 @@ class Family:
     extra: dict[str, tuple[int, ...]] = field(default_factory=dict)
     renamed: tuple[str, str] | None = None
     transposed: tuple[str, ...] = ()
+    indexed: bool = False
 
 
 def _row(name: str, *text: dict[str, Any], **more: Any) -> Family:
@@ -192,6 +194,7 @@ FAMILIES: dict[str, Family] = {
             },
             "image_token_index": 1010,
         },
+        indexed=True,
     ),
     # latent attention
     "deepseek_v2": _row(

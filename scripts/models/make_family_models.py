@@ -42,6 +42,17 @@ def write(family: Family, out: Path) -> None:
         file.write_text(json.dumps(json.loads(file.read_text()) | family.written, indent=1) + "\n")
     if family.extra or family.renamed or family.transposed:
         _as_published(family, out / "model.safetensors")
+    if family.indexed:
+        _index(out / "model.safetensors")
+
+
+def _index(file: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        where = dict.fromkeys(tensors.keys(), file.name)
+    about = {"metadata": {"total_size": file.stat().st_size}, "weight_map": where}
+    (file.parent / "model.safetensors.index.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _as_published(family: Family, file: Path) -> None:

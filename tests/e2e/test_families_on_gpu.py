@@ -1,7 +1,8 @@
 """Every family of models on SGLang's own model runner on a GPU: the checks of ``tests/sglang/test_families.py``.
 
 One process runs them all; a family that ends it fails alone.  A table at the end says what was seen.  By hand:
-``FAMILIES=qwen3_5,gemma4`` runs these alone, ``FAMILY_GRAPHS=1`` has SGLang capture graphs of prefill and decode.
+``FAMILIES=qwen3_5,gemma4`` runs these alone, ``FAMILY_GRAPHS=1`` has SGLang capture graphs of decode, and of prefill
+where its own rules do; a family that stock SGLang does not capture must end with mixquant too.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NAMES = families.chosen()
 ARGS: dict[str, Any] = {"sampling_backend": "pytorch", "max_total_tokens": 8192, "chunked_prefill_size": 2048}
+WITH_GRAPHS = os.environ.get("FAMILY_GRAPHS") == "1"
 GRAPHS: dict[str, Any] = {
     "disable_cuda_graph": False,
-    "cuda_graph_backend_prefill": "breakable",
     "cuda_graph_bs_prefill": [16, 64, 256],
     "cuda_graph_max_bs_decode": 2,
 }
@@ -38,16 +39,18 @@ def ran(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
         [*command_of("make_family_models"), folder, *NAMES], capture_output=True, text=True, timeout=600, check=False
     )
     assert made.returncode == 0, made.stderr[-3000:]
-    args = ARGS | (GRAPHS if os.environ.get("FAMILY_GRAPHS") == "1" else {})
-    cases = {
-        (name, kind): case
-        for name in NAMES
-        for kind, case in families.cases(name, str(folder / name), {"survive": True}, args).items()
-    }
+    args = ARGS | (GRAPHS if WITH_GRAPHS else {})
     out: dict[str, dict[str, Any]] = {}
     env = {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    for (name, kind), result in zip(cases, model_runs.run([*cases.values()], folder, env, 240), strict=True):
-        out.setdefault(name, {})[kind] = result
+    # A capture that was broken off leaves a process in which no other ends: each family has one of its own.
+    for names in [[name] for name in NAMES] if WITH_GRAPHS else [NAMES]:
+        cases = {
+            (name, kind): case
+            for name in names
+            for kind, case in families.cases(name, str(folder / name), {"survive": not WITH_GRAPHS}, args).items()
+        }
+        for (name, kind), result in zip(cases, model_runs.run([*cases.values()], folder, env, 240), strict=True):
+            out.setdefault(name, {})[kind] = result
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         print(f"\n{_table(out)}")
@@ -86,6 +89,10 @@ def _counts(counts: dict[str, int]) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_family(name: str, ran: dict[str, dict[str, Any]]) -> None:
     best = select(recipe.load("auto"), machine.device()).prefill
+    ends = {kind: str(result.get("error") or result.get("refused") or "") for kind, result in ran[name].items()}
+    if WITH_GRAPHS and ends["stock"]:
+        assert all(ends.values()), ends
+        pytest.skip(f"stock SGLang does not capture it: {ends['stock'][-200:]}")
     problems = families.problems(name, ran[name], attention="fp8", others=best, cuda=True)
     for kind, result in ran[name].items():
         if problems and "trace" in result:

@@ -1,4 +1,4 @@
-"""One model on two GPUs: tensor parallel, experts parallel, pipeline stages; three servers of each.
+"""One model on two GPUs: tensor parallel, experts parallel, replicas, pipeline stages; three servers of each.
 
 With the same flags recipe bf16 answers as stock SGLang does, token for token and logprob for logprob.  With the default
 recipe each rank, not the one that answers alone, counts what it ran: prompt rows low but the protected ones, decode
@@ -34,9 +34,10 @@ pytestmark = [
 KINDS: dict[str, list[str]] = {
     "--tp 2": ["--tp-size", "2"],
     "--pp-size 2": ["--pp-size", "2"],
+    "--dp-size 2": ["--dp-size", "2"],
     "--tp 2 --ep-size 2": ["--tp-size", "2", "--ep-size", "2"],
 }
-WAVES = (("--tp 2", "--pp-size 2"), ("--tp 2 --ep-size 2",))
+WAVES = (("--tp 2", "--pp-size 2"), ("--dp-size 2", "--tp 2 --ep-size 2"))
 RECIPES = ("stock", "bf16", "auto")
 PROMPTS = (300, 7, 129, 640)
 NEW = 24
@@ -98,13 +99,16 @@ def start(kind: str, wanted: str, model: Path, logs: Path) -> tuple[Server, Rank
     return Server(model, logs, name, *flags, env=env, pythonpath=[spy]), Ranks(folder)
 
 
-def answers(server: Server) -> list[tuple[list[int], list[float]]]:
-    """Of each prompt by itself."""
+def answers(server: Server, *, replicas: bool) -> list[tuple[list[int], list[float]]]:
+    """Of each prompt by itself; of replicas from each of them."""
     out = []
-    for seed, length in enumerate(PROMPTS):
-        rng = random.Random(seed)
-        one = server.generate([rng.randrange(10, 2000) for _ in range(length)], NEW, return_logprob=True)
-        out.append((one["output_ids"], [entry[0] for entry in one["meta_info"]["output_token_logprobs"]]))
+    for rank in (0, 1) if replicas else (None,):
+        for seed, length in enumerate(PROMPTS):
+            rng = random.Random(seed)
+            prompt = [rng.randrange(10, 2000) for _ in range(length)]
+            routed = {} if rank is None else {"routed_dp_rank": rank}
+            one = server.generate(prompt, NEW, return_logprob=True, **routed)
+            out.append((one["output_ids"], [entry[0] for entry in one["meta_info"]["output_token_logprobs"]]))
     return out
 
 
@@ -117,14 +121,14 @@ def tokens_per_second(server: Server) -> float:
     return 8 * 64 / (time.perf_counter() - began)
 
 
-def ask(wanted: str, server: Server, ranks: Ranks) -> dict[str, Any]:
+def ask(kind: str, wanted: str, server: Server, ranks: Ranks) -> dict[str, Any]:
     out: dict[str, Any] = {}
     if wanted != "stock":
         states = requests.get(server.url + "/server_info", timeout=60).json()["internal_states"]
         out["states"] = [state["mixquant"] for state in states]
     low = out["states"][0]["precision"]["prefill"] if "states" in out else "bf16"
     before = ranks.read()
-    out["answers"] = answers(server)
+    out["answers"] = answers(server, replicas=kind == "--dp-size 2")
     after = ranks.read()
     out["ranks"] = {
         pid: {
@@ -152,7 +156,7 @@ def ran(tiny_model: Path, logs: Path, request: pytest.FixtureRequest) -> Iterato
             for (kind, wanted), (server, ranks) in started.items():
                 try:
                     server.wait()
-                    out.setdefault(kind, {})[wanted] = ask(wanted, server, ranks)
+                    out.setdefault(kind, {})[wanted] = ask(kind, wanted, server, ranks)
                 except (AssertionError, requests.RequestException) as error:
                     out.setdefault(kind, {})[wanted] = {"error": str(error)}
     capture = request.config.pluginmanager.getplugin("capturemanager")
@@ -193,7 +197,7 @@ def test_each_rank_counts_what_it_ran(kind: str, ran: dict[str, dict[str, Any]])
     auto = ran[kind]["auto"]
     assert "error" not in auto, auto
     rows, prompts = sum(PROMPTS), len(PROMPTS)
-    assert len(auto["ranks"]) == 2  # each of them ran all prompts, its stage or its part of each layer
+    assert len(auto["ranks"]) == 2  # each of them ran all prompts: its replica's, its stage's, its part's
     for rank in auto["ranks"].values():
         assert rank["low prefill"] == rows - prompts and rank["bf16 prefill"] == rank["protected"] == prompts
         assert rank["extend rows"] == rows
@@ -201,7 +205,8 @@ def test_each_rank_counts_what_it_ran(kind: str, ran: dict[str, dict[str, Any]])
     assert auto["answers"] != ran[kind]["stock"]["answers"]  # another computation
 
 
-def test_stages_say_what_they_hold(ran: dict[str, dict[str, Any]]) -> None:
+def test_replicas_and_stages_say_what_they_hold(ran: dict[str, dict[str, Any]]) -> None:
+    assert len(ran["--dp-size 2"]["auto"]["states"]) == 2
     (state,) = ran["--pp-size 2"]["auto"]["states"]
     stages = state["stages"]
     assert len(stages) == 2 and all(stage["extra_weight_bytes"] > 0 for stage in stages)

@@ -52,7 +52,6 @@ CASES: dict[str, dict[str, Any]] = {
         "says": ["is already quantised (fp8)", "plain BF16 checkpoint"],
         "config": {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}},
     },
-    "tokenizer workers": {"says": ["--tokenizer-worker-num > 1"], "flags": ["--tokenizer-worker-num", "2"]},
     "DP attention": {
         "says": ["does not go with --enable-dp-attention"],
         "flags": ["--enable-dp-attention", "--dp-size", "2", "--tp-size", "2"],

@@ -47,6 +47,7 @@ NOT_SGLANG = {
     "ours": (
         *(
             "RECIPE_ENV",
+            "_mixquant",
             "activation_format",
             "gemm_shapes",
             "mixquant",

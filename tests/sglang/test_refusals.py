@@ -64,6 +64,7 @@ def test_each_is_refused_with_reason_and_way_out(refusal: refused.Refusal, monke
     monkeypatch.setattr(environment, "serves_by_rust", lambda: refusal.flag == "SGLANG_RUST_SERVER")
     interleaved = refusal.flag == "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"
     monkeypatch.setattr(environment, "interleaves_experts", lambda: interleaved)
+    monkeypatch.setattr(environment, "has_own_http_app", lambda: True)
     bad, field = plain(), refusal.field.partition(".")[0]
     setattr(bad, field, REFUSED_VALUES.get(field, 2))
     with pytest.raises(MixQuantError) as error:
@@ -78,7 +79,7 @@ def test_what_goes_with_one_version_goes_there(flag: str, monkeypatch: pytest.Mo
     (refusal,) = [refusal for refusal in refused.REFUSALS if refusal.flag == flag]
     bad, field = plain(), refusal.field.partition(".")[0]
     if flag.startswith("SGLANG_"):
-        monkeypatch.setenv(flag, "1")
+        monkeypatch.setenv(flag.split()[0], "1")
     setattr(bad, field, REFUSED_VALUES.get(field, 2))
     try:
         refusals.check_server_args(bad)
@@ -176,6 +177,17 @@ def test_what_sglang_turned_on_by_itself_is_refused(tiny_model: Path, monkeypatc
         assert not args.enable_deterministic_inference
     with pytest.raises(MixQuantError, match="--rl-on-policy-target, which turns it on"):
         refusals.check_server_args(args)
+
+
+def test_deterministic_inference_goes_with_a_recipe_that_is_bf16_throughout(tmp_path: Path) -> None:
+    args = plain()
+    args.enable_deterministic_inference = True
+    refusals.check_server_args(args, recipe.load("bf16"))
+    rules = "layers:\n  - {match: '*down_proj', prefill: fp8}\n"
+    (tmp_path / "some.yaml").write_text(f"version: 1\nprefill: {{precision: bf16}}\n{rules}")
+    for low in (None, recipe.load("auto"), recipe.load("fp8"), recipe.load(str(tmp_path / "some.yaml"))):
+        with pytest.raises(MixQuantError, match=r"--enable-deterministic-inference: .*; use recipe bf16, or leave out"):
+            refusals.check_server_args(args, low)
 
 
 def test_as_given_counts_too() -> None:

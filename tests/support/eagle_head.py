@@ -25,7 +25,8 @@ def make(
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-    about = _about(model) | {"tie_word_embeddings": True}
+    # Of a tied head SGLang would take the weight away twice, when it gives the draft the served model's.
+    about = _about(model) | {"tie_word_embeddings": False}
     torch.manual_seed(SEED)
     config = LlamaConfig(**about)
     config._attn_implementation = "sdpa"

@@ -76,6 +76,7 @@ PATCHES_14 = {"tokens": 4, "feature": [16, 3 * 2 * 14 * 14], "grid": [1, 4, 4]}
 PATCHES_16 = {"tokens": 4, "feature": [16, 3 * 2 * 16 * 16], "grid": [1, 4, 4]}
 # Of both prompts: with the Triton back end stock SGLang's Gemma-3 ends where a pass has texts and images.
 PIXELS = {"tokens": 4, "feature": [1, 3, 56, 56], "prompts": 2}
+PIXELS_OF_ONE = {"tokens": 4, "feature": [1, 3, 56, 56]}
 PATCHES_OF_NINE = {"tokens": 4, "feature": [1, 36, 3 * 16 * 16], "patches": [6, 6]}
 GEMMA4 = {"image": PATCHES_OF_NINE, "prefix": "language_model.layers.N.", "interpreted": True, "cpu_args": TRITON}
 
@@ -120,6 +121,7 @@ EXPECTED: dict[str, Expected] = {
         prefix="language_model.model.layers.N.",
         reasons=(*IMAGES, NOT_OFFERED),
         experts=1,
+        image=PIXELS_OF_ONE,
         cpu=dict.fromkeys(BOTH, "SGLang's experts on a CPU do not take apply_router_weight_on_input"),
     ),
     "deepseek_v2": Expected(

@@ -67,8 +67,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"{name}.log"
         args = ["--model-path", str(model), "--port", str(self.port), "--host", "127.0.0.1"]
-        # Left to itself, 0.5.17 takes a port that another process may get before it listens there.
-        args += ["--nccl-port", str(free_port())]
+        # Left to itself, 0.5.17 takes a port that another process may get before it listens there.  Replicas need two.
+        args += [] if "--dp-size" in flags else ["--nccl-port", str(free_port())]
         args += ["--max-total-tokens", "20000", *([] if ON_GPU else CPU_FLAGS)]
         args += os.environ.get("TEST_SERVER_FLAGS", "").split()  # by hand: --tp-size 2
         self.process = launch([*args, *flags], self.log, **kwargs)

@@ -5,6 +5,7 @@ BEFORE handlers take the target's arguments, AFTER handlers its result first, AR
 
 from mixquant_sglang.host.hooks import (
     architecture,
+    arrival,
     bypasses,
     forward,
     graphs,
@@ -21,6 +22,7 @@ from mixquant_sglang.host.hooks import (
 
 __all__ = [
     "architecture",
+    "arrival",
     "bypasses",
     "forward",
     "graphs",

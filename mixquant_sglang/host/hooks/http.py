@@ -32,11 +32,18 @@ def asked_bf16() -> bool:
 
 @handler
 def read_policies(*_args: Any, **_kwargs: Any) -> None:
+    add_layer()
+
+
+def add_layer() -> None:
+    """In a tokenizer worker too, whose app has built its layers when the arguments arrive, and is told to do it again
+    before the first request."""
     from sglang.srt.entrypoints.http_server import app
     from starlette.middleware import Middleware
 
     if not any(layer.cls is PolicyLayer for layer in app.user_middleware):
         app.user_middleware.append(Middleware(PolicyLayer))  # innermost: behind decompression and authorization
+        app.middleware_stack = None
 
 
 class PolicyLayer:

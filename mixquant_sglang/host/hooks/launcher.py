@@ -112,9 +112,9 @@ def _noting() -> Iterator[None]:
 
 def _check(server_args: Any) -> None:
     if asked.noted is None:
-        check_server_args(server_args)
+        check_server_args(server_args, asked.recipe)
     else:
-        asked.noted += [line for line in refused_lines(server_args) if line not in asked.noted]
+        asked.noted += [line for line in refused_lines(server_args, asked.recipe) if line not in asked.noted]
 
 
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"

@@ -10,15 +10,19 @@ from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.host.metrics import PrometheusSeries
 from mixquant_sglang.passes.schedule import ScheduledPass
+from mixquant_sglang.versions.dialect import dialect
 
 _labels: Mapping[str, Any] | None = None
 
 
 @handler
-def add_internal_state(result: Any, *_args: Any) -> None:
+def add_internal_state(result: Any, scheduler: Any, *_args: Any) -> None:
+    """Replicas answer in any order, so each says which it is."""
     run = runtime.current()
-    if run is not None:
-        result.internal_state["mixquant"] = run.state()
+    if run is None:
+        return
+    replica = dialect().replica(scheduler)
+    result.internal_state["mixquant"] = run.state() | ({} if replica is None else {"dp_rank": replica})
 
 
 @handler

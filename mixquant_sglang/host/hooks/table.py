@@ -47,19 +47,20 @@ def _exists(name: str) -> bool:
 
 
 HOOKS = (
-    Hook(
-        "add_recipe_flag",
-        "after",
-        "launcher",
-        ("sglang.srt.server_args.ServerArgs.add_cli_args",),
-        "adds --mixquant-recipe",
-    ),
+    Hook("add_recipe_flag", "after", "launcher", ("sglang.srt.server_args.ServerArgs.add_cli_args",), "adds our flag"),
     Hook(
         "resolve_server_args",
         "around",
         "launcher",
         hook_targets("resolve_server_args"),
         "checks recipe and flags before anything is started",
+    ),
+    Hook(
+        "carry_plugin",
+        "after",
+        "launcher",
+        hook_targets("resolve_server_args"),
+        "loads the plugin in tokenizer workers and Ray actors",
     ),
     Hook(
         "check_checkpoint",
