@@ -24,7 +24,10 @@ from scripts.serve.processes import Ended, Process, free_port, stop, wait_for
 
 # /health runs a pass of a token otherwise, and the counters are held against the requests that were made.
 QUIET = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0", "PYTHONWARNINGS": "ignore"}
-# Small on purpose: prompts come in chunks, decode rows in mixed passes, and the pool gets full.
+# On a CPU torch keeps a kernel of oneDNN for each number of rows that it multiplied, 1024 of them in each of two
+# caches, a quarter to half a MiB each: memory that fills for an hour and is no leak.  Bounded, they are soon full.
+ON_CPU = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+# Small on purpose: prompts come in chunks, decode rows in mixed passes, and what does not fit waits.
 BOTH = ("--enable-cache-report", "--enable-metrics", "--random-seed", "1", "--chunked-prefill-size", "256")
 RUNNING, QUEUED, POOL = 8, 8, 5000
 SINGLE = (
@@ -42,7 +45,7 @@ class Side:
 
     name: str
     url: str
-    gpus: tuple[int, ...] = ()
+    gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES has them
 
 
 class Target:
@@ -84,7 +87,7 @@ class Target:
 class OneServer(Target):
     bounded = True
 
-    def __init__(self, model: str, recipe: str, flags: Sequence[str], gpus: tuple[int, ...], logs: Path) -> None:
+    def __init__(self, model: str, recipe: str, flags: Sequence[str], gpus: tuple[str, ...], logs: Path) -> None:
         self.port = free_port()
         super().__init__(f"http://127.0.0.1:{self.port}", [], model)
         self.sides = [Side("server", self.url, gpus)]
@@ -92,6 +95,7 @@ class OneServer(Target):
         self.command += ["--quantization", "mixquant", "--nccl-port", str(free_port())]
         self.command += ["--mixquant-recipe", recipe] if recipe else []
         self.command += [*([] if gpus else CPU_FLAGS), *BOTH, *SINGLE, *flags]
+        self.env = QUIET if gpus else QUIET | ON_CPU
         self.logs, self.lives = logs, 0
         self.process: Process | None = None
 
@@ -99,7 +103,7 @@ class OneServer(Target):
         self.lives += 1
         log = self.logs / f"soak-server-{self.lives}.log"
         say(f"{' '.join(['python', *self.command[1:]])}\n  log: {log}")
-        self.process = Process("server", self.command, log, QUIET)
+        self.process = Process("server", self.command, log, self.env)
         wait_for([self.process], [self.url + "/health"], 900, say)
 
     @property
@@ -128,7 +132,7 @@ class OneServer(Target):
 class PairTarget(Target):
     pair = True
 
-    def __init__(self, pair: Pair, plan: Plan, gpus: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, pair: Pair, plan: Plan, gpus: dict[str, tuple[str, ...]]) -> None:
         super().__init__(plan.url("router"), [], plan.model)
         self.sides = [Side(name, plan.url(name), gpus[name]) for name in ("prefill", "decode")]
         self.running = pair
