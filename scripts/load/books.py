@@ -8,6 +8,8 @@ exact but for one decode row (overlap scheduling runs a step more before it sees
     high     1, the last prompt token, in BF16 (prompt - cached where it asked for BF16)
     decode   generated - 1, all in BF16: the first token comes from the prefill
 
+(Recipes that protect more than the last prompt token, or decode in low precision, have other rows: not these books.)
+
 A retraction runs the prompt again, and what was generated with it, in BF16.  A request that was cut may have run
 anything between nothing and all.  One that was refused or malformed has run nothing.
 """
@@ -66,8 +68,10 @@ def bounds(request: Request, *, may_retract: int = 0, knows_cache: bool = True) 
     began = whole or request.generated > 0  # its prompt was prefilled to the end
     if not began:
         # Nothing came: nothing may have run, or all of it.
-        return Bounds((0, 0 if bf16 else prompt + again), (0, (prompt if bf16 else 1) + again), (0, request.most))
-    generated = request.generated if whole else request.most
+        decode = 0, request.most + 1 + times
+        high = prompt + again if bf16 else 1 + times * (1 + request.most)
+        return Bounds((0, 0 if bf16 else prompt + again), (0, high), decode)
+    generated = request.generated if whole else request.most + 1
     known = knows_cache and request.cached is not None
     new = prompt - (request.cached or 0) if known else prompt
     sure = new if known and not times else 1

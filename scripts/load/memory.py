@@ -60,18 +60,22 @@ def listener(port: int) -> int | None:
     return None
 
 
-def gpu_used(gpus: Sequence[int]) -> int | None:
-    """Bytes used on these GPUs (as the driver numbers them), asked so that this process takes no CUDA context."""
+def gpu_used(gpus: Sequence[str]) -> int | None:
+    """Bytes used on these GPUs, numbers or UUIDs, asked of the driver so that this process takes no CUDA context."""
     if not gpus:
         return None
     import pynvml
 
     pynvml.nvmlInit()
-    used: int = sum(int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(i)).used) for i in gpus)
+    used = 0
+    for gpu in gpus:
+        by_number = gpu.isdigit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(gpu)) if by_number else pynvml.nvmlDeviceGetHandleByUUID(gpu)
+        used += int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
     return used
 
 
-def measure(pid: int, gpus: Sequence[int] = ()) -> Memory:
+def measure(pid: int, gpus: Sequence[str] = ()) -> Memory:
     host = 0
     for process in processes(pid):
         try:

@@ -69,7 +69,7 @@ class Operator:
             await self.play.client.post(side.url + "/abort_request", {"abort_all": True})
         self.play.windows.close(window, 1.0)
 
-    async def burst(self, rng: random.Random, times: int = 2) -> None:
+    async def burst(self, rng: random.Random, times: int = 3) -> None:
         """More at once than may run and wait together; one server must refuse some, and answer the others."""
         play = self.play
         play.books.faults["burst"] += 1
@@ -77,7 +77,7 @@ class Operator:
 
         async def one() -> Request:
             who = rng.choice(play.agents)
-            question = rng.choice(who.asks)
+            question = who.walk if rng.random() < 0.3 else rng.choice(who.asks)
             text = prompt([], first(who, question))
             reply = await play.client.ask("/generate", generate_body(text, question.tokens, rid=play.rid()))
             return play.enter(Asked(question, sent=len(text)), reply)

@@ -33,7 +33,7 @@ from scripts.load.agents import Play
 from scripts.load.books import ABORTED, CLOSED, DOWN, GONE, LOST, MALFORMED, REFUSED, RIGHT, WRONG, Books
 from scripts.load.client import Client
 from scripts.load.rounds import CYCLE, KILL, Rounds
-from scripts.load.target import BOTH, QUIET, OneServer, PairTarget, Side, Target
+from scripts.load.target import BOTH, ON_CPU, QUIET, OneServer, PairTarget, Side, Target
 from scripts.serve.libraries import MissingLibraries
 from scripts.serve.pair import Pair, Plan, gpus_of
 from scripts.serve.pd import gpu_count
@@ -93,10 +93,11 @@ def start(args: argparse.Namespace) -> Target:
     """Ready to serve.  Raises ``Ended``."""
     args.logs.mkdir(parents=True, exist_ok=True)
     gpus = gpu_count()
+    first = (gpus_of(0, 1),) if gpus else ()
     if args.url:
-        return Target(args.url.rstrip("/"), [Side("server", args.url.rstrip("/"), (0,) if gpus else ())], args.model)
+        return Target(args.url.rstrip("/"), [Side("server", args.url.rstrip("/"), first)], args.model)
     if not args.pd:
-        server = OneServer(args.model, args.recipe, args.flags, (0,) if gpus else (), args.logs.resolve())
+        server = OneServer(args.model, args.recipe, args.flags, first, args.logs.resolve())
         try:
             server.start(say)
         except BaseException:
@@ -112,11 +113,11 @@ def start(args: argparse.Namespace) -> Target:
         decode_gpu=gpus_of(1, 1) if two else "",
         transfer="nixl" if two else "mooncake_tcp",
         both=(*BOTH, *args.flags),
-        envs={"prefill": QUIET, "decode": QUIET},
+        envs=dict.fromkeys(("prefill", "decode"), QUIET if two else QUIET | ON_CPU),
     )
     pair = Pair(plan, args.logs.resolve(), say)
     pair.__enter__()
-    return PairTarget(pair, plan, {"prefill": (0,) if two else (), "decode": (1,) if two else ()})
+    return PairTarget(pair, plan, {"prefill": first if two else (), "decode": (gpus_of(1, 1),) if two else ()})
 
 
 async def kept(play: Play, agents: list[problems.Agent]) -> list[problems.Agent]:

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ from scripts.serve.processes import Ended, Process, free_port, stop, wait_for
 
 # /health runs a pass of a token otherwise, and the counters are held against the requests that were made.
 QUIET = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0", "PYTHONWARNINGS": "ignore"}
-# Small on purpose: prompts come in chunks, decode rows in mixed passes, and the pool gets full.
+# On a CPU torch keeps a kernel of oneDNN for each number of rows that it multiplied, 1024 of them in each of two
+# caches, a quarter to half a MiB each: memory that fills for an hour and is no leak.  Bounded, they are soon full.
+ON_CPU = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+# Small on purpose: prompts come in chunks, decode rows in mixed passes, and what does not fit waits.
 BOTH = ("--enable-cache-report", "--enable-metrics", "--random-seed", "1", "--chunked-prefill-size", "256")
 RUNNING, QUEUED, POOL = 8, 8, 5000
 SINGLE = (
@@ -41,7 +45,7 @@ class Side:
 
     name: str
     url: str
-    gpus: tuple[int, ...] = ()
+    gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES has them
 
 
 class Target:
@@ -83,7 +87,7 @@ class Target:
 class OneServer(Target):
     bounded = True
 
-    def __init__(self, model: str, recipe: str, flags: Sequence[str], gpus: tuple[int, ...], logs: Path) -> None:
+    def __init__(self, model: str, recipe: str, flags: Sequence[str], gpus: tuple[str, ...], logs: Path) -> None:
         self.port = free_port()
         super().__init__(f"http://127.0.0.1:{self.port}", [], model)
         self.sides = [Side("server", self.url, gpus)]
@@ -91,6 +95,7 @@ class OneServer(Target):
         self.command += ["--quantization", "mixquant", "--nccl-port", str(free_port())]
         self.command += ["--mixquant-recipe", recipe] if recipe else []
         self.command += [*([] if gpus else CPU_FLAGS), *BOTH, *SINGLE, *flags]
+        self.env = QUIET if gpus else QUIET | ON_CPU
         self.logs, self.lives = logs, 0
         self.process: Process | None = None
 
@@ -98,7 +103,7 @@ class OneServer(Target):
         self.lives += 1
         log = self.logs / f"soak-server-{self.lives}.log"
         say(f"{' '.join(['python', *self.command[1:]])}\n  log: {log}")
-        self.process = Process("server", self.command, log, QUIET)
+        self.process = Process("server", self.command, log, self.env)
         wait_for([self.process], [self.url + "/health"], 900, say)
 
     @property
@@ -127,7 +132,7 @@ class OneServer(Target):
 class PairTarget(Target):
     pair = True
 
-    def __init__(self, pair: Pair, plan: Plan, gpus: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, pair: Pair, plan: Plan, gpus: dict[str, tuple[str, ...]]) -> None:
         super().__init__(plan.url("router"), [], plan.model)
         self.sides = [Side(name, plan.url(name), gpus[name]) for name in ("prefill", "decode")]
         self.running = pair
@@ -175,14 +180,24 @@ async def kill_scheduler(process: Process, say: Callable[[str], None]) -> str:
 
 
 async def state(client: Client, side: Side) -> dict[str, Any]:
-    """``internal_states[0].mixquant`` of /server_info."""
+    """``internal_states[i].mixquant`` of /server_info, of all replicas together."""
     status, text = await client.get(side.url + "/server_info")
     if status != 200:
         raise Ended(f"/server_info of the {side.name} server: {status} {text[:300]}")
-    found = json.loads(text)["internal_states"][0].get("mixquant")
-    if not found:
+    found = [state.get("mixquant") for state in json.loads(text)["internal_states"]]
+    if not all(found):
         raise Ended(f"the {side.name} server at {side.url} runs without mixquant")
-    return dict(found)
+    return together(found)
+
+
+def together(replicas: list[dict[str, Any]]) -> dict[str, Any]:
+    """What they counted in all; the rest is that of the first."""
+    tokens: dict[str, Counter[str]] = {phase: Counter() for phase in replicas[0]["tokens"]}
+    for replica in replicas:
+        for phase, by in replica["tokens"].items():
+            tokens[phase].update(by)
+    protected = sum(replica["protected_rows"] for replica in replicas)
+    return {**replicas[0], "tokens": {phase: dict(by) for phase, by in tokens.items()}, "protected_rows": protected}
 
 
 def counted(told: dict[str, Any]) -> Counted:
@@ -203,20 +218,21 @@ def metrics(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
 
 
 def differs(told: dict[str, Any], page: dict[str, list[tuple[dict[str, str], float]]]) -> list[str]:
-    """Where /metrics does not say what /server_info says, of rank 0."""
+    """Where /metrics does not say what /server_info says, of rank 0 of each replica."""
     wrong = []
     series: dict[tuple[str, str], float] = {}
     for labels, value in page.get("mixquant:forward_tokens_total", []):
-        if labels.get("tp_rank", "0") == "0" and labels.get("dp_rank", "0") in ("0", ""):
-            series[labels["phase"], labels["precision"]] = value
+        if labels.get("tp_rank", "0") == "0":
+            key = labels["phase"], labels["precision"]
+            series[key] = series.get(key, 0) + value
     for key, n in counted(told).tokens.items():
         if series.get(key, 0) != n:
             wrong.append(f"/metrics has {series.get(key, 0):.0f} {' '.join(key)} rows, /server_info {n}")
-    protected = [
+    protected = sum(
         value for labels, value in page.get("mixquant:protected_rows_total", []) if labels.get("tp_rank", "0") == "0"
-    ]
-    if sum(protected[:1]) != told["protected_rows"]:
-        wrong.append(f"/metrics has {sum(protected[:1]):.0f} protected rows, /server_info {told['protected_rows']}")
+    )
+    if protected != told["protected_rows"]:
+        wrong.append(f"/metrics has {protected:.0f} protected rows, /server_info {told['protected_rows']}")
     return wrong
 
 

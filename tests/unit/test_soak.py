@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,15 +25,14 @@ from scripts.load.books import (
     balance,
     bounds,
 )
-from scripts.load.client import Client, Reply, parsed
+from scripts.load.client import Reply, parsed
 from scripts.load.judge import ABORT_ALL, BURST, OUTAGE, Asked, Windows, judge
 from scripts.load.malformed import MALFORMED as BODIES
 from scripts.load.malformed import verdict
 from scripts.load.memory import Memory
 from scripts.load.problems import Agent, draw, first, prompt
 from scripts.load.rounds import CALM, CUT, PRESSED, Life, Rounds
-from scripts.load.target import Side, Target, differs, metrics
-from tests.support.soak_server import SoakServer
+from scripts.load.target import Target, differs, metrics, together
 
 AGENTS = draw(7, 4, 5)
 WHOLE = Request(RIGHT, prompt=300, cached=100, generated=20, most=24, retractions=0)
@@ -60,9 +57,9 @@ def test_rows_of_retracted_and_cut_requests_have_bounds() -> None:
     assert told == bounds(WHOLE), "an answer that says how often it was retracted is believed"
     assert bounds(replace(WHOLE, retractions=None), may_retract=1) == again
     cut = bounds(Request(CLOSED, prompt=300, cached=100, generated=5, most=24))
-    assert cut == Bounds((199, 199), (1, 1), (4, 24)), "its prompt was prefilled to the end"
+    assert cut == Bounds((199, 199), (1, 1), (4, 25)), "its prompt was prefilled to the end"
     for end in (GONE, ABORTED, DOWN, LOST):
-        assert bounds(Request(end, prompt=300, most=24)) == Bounds((0, 300), (0, 1), (0, 24))
+        assert bounds(Request(end, prompt=300, most=24)) == Bounds((0, 300), (0, 1), (0, 25))
 
 
 GOOD = Counted({("prefill", "nvfp4"): 398, ("prefill", "bf16"): 2, ("decode", "bf16"): 39}, 2)
@@ -117,6 +114,24 @@ def test_metrics_must_say_what_server_info_says() -> None:
         "/metrics has 8 prefill fp8 rows, /server_info 7",
     ]
     assert differs({**told, "protected_rows": 2}, metrics(text))
+
+
+def test_replicas_are_counted_together() -> None:
+    first = {"tokens": {"prefill": {"fp8": 7}, "decode": {"bf16": 3}}, "protected_rows": 1, "recipe": "auto"}
+    second = {"tokens": {"prefill": {"fp8": 2, "bf16": 4}, "decode": {"bf16": 5}}, "protected_rows": 4}
+    told = together([first, second])
+    assert told["tokens"] == {"prefill": {"fp8": 9, "bf16": 4}, "decode": {"bf16": 8}}
+    assert told["protected_rows"] == 5 and told["recipe"] == "auto" and first["protected_rows"] == 1
+    line = 'mixquant:forward_tokens_total{{dp_rank="{}",phase="{}",precision="{}",tp_rank="0"}} {}'
+    text = "\n".join(
+        line.format(rank, phase, precision, n)
+        for rank, replica in enumerate((first, second))
+        for phase, by in replica["tokens"].items()
+        for precision, n in by.items()
+    )
+    text += "".join(f'\nmixquant:protected_rows_total{{dp_rank="{i}",tp_rank="0"}} {n}' for i, n in ((0, 1), (1, 4)))
+    assert differs(told, metrics(text)) == []
+    assert differs(first, metrics(text))
 
 
 # -- what a reply is ---
@@ -241,69 +256,7 @@ def test_memory_is_compared_from_when_each_sort_of_round_was_played() -> None:
     assert grown["host"] == pytest.approx(1.996, abs=0.01) and grown["gpu"] == pytest.approx(2)
 
 
-# -- all of it, on a server that knows the answers ---
-
-
-def soaked(
-    spoil: Callable[[int, str], str | None] = lambda _, right: right, kinds: tuple[str, ...] = (CALM,), **more: Any
-) -> tuple[Books, list[str]]:
-    """Short rounds."""
-    from scripts.load.agents import Play
-
-    books, said = Books(), []
-
-    async def play() -> None:
-        async with SoakServer(AGENTS, spoil, **more) as server, Client(server.url) as client:
-            target = Target(server.url, [Side("server", server.url)], "model")
-            rounds = Rounds(Play(client, target, AGENTS, books, 3), said.append)
-            await rounds.open()
-            for kind in kinds:
-                await rounds.round(kind, 0.7)
-
-    asyncio.run(play())
-    return books, said
-
-
-@pytest.mark.slow
-def test_a_soak_of_a_right_server_is_clean() -> None:
-    books, said = soaked(kinds=(CALM, CUT, PRESSED))
-    assert books.problems == [] and books.clean(), said
-    assert books.ends[RIGHT] > 50 and books.ends[MALFORMED] > 0 and books.ends[CLOSED] + books.ends[GONE] > 0
-    for fault in (
-        "abort",
-        "session",
-        "streaming session",
-        "burst",
-        "pause with retraction",
-        "weight update while paused",
-    ):
-        assert books.faults[fault] > 0, fault
-    assert len(said) == 3 and all("books balance" in line for line in said)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("spoil", "end", "says"),
-    [
-        (lambda i, right: right[:-1] + ("1" if right[-1] == "0" else "0") if i == 20 else right, WRONG, "is right"),
-        (lambda i, right: None if i == 20 else right, LOST, "ServerDisconnectedError"),
-    ],
-    ids=["wrong", "lost"],
-)
-def test_one_wrong_or_lost_answer_of_a_soak_is_told(
-    spoil: Callable[[int, str], str | None], end: str, says: str
-) -> None:
-    books, _ = soaked(spoil)
-    assert not books.clean() and books.ends[end] == 1 and says in books.problems[0], books.problems
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("key", [("prefill", "nvfp4"), ("prefill", "bf16"), ("decode", "nvfp4")])
-def test_one_row_too_many_in_a_soak_is_told(key: tuple[str, str]) -> None:
-    books, said = soaked(miscount={key: 1})
-    assert not books.clean() and books.ends[WRONG] == books.ends[LOST] == 0
-    assert books.problems and "1 (calm)" in books.problems[0] and "rows" in books.problems[0]
-    assert "books balance" not in said[0]
+# -- the command ---
 
 
 def test_the_exit_status_and_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
