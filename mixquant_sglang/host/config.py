@@ -7,6 +7,7 @@ once the model is loaded: ``lifecycle.py``.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         with refusing():
             registry.check_hooks_took_effect()
             asked, device, mode = recipe.load(recipe.requested()), machine.device(), machine.disaggregation()
+            refusals.check_asked(asked, os.environ.get(machine.ASKED_ENV))
             self._recipe, selection = pairs.select_for(asked, device, mode)
             refusals.check_recipe(self._recipe, selection)
             environment = NOTHING

@@ -12,6 +12,7 @@ from typing import Any
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host.refused import REFUSALS, Refusal, is_set
 from mixquant_sglang.recipe import Recipe, takes_ready_made
+from mixquant_sglang.recipe.fingerprint import asked_digest
 from mixquant_sglang.recipe.select import Selection
 from mixquant_sglang.versions import environment, machine
 from mixquant_sglang.versions.dialect import dialect
@@ -51,6 +52,13 @@ def _refuses(refusal: Refusal, args: Any) -> bool:
     value = _value(args, refusal.field)
     unless = any(is_set(_value(args, field)) for field in refusal.unless)
     return value is not None and not unless and refusal.refused(value)
+
+
+def check_asked(recipe: Recipe, launched: str | None) -> None:
+    """Raises ``MixQuantError`` if ``recipe`` asks another thing than what the launcher of this server read, of which
+    ``launched`` is the digest: replicas (``--dp-size``) have no group over which they could compare."""
+    if launched is not None and asked_digest(recipe) != launched:
+        raise MixQuantError(f"{recipe.source} has changed since this server was launched: start it again")
 
 
 def check_recipe(recipe: Recipe, selection: Selection) -> None:

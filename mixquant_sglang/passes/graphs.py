@@ -39,7 +39,6 @@ class Graphs:
         self._schedule = schedule
         self._copies = copies
         self._captured = self._logged = False
-        self._products = 0  # multiplications for each row and linear, on average
 
     @property
     def most_bf16_rows(self) -> int:
@@ -51,9 +50,6 @@ class Graphs:
         schedule = self._schedule
         if tokens <= self.most_bf16_rows:
             return PROTECTED_PASS
-        if not self._captured:
-            shapes = [layer.shape for layer in self._copies.layers]
-            self._products = sum(n * k for n, k in shapes) // max(len(shapes), 1)
         if not self._captured and schedule.split:
             if schedule.recipe.protect_last_prompt_token:
                 self.protected = GraphRows(limits.GRAPH_ROWS, most, device)
@@ -92,8 +88,6 @@ class Graphs:
             return False
         if schedule.prunes and scheduled.read is None:
             return False
-        if self.protected and not scheduled.protected:
-            return rows * self._products < limits.EAGER_PRODUCTS
         if self.read and scheduled.read is not None and len(scheduled.read) > self.read.capacity:
             return False
         # Without protection of the last prompt token most passes protect nothing, so graphs are captured without slots.

@@ -16,6 +16,8 @@ TESTED: dict[str, tuple[str, ...]] = {"0.5.17": ("CPU", "GPU"), "0.5.23": ("CPU"
 ACTIVE_ENV = "MIXQUANT_ACTIVE"
 # Of the same process: --disaggregation-mode of a server that has one, "prefill" or "decode".
 DISAGGREGATION_ENV = "MIXQUANT_DISAGGREGATION"
+# Of the same process: a digest of what its recipe asks.  A file may be another one by the time that others read it.
+ASKED_ENV = "MIXQUANT_ASKED"
 
 
 def sglang_version() -> str:

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,14 +180,24 @@ async def kill_scheduler(process: Process, say: Callable[[str], None]) -> str:
 
 
 async def state(client: Client, side: Side) -> dict[str, Any]:
-    """``internal_states[0].mixquant`` of /server_info."""
+    """``internal_states[i].mixquant`` of /server_info, of all replicas together."""
     status, text = await client.get(side.url + "/server_info")
     if status != 200:
         raise Ended(f"/server_info of the {side.name} server: {status} {text[:300]}")
-    found = json.loads(text)["internal_states"][0].get("mixquant")
-    if not found:
+    found = [state.get("mixquant") for state in json.loads(text)["internal_states"]]
+    if not all(found):
         raise Ended(f"the {side.name} server at {side.url} runs without mixquant")
-    return dict(found)
+    return together(found)
+
+
+def together(replicas: list[dict[str, Any]]) -> dict[str, Any]:
+    """What they counted in all; the rest is that of the first."""
+    tokens: dict[str, Counter[str]] = {phase: Counter() for phase in replicas[0]["tokens"]}
+    for replica in replicas:
+        for phase, by in replica["tokens"].items():
+            tokens[phase].update(by)
+    protected = sum(replica["protected_rows"] for replica in replicas)
+    return {**replicas[0], "tokens": {phase: dict(by) for phase, by in tokens.items()}, "protected_rows": protected}
 
 
 def counted(told: dict[str, Any]) -> Counted:
@@ -207,20 +218,21 @@ def metrics(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
 
 
 def differs(told: dict[str, Any], page: dict[str, list[tuple[dict[str, str], float]]]) -> list[str]:
-    """Where /metrics does not say what /server_info says, of rank 0."""
+    """Where /metrics does not say what /server_info says, of rank 0 of each replica."""
     wrong = []
     series: dict[tuple[str, str], float] = {}
     for labels, value in page.get("mixquant:forward_tokens_total", []):
-        if labels.get("tp_rank", "0") == "0" and labels.get("dp_rank", "0") in ("0", ""):
-            series[labels["phase"], labels["precision"]] = value
+        if labels.get("tp_rank", "0") == "0":
+            key = labels["phase"], labels["precision"]
+            series[key] = series.get(key, 0) + value
     for key, n in counted(told).tokens.items():
         if series.get(key, 0) != n:
             wrong.append(f"/metrics has {series.get(key, 0):.0f} {' '.join(key)} rows, /server_info {n}")
-    protected = [
+    protected = sum(
         value for labels, value in page.get("mixquant:protected_rows_total", []) if labels.get("tp_rank", "0") == "0"
-    ]
-    if sum(protected[:1]) != told["protected_rows"]:
-        wrong.append(f"/metrics has {sum(protected[:1]):.0f} protected rows, /server_info {told['protected_rows']}")
+    )
+    if protected != told["protected_rows"]:
+        wrong.append(f"/metrics has {protected:.0f} protected rows, /server_info {told['protected_rows']}")
     return wrong
 
 

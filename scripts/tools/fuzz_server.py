@@ -66,9 +66,10 @@ class Target:
         return [entry[:2] for entry in meta["output_token_logprobs"]]
 
     def low_rows(self) -> int:
-        info = requests.get(self.url + "/server_info", timeout=60).json()
-        rows = info["internal_states"][0]["mixquant"]["tokens"]["prefill"]
-        return sum(n for precision, n in rows.items() if precision != "bf16")
+        """Of all replicas."""
+        states = requests.get(self.url + "/server_info", timeout=60).json()["internal_states"]
+        rows = [item for state in states for item in state["mixquant"]["tokens"]["prefill"].items()]
+        return sum(n for precision, n in rows if precision != "bf16")
 
     def unharmed(self) -> None:
         check(self.answer() == self.canary, "a fixed prompt is answered otherwise than at the start")

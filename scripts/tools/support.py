@@ -56,7 +56,8 @@ def cell(name: str, column: str, feature: Mapping[str, Any]) -> str:
     said, test = found.get("said", ""), found.get("test")
     if not test:
         return str(said)
-    return f"{said or 'tested'}: `{test}` ({found['commit']})"
+    first, *more = found["of"]
+    return f"{said or 'tested'}: `{test}::{first}`{f' and {len(more)} more' if more else ''} ({found['commit']})"
 
 
 def refused(known: Mapping[str, Any]) -> Iterator[list[str]]:

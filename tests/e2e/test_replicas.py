@@ -160,6 +160,17 @@ def test_each_worker_hands_on_a_good_policy(servers: Servers, replicas: Server, 
         assert low == 0 and protected > 0
 
 
+def test_policies_of_all_endpoints(servers: Servers, replicas: Server, tiny_model: Path) -> None:
+    """``scripts/fuzz``: good and bad ones at random endpoints, which replicas and workers share as it happens."""
+    from scripts.tools import fuzz
+
+    stock = servers.stock.url
+    ran = fuzz.run(replicas.url, tiny_model, stock, seconds=600, seed=2026, steps=30, only=["policies"])
+    seen = [*ran["seen"]]
+    assert ran["steps"] == 30 and "policies: low" in seen
+    assert all(any(name.startswith(f"policies: {what}") for name in seen) for what in ("refused", "bf16"))
+
+
 # -- weights ---
 
 
@@ -211,7 +222,7 @@ def test_a_broken_weight_update_is_refused_by_each_replica(replicas: Server, tin
 
 def test_sglang_refuses_weights_from_tensors(replicas: Server) -> None:
     """Of replicas it takes weights from disk alone; it says why in its log."""
-    said = replicas.post("/update_weights_from_tensor", {"serialized_named_tensors": ["not looked at"]}, ok=False)
+    said = replicas.post("/update_weights_from_tensor", {"serialized_named_tensors": ["AAAA"]}, ok=False)
     assert said.status_code == 500, said.text
     for _ in range(50):
         if re.search("Error: .* for update weights from tensor", replicas.log.read_text()):

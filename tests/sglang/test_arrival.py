@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from typing import Any
 import pytest
 
 from mixquant_sglang import recipe
-from mixquant_sglang.host.hooks import arrival
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.host import runtime
+from mixquant_sglang.host.hooks import arrival, launcher, registry
+from mixquant_sglang.recipe.fingerprint import asked_digest
 from mixquant_sglang.versions import machine
 from tests.sglang.test_refusals import unresolved
 
@@ -26,32 +30,27 @@ from sglang.srt.layers.quantization import QUANTIZATION_METHODS
 print(json.dumps({
     "hooks": all(registry.took_effect(h) for h in registry.hooks_of("launcher", "asked", "scheduler")),
     "method": QUANTIZATION_METHODS["mixquant"].__name__,
-    "recipe": launcher.asked.recipe.source,
+    "recipe": [launcher.asked.recipe.source, launcher.asked.recipe.prefill],
     "environment": {k: v for k, v in os.environ.items() if k.startswith("MIXQUANT_")},
     "again": pickle.dumps(args) != pickle.dumps(0) and args._mixquant.environment,
     "http": "sglang.srt.entrypoints.http_server" in sys.modules,
 }))
 """
 
-# As a tokenizer worker: its app is there, and has built its layers.
+# As a tokenizer worker, whose app is there and has built its layers; and as multiprocessing starts a detokenizer or a
+# scheduler, which load plugins themselves or need none.
 WORKER = """
-import json, pickle, sys
-from sglang.srt.entrypoints.http_server import app
-app.middleware_stack = app.build_middleware_stack()
-pickle.loads(sys.stdin.buffer.read())
-print(json.dumps({"layers": [m.cls.__name__ for m in app.user_middleware], "stack": app.middleware_stack is None}))
-"""
-
-# As multiprocessing starts a detokenizer or a scheduler, which load plugins themselves or need none.
-SPAWNED = """
 import json, multiprocessing, pickle, sys
 
 def target(args):
     print(json.dumps({"loaded": "mixquant_sglang.host.config" in sys.modules, "carried": args._mixquant is not None}))
 
 if __name__ == "__main__":
+    from sglang.srt.entrypoints.http_server import app
+    app.middleware_stack = app.build_middleware_stack()
     args = pickle.loads(sys.stdin.buffer.read())
-    del sys.modules["mixquant_sglang.host.config"]
+    print(json.dumps({"layers": [m.cls.__name__ for m in app.user_middleware], "stack": app.middleware_stack is None}))
+    sys.stdout.flush()
     process = multiprocessing.get_context("spawn").Process(target=target, args=(args,))
     process.start()
     process.join()
@@ -62,14 +61,13 @@ def carrying(monkeypatch: pytest.MonkeyPatch, model: Path, wanted: str = "fp8", 
     """Arguments as they leave the launcher."""
     monkeypatch.setenv(machine.ACTIVE_ENV, "1")
     monkeypatch.setenv(recipe.RECIPE_ENV, wanted)
+    monkeypatch.setattr(launcher.asked, "recipe", recipe.load(wanted))
     args = unresolved(model_path=str(model), quantization="mixquant", **given)
     arrival.carry_plugin(None, args)
     return args
 
 
-def said(script: str, args: Any, folder: Path, **more: str) -> Any:
-    import os
-
+def said(script: str, args: Any, folder: Path, **more: str) -> list[Any]:
     file = folder / "process.py"
     file.write_text(script)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MIXQUANT_")} | more
@@ -77,7 +75,7 @@ def said(script: str, args: Any, folder: Path, **more: str) -> Any:
         [sys.executable, file], input=pickle.dumps(args), capture_output=True, cwd=folder, env=environment, timeout=300
     )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    return json.loads(done.stdout.decode().splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.decode().splitlines() if line.startswith("{")]
 
 
 @pytest.mark.slow
@@ -85,26 +83,24 @@ def test_a_ray_actor_gets_the_plugin(tiny_model: Path, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     Path("own.yaml").write_text("version: 1\nprefill: {precision: fp8}\n")
     args = carrying(monkeypatch, tiny_model, "own.yaml", use_ray=True)
+    Path("own.yaml").unlink()  # what the launcher read goes along
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    actor = said(ACTOR, args, elsewhere)
+    (actor,) = said(ACTOR, args, elsewhere)
     own = str(tmp_path / "own.yaml")
     environment = {machine.ACTIVE_ENV: "1", recipe.RECIPE_ENV: own}
     assert actor["hooks"] and actor["method"] == "MixQuantConfig" and not actor["http"]
-    assert actor["recipe"] == own and actor["environment"] == environment and actor["again"] == environment
+    assert (
+        actor["recipe"] == ["own.yaml", "fp8"] and actor["environment"] == environment and actor["again"] == environment
+    )
 
 
 @pytest.mark.slow
-def test_a_tokenizer_worker_reads_policies(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = said(WORKER, carrying(monkeypatch, tiny_model, tokenizer_worker_num=2), tmp_path)
-    assert worker["layers"][-1] == "PolicyLayer" and worker["stack"]
-
-
-@pytest.mark.slow
-def test_nothing_is_loaded_where_multiprocessing_starts_a_process(
+def test_a_tokenizer_worker_reads_policies_and_what_multiprocessing_starts_does_not(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spawned = said(SPAWNED, carrying(monkeypatch, tiny_model, tokenizer_worker_num=2), tmp_path)
+    worker, spawned = said(WORKER, carrying(monkeypatch, tiny_model, tokenizer_worker_num=2), tmp_path)
+    assert worker["layers"][-1] == "PolicyLayer" and worker["stack"]
     assert spawned == {"loaded": False, "carried": True}
 
 
@@ -118,13 +114,29 @@ def test_only_arguments_that_need_it_carry_it(tiny_model: Path, monkeypatch: pyt
     assert not hasattr(args, "_mixquant")
 
 
-def test_a_recipe_that_is_not_there_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixquant_sglang.host.hooks import launcher, registry
+def test_what_is_missing_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(process: str) -> None:
+        raise MixQuantError(f"the hook of {process} is not in place")
 
-    monkeypatch.setattr(registry, "set_hooks", lambda process: None)
-    monkeypatch.setattr(launcher, "register_config", lambda: None)
-    for name in (machine.ACTIVE_ENV, recipe.RECIPE_ENV):
-        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(registry, "set_hooks", gone)
     monkeypatch.setattr("sglang.srt.plugins.load_plugins", lambda: None)
-    with pytest.raises(SystemExit, match=r"gone\.yaml: no such file"):
-        arrival.arrive({recipe.RECIPE_ENV: str(tmp_path / "gone.yaml")})
+    with pytest.raises(SystemExit, match="mixquant: the hook of asked is not in place"):
+        arrival.arrive({}, recipe.load("fp8"))
+
+
+def test_a_recipe_that_changed_since_the_launch_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas read the recipe one by one."""
+    from mixquant_sglang.host import config
+
+    file = tmp_path / "own.yaml"
+    file.write_text("version: 1\nprefill: {precision: fp8}\n")
+    monkeypatch.setenv(recipe.RECIPE_ENV, str(file))
+    monkeypatch.setenv(machine.ASKED_ENV, asked_digest(recipe.load(str(file))))
+    monkeypatch.setattr(registry, "check_hooks_took_effect", lambda *_: None)
+    monkeypatch.setattr(runtime, "_runtime", None)
+    config.MixQuantConfig()
+    file.write_text("version: 1\n# the same\nprefill: {precision: fp8}\n")
+    config.MixQuantConfig()
+    file.write_text("version: 1\nprefill: {precision: nvfp4}\n")
+    with pytest.raises(SystemExit, match=r"own\.yaml has changed since this server was launched: start it again"):
+        config.MixQuantConfig()

@@ -28,7 +28,7 @@ def test_every_family_with_a_tower_is_shown_an_image() -> None:
     """Two images, whose logits differ (``families.problems``)."""
     towers = {name for name, family in FAMILIES.items() if "vision_config" in (family.whole or {})}
     shown = {name for name, expected in families.EXPECTED.items() if expected.image}
-    assert shown == towers - {"llama4"}  # SGLang has no code of its experts for a CPU
+    assert shown == towers
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,24 @@ def test_each_is_refused_with_reason_and_way_out(refusal: refused.Refusal, monke
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("flag", support.data()["only"]["refused"])
+def test_what_goes_with_one_version_goes_there(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells of docs/support.md that are not "refused", against this SGLang as it is."""
+    (refusal,) = [refusal for refusal in refused.REFUSALS if refusal.flag == flag]
+    bad, field = plain(), refusal.field.partition(".")[0]
+    if flag.startswith("SGLANG_"):
+        monkeypatch.setenv(flag.split()[0], "1")
+    setattr(bad, field, REFUSED_VALUES.get(field, 2))
+    try:
+        refusals.check_server_args(bad)
+    except MixQuantError as error:
+        said = str(error)
+    else:
+        said = ""
+    cell = support.where(refusal, machine.sglang_version(), support.data()["only"])
+    assert (f"does not go with {flag}: " in said) == (cell == "refused"), said
+
+
 def test_a_server_in_rust_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the place of SGLang's HTTP server and tokenizer manager, where policies are read."""
     args = unresolved(model_path=str(tiny_model))

@@ -72,6 +72,7 @@ HYBRID = {
     **{"qkv_proj": 1, "o_proj": 1},  # SGLang's layer is the attention itself
 }
 IMAGES = (NEVER, OUTSIDE)
+MULTIMODAL = {"enable_multimodal": True}  # what SGLang takes for a text model unless it is told
 PATCHES_14 = {"tokens": 4, "feature": [16, 3 * 2 * 14 * 14], "grid": [1, 4, 4]}
 PATCHES_16 = {"tokens": 4, "feature": [16, 3 * 2 * 16 * 16], "grid": [1, 4, 4]}
 # Of both prompts: with the Triton back end stock SGLang's Gemma-3 ends where a pass has texts and images.
@@ -121,6 +122,7 @@ EXPECTED: dict[str, Expected] = {
         prefix="language_model.model.layers.N.",
         reasons=(*IMAGES, NOT_OFFERED),
         experts=1,
+        args=MULTIMODAL,
         image=PIXELS_OF_ONE,
         cpu=dict.fromkeys(BOTH, "SGLang's experts on a CPU do not take apply_router_weight_on_input"),
     ),
@@ -161,7 +163,14 @@ EXPECTED: dict[str, Expected] = {
         cpu_args=TRITON,
         image=PATCHES_16,
     ),
-    "gemma3_mm": Expected(_attention(), _mlp(), prefix="language_model.model.layers.N.", reasons=IMAGES, image=PIXELS),
+    "gemma3_mm": Expected(
+        _attention(),
+        _mlp(),
+        prefix="language_model.model.layers.N.",
+        reasons=IMAGES,
+        args=MULTIMODAL,
+        image=PIXELS,
+    ),
     "gemma4": Expected(_attention(), _mlp(), reasons=IMAGES, **GEMMA4),
     "gemma4_moe": Expected(
         _attention(),

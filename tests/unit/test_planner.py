@@ -170,7 +170,8 @@ def test_protected_rows_cost_one_read_of_the_weights_where_a_prompt_ends() -> No
     close("protected rows", one, 3.77, 0.02)  # measured: 12.21 - 8.44 and 30.49 - 26.72 ms
     idle = predict("fp8", 32768, chunk=4096).prefill_parts["protected"] - one
     close("seven middle chunks", idle, 7 * 0.2, 0.05)
-    assert predict("fp8", 32768).prefill_parts["protected"] == one  # middle chunks of 8192 rows run without a graph
+    idle = predict("fp8", 32768).prefill_parts["protected"] - one
+    close("three middle chunks", idle, 3 * 0.2, 0.05)  # however large
     assert predict("fp8", 2048, batch=16).prefill_parts["protected"] == pytest.approx(4 * one)  # 4 prompts in each
     assert predict("fp8", 512, batch=16).prefill_parts["protected"] == pytest.approx(one)
     close("17 prompts", predict("fp8", 256, batch=17).prefill_parts["protected"], 5.5, 0.02)

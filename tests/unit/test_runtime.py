@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,23 +164,14 @@ def test_which_bf16_passes_have_no_graph_is_said_once(caplog: pytest.LogCaptureF
     assert none.endswith("such passes of 1 to 100 rows run without a graph") and "up to 0 rows" in none
 
 
-@dataclass
-class Linear:
-    shape: tuple[int, int]
-
-
-def test_large_passes_without_protected_rows_run_eagerly() -> None:
+def test_passes_without_protected_rows_replay_graphs_however_large() -> None:
+    """Launched one by one, 8192 rows of Qwen3-8B took a busy host 170 to 190 ms instead of 110."""
     run = make()
-    run.weights.layers = [Linear((6144, 4096)), Linear((4096, 4096)), Linear((24576, 4096)), Linear((4096, 12288))]
     middle, short = (run.schedule.prefill([RequestRows(n, 0, 9000)], CPU) for n in (8192, 2048))
     last = run.schedule.prefill([RequestRows(8192, 808, 9000)], CPU)
-    assert run.graphs.can_replay(middle)  # captured without slots, graphs have nothing to leave out
     run.graphs.captured_pass(8192, 8192, CPU)
-    assert run.graphs.can_replay(short) and run.graphs.can_replay(last) and not run.graphs.can_replay(middle)
-    small = make()
-    small.weights.layers = [Linear((1024, 1024))]  # launches would take longer than the work
-    small.graphs.captured_pass(8192, 8192, CPU)
-    assert small.graphs.can_replay(middle)
+    assert not middle.protected and last.protected
+    assert run.graphs.can_replay(short) and run.graphs.can_replay(last) and run.graphs.can_replay(middle)
 
 
 def test_which_rows_the_last_layer_computes() -> None:

@@ -32,7 +32,7 @@ from scripts.load.malformed import verdict
 from scripts.load.memory import Memory
 from scripts.load.problems import Agent, draw, first, prompt
 from scripts.load.rounds import CALM, CUT, PRESSED, Life, Rounds
-from scripts.load.target import Target, differs, metrics
+from scripts.load.target import Target, differs, metrics, together
 
 AGENTS = draw(7, 4, 5)
 WHOLE = Request(RIGHT, prompt=300, cached=100, generated=20, most=24, retractions=0)
@@ -114,6 +114,24 @@ def test_metrics_must_say_what_server_info_says() -> None:
         "/metrics has 8 prefill fp8 rows, /server_info 7",
     ]
     assert differs({**told, "protected_rows": 2}, metrics(text))
+
+
+def test_replicas_are_counted_together() -> None:
+    first = {"tokens": {"prefill": {"fp8": 7}, "decode": {"bf16": 3}}, "protected_rows": 1, "recipe": "auto"}
+    second = {"tokens": {"prefill": {"fp8": 2, "bf16": 4}, "decode": {"bf16": 5}}, "protected_rows": 4}
+    told = together([first, second])
+    assert told["tokens"] == {"prefill": {"fp8": 9, "bf16": 4}, "decode": {"bf16": 8}}
+    assert told["protected_rows"] == 5 and told["recipe"] == "auto" and first["protected_rows"] == 1
+    line = 'mixquant:forward_tokens_total{{dp_rank="{}",phase="{}",precision="{}",tp_rank="0"}} {}'
+    text = "\n".join(
+        line.format(rank, phase, precision, n)
+        for rank, replica in enumerate((first, second))
+        for phase, by in replica["tokens"].items()
+        for precision, n in by.items()
+    )
+    text += "".join(f'\nmixquant:protected_rows_total{{dp_rank="{i}",tp_rank="0"}} {n}' for i, n in ((0, 1), (1, 4)))
+    assert differs(told, metrics(text)) == []
+    assert differs(first, metrics(text))
 
 
 # -- what a reply is ---

@@ -17,21 +17,23 @@ from mixquant_sglang import recipe
 from mixquant_sglang.errors import refusing
 from mixquant_sglang.host.hooks import http, launcher, registry
 from mixquant_sglang.host.hooks.registry import handler
+from mixquant_sglang.recipe import Recipe
 from mixquant_sglang.versions import machine
 from mixquant_sglang.versions.dialect import dialect
 
 # A Ray actor inherits nothing of the launcher.
-_CARRIED = (machine.ACTIVE_ENV, machine.DISAGGREGATION_ENV, recipe.RECIPE_ENV, "SGLANG_PLUGINS")
+_OURS = (machine.ACTIVE_ENV, machine.DISAGGREGATION_ENV, machine.ASKED_ENV, recipe.RECIPE_ENV)
+_CARRIED = (*_OURS, "SGLANG_PLUGINS")
 
 
 class Arrival:
-    """What the launcher sends along: the environment that says what was asked for."""
+    """What the launcher sends along: the environment that says what was asked for, and the recipe that it read."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.environment = environment
+    def __init__(self, environment: dict[str, str], wanted: Recipe) -> None:
+        self.environment, self.wanted = environment, wanted
 
-    def __reduce__(self) -> tuple[Callable[..., Arrival], tuple[dict[str, str]]]:
-        return arrive, (self.environment,)
+    def __reduce__(self) -> tuple[Callable[..., Arrival], tuple[dict[str, str], Recipe]]:
+        return arrive, (self.environment, self.wanted)
 
     def __copy__(self) -> Arrival:  # neither goes to another process
         return self
@@ -42,20 +44,20 @@ class Arrival:
 
 @handler
 def carry_plugin(_result: None, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
-    resolved = dialect().resolved(server_args)
+    resolved, wanted = dialect().resolved(server_args), launcher.asked_recipe()
     asked = server_args.quantization == machine.NAME and os.environ.get(machine.ACTIVE_ENV) == "1"
-    if not asked or not (resolved.tokenizer_worker_num > 1 or resolved.use_ray):
+    if not asked or wanted is None or not (resolved.tokenizer_worker_num > 1 or resolved.use_ray):
         return
     environment = {name: os.environ[name] for name in _CARRIED if name in os.environ}
-    wanted = recipe.requested()
-    if wanted not in recipe.shipped():
-        environment[recipe.RECIPE_ENV] = str(Path(wanted).absolute())  # a Ray actor has a directory of its own
-    server_args._mixquant = Arrival(environment)
+    name = recipe.requested()
+    if name not in recipe.shipped():
+        environment[recipe.RECIPE_ENV] = str(Path(name).absolute())  # a Ray actor has a directory of its own
+    server_args._mixquant = Arrival(environment, wanted)
 
 
-def arrive(environment: dict[str, str]) -> Arrival:
+def arrive(environment: dict[str, str], wanted: Recipe) -> Arrival:
     """Makes this process one of the server that the launcher asked for; ends it with one line if that cannot be."""
-    arrival = Arrival(environment)
+    arrival = Arrival(environment, wanted)
     # multiprocessing is starting it, with the arguments of its function: SGLang loads plugins there where it needs them
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         return arrival
@@ -68,7 +70,7 @@ def arrive(environment: dict[str, str]) -> Arrival:
         for process in ("asked", "scheduler"):
             registry.set_hooks(process)
         launcher.register_config()
-        launcher.asked.recipe = recipe.load(recipe.requested())
+        launcher.asked.recipe = wanted
         if launcher.HTTP_SERVER in sys.modules:
             http.add_layer()
     return arrival

@@ -18,7 +18,7 @@ from mixquant_sglang.host import stock
 from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.host.refusals import check_server_args, refused_lines
-from mixquant_sglang.recipe import Recipe, pairs
+from mixquant_sglang.recipe import Recipe, fingerprint, pairs
 from mixquant_sglang.versions import machine
 from mixquant_sglang.versions.dialect import dialect
 
@@ -72,8 +72,8 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
     if dialect().resolution_finished(server_args):
         return original(server_args, *args, **kwargs)
     ours = server_args.quantization == machine.NAME
-    os.environ.pop(machine.ACTIVE_ENV, None)
-    os.environ.pop(machine.DISAGGREGATION_ENV, None)
+    for name in (machine.ACTIVE_ENV, machine.DISAGGREGATION_ENV, machine.ASKED_ENV):
+        os.environ.pop(name, None)
     with _refusing():
         if asked.recipe_flag and not ours:
             raise MixQuantError(f"--mixquant-recipe needs --quantization {machine.NAME}")
@@ -97,6 +97,8 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
             mode = str(dialect().resolved(server_args).disaggregation_mode)
             if mode in (pairs.PREFILL, pairs.DECODE):
                 os.environ[machine.DISAGGREGATION_ENV] = mode
+            if asked.recipe is not None:
+                os.environ[machine.ASKED_ENV] = fingerprint.asked_digest(asked.recipe)
             os.environ[machine.ACTIVE_ENV] = "1"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from mixquant_sglang.passes.limits import EAGER_PRODUCTS
 from mixquant_sglang.tools.plan.cost_experts import ExpertCost
 from mixquant_sglang.tools.plan.cost_linear import LinearCost, format_of
 from mixquant_sglang.tools.plan.gpus import Gpu
@@ -52,10 +51,8 @@ class Cost:
         """One pass of ``rows`` in which ``ends`` prompts end, without its attention."""
         parts = dict.fromkeys(_PARTS, 0.0)
         flops = moved = 0.0
-        products = plan.mean_products
         protected = min(rows, ends * plan.tail) if plan.protect else 0
         low = rows >= plan.min_tokens and protected < rows
-        eager = not protected and rows * products >= EAGER_PRODUCTS
         for linear in plan.linears:
             cost = LinearCost(self.roof, plan, linear)
             precision = linear.prefill if low else "bf16"
@@ -73,7 +70,7 @@ class Cost:
             parts["elementwise"] += ms
             flops += share * 2.0 * rows * linear.n * linear.k * linear.count
             moved += share * bytes_ + elementwise
-            if low and plan.protect and linear.prefill != linear.decode and not eager:
+            if low and plan.protect and linear.prefill != linear.decode:
                 ms, bytes_ = cost.protected(protected)
                 parts["protected"] += ms
                 moved += bytes_
@@ -82,7 +79,7 @@ class Cost:
             emulated = precision in plan.emulated
             made = {"experts": expert.gemm(precision, emulated, rows), "move": expert.move(precision, rows)}
             made["elementwise"] = expert.norm(rows)
-            if low and plan.protect and placed.prefill != placed.decode and not eager:
+            if low and plan.protect and placed.prefill != placed.decode:
                 made["protected"] = expert.protected(protected)
             for name, (ms, bytes_) in made.items():
                 parts[name] = parts.get(name, 0.0) + ms

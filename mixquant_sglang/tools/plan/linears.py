@@ -33,12 +33,6 @@ class Plan:
     def experts(self) -> tuple[Placed, ...]:
         return tuple(one for one in self.placed if one.experts)
 
-    @cached_property
-    def mean_products(self) -> float:
-        """Multiplications for each row of a linear, or of a block's experts, that prefill quantises, on average."""
-        low = [one for one in self.placed if one.prefill != "bf16"]
-        return sum(x.products * x.count for x in low) / max(1, sum(x.count for x in low))
-
     @property
     def extra_weight_bytes(self) -> int:
         """Bytes per GPU beside the BF16 weights; below zero where they are replaced (stock-fp8)."""
