@@ -182,9 +182,10 @@ async def soak(args: argparse.Namespace, target: Target) -> dict[str, Any]:
                 await rounds.round(KILL, args.round, victims[killed % len(victims)])
                 killed += 1
                 continue
-            if passed >= 60 * args.minutes and rounds.number >= len(CYCLE) + 1:
+            played = rounds.number - killed
+            if passed >= 60 * args.minutes and played > len(CYCLE):
                 break
-            await rounds.round(CYCLE[rounds.number % len(CYCLE)], args.round)
+            await rounds.round(CYCLE[played % len(CYCLE)], args.round)
         seconds = time.monotonic() - began
     return result(args, target, rounds, books, seconds)
 
