@@ -286,7 +286,7 @@ class LoadSteps:
             self._pruned = model_runner.model
         if done or schedule.prunes:
             what = [f"{n} {kind}" for kind, n in done.items()]
-            what += ["the last layer's unread rows left out"] if schedule.prunes else []
+            what += ["unread rows left out behind the last layer's attention"] if schedule.prunes else []
             logger.info("mixquant: fused in prefill: %s", ", ".join(what))
 
     def _all_rows_read(self, model_runner: Any) -> bool:

@@ -23,7 +23,8 @@ def _parse(file: Path) -> Any:
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".json":
         return json.loads(text)
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    # At "\n" alone: JSON strings may hold other characters at which splitlines() ends a line, U+2028 among them.
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def read_json(file: Path) -> Any:

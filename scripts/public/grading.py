@@ -56,14 +56,17 @@ def last_boxed(text: str) -> str | None:
     return found or None
 
 
-def math_answer(text: str) -> str | None:
+def math_answer(text: str, *, cut_off: bool = False) -> str | None:
+    """``cut_off``: the text ends where it was stopped.  Then the last number is what it was busy with, or part of one,
+    and an answer that nothing follows may be."""
     tail = after_thinking(text)
     boxed = last_boxed(tail) or last_boxed(text)
     if boxed:
         return boxed
-    if phrases := PHRASE.findall(tail):
-        return answer_alone(str(phrases[-1])).strip(" *$")
-    numbers = NUMBER.findall(tail)
+    phrases = [match[1] for match in PHRASE.finditer(tail) if not cut_off or match.end(1) < len(tail)]
+    if phrases:
+        return answer_alone(phrases[-1]).strip(" *$")
+    numbers = [] if cut_off else NUMBER.findall(tail)
     return numbers[-1] if numbers else None
 
 

@@ -75,7 +75,7 @@ async def main(argv: list[str] | None = None) -> None:
 
     async def work(example: Example, seed: int) -> Record:
         said = await server.chat(example.prompt, sampling, seed)
-        found = math_answer(said["output"])
+        found = math_answer(said["output"], cut_off=said["finish"] == "length")
         correct = found is not None and same(found, example.answer)
         return {**said, "extracted": found, "correct": correct, "score": float(correct)}
 

@@ -96,4 +96,4 @@ def test_requests_side_by_side(servers: dict[str, Server]) -> None:
     assert server.state()["protected_rows"] - before == 4
     log = server.log.read_text()
     assert "speculative decoding (NGRAM): drafted rows are verified in bf16" in log
-    assert "the last layer's unread rows left out" in log
+    assert "unread rows left out behind the last layer's attention" in log

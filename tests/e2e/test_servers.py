@@ -440,7 +440,7 @@ def test_log_lines(servers: Servers) -> None:
     text = servers.low.log.read_text()
     low = servers.low.state()["precision"]["prefill"]
     assert text.count(f": recipe {LOW_RECIPE} -> prefill ") == 1
-    assert "mixquant: fused in prefill: " in text and "the last layer's unread rows left out" in text
+    assert "mixquant: fused in prefill: " in text and "unread rows left out behind the last layer's attention" in text
     assert "mixquant: linears by prefill precision: " in text
     assert "mixquant: a tiny prompt ran 32 of 32 low linears (passes: 12 rows, " in text
     assert f"#{low}-token: " in text and "#protected-row: 1, " in text

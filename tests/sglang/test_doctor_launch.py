@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mixquant_sglang.tools import doctor, launch
+from tests.sglang.test_deployments import LAUNCHED, differs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CPU = ["--device", "cpu", "--attention-backend", "torch_native"]
@@ -69,6 +70,9 @@ COMMANDS: dict[str, tuple[list[str], list[list[str]]]] = {
         [["unrecognized arguments: a/model"]],
     ),
 }
+# The servers of examples/: each command that differs once.
+EXAMPLES = {flags: name for name, flags in ((name, differs(words)) for name, words in LAUNCHED.items())}
+COMMANDS |= {f"examples: {name}": (["--model-path", "MODEL", *flags, *CPU], []) for flags, name in EXAMPLES.items()}
 SCRIPT = """
 import json, sys
 from mixquant_sglang.tools import launch
@@ -106,6 +110,12 @@ def test_what_ends_a_command(name: str, found: dict[str, Any]) -> None:
         assert "\n" not in line
     named = any(word == "--model-path" for word in COMMANDS[name][0])
     assert ("no --model-path: asked for a small dense Qwen3" in notes) is not named
+
+
+def test_the_examples_are_among_them() -> None:
+    assert len(EXAMPLES) == 3 and {flags[-1] for flags in EXAMPLES} == {
+        *("--api-key=a", "--disaggregation-bootstrap-port=8998", "--disaggregation-decode-enable-radix-cache"),
+    }
 
 
 def test_a_whole_run(tiny_model: Path) -> None:

@@ -19,10 +19,17 @@ HEX = "9f86d081884c7d659a2feaa0c55ad015"
 
 # name -> (launch words, environment, the text of a recipe file or None, what must not be in the report)
 ATTACKS: dict[str, tuple[list[str], dict[str, str], str | None, list[str]]] = {
-    "a key": ([*CPU, "--api-key", "zq-hunter2"], {}, None, ["hunter2", "zq-"]),
-    "a key behind =": ([*CPU, "--api-key=zq-hunter2"], {}, None, ["hunter2", "zq-"]),
-    "a key of digits": ([*CPU, "--api-key", "4711471147", "--admin-api-key=8080424242"], {}, None, ["4711", "8080"]),
-    "a key that is a word of ours": ([*CPU, "--api-key", "mixquant-fp8", "--ssl-keyfile-password=true"], {}, None, []),
+    "keys, hosts and addresses": (
+        [
+            *(*CPU, "--api-key", "4711471147", "--admin-api-key=8080424242", "--revision=zq-hunter2"),
+            *("--otlp-traces-endpoint", "https://zqu:zqp@zqhost.example:443/x?token=zqt", "--host", "zqhost"),
+            *("--dist-init-addr", "zq-node-7:5000", "--nnodes", "2", "--node-rank", "1", "--served-model-name=zqname"),
+        ],
+        {},
+        None,
+        ["4711", "8080", "hunter2", "zqu", "zqp", "zqhost", "zqt", "zq-node", "zqname"],
+    ),
+    "a key that is a word of ours": ([*CPU, "--api-key", "fp8", "--enable-pdmux"], {}, None, ["--api-key fp8"]),
     "a flag cut short, as argparse takes it": ([*CPU, "--admin-api=zqhunter"], {}, None, ["zqhunter"]),
     "no blank behind the flag": ([*CPU, "--api-keyzqhunter2"], {}, None, ["zqhunter2"]),
     "a key where a flag was expected": ([*CPU, "--api-key", "--zq-hunter2"], {}, None, ["hunter2"]),
@@ -36,18 +43,6 @@ ATTACKS: dict[str, tuple[list[str], dict[str, str], str | None, list[str]]] = {
         ["zqhunter2", "zqhunter3"],
     ),
     "broken JSON": ([*CPU, "--json-model-override-args", '{"zqhunter2'], {}, None, ["zqhunter2"]),
-    "an address with who logs in": (
-        [*CPU, "--otlp-traces-endpoint", "https://zqu:zqp@zqhost.example:443/x?token=zqt"],
-        {},
-        None,
-        ["zqu", "zqp", "zqhost", "zqt"],
-    ),
-    "hosts": (
-        [*CPU, "--host", "zqhost", "--dist-init-addr", "zq-node-7:5000", "--nnodes", "2", "--node-rank", "9"],
-        {},
-        None,
-        ["zqhost", "zq-node"],
-    ),
     "a folder with blanks": (
         ["--model-path", "/srv/zq client/zq secret model", *CPU],
         {},
@@ -158,7 +153,9 @@ def test_the_report_still_says_what_is_wrong(reports: dict[str, list[str]]) -> N
     def ends(name: str) -> list[str]:
         return [line for line in reports[name] if line.startswith(("ends: ", "recipe: a file"))]
 
-    assert ends("a key") == []
+    assert ends("keys, hosts and addresses") == []
+    (line,) = ends("a key that is a word of ours")
+    assert "does not go with --enable-pdmux: " in line and MASK not in line
     assert f"argument --kv-cache-dtype: invalid choice: '{MASK}'" in ends("a wrong word")[0]
     assert "argument --port: invalid int value" in ends("a word where a number was expected")[0]
     assert "unrecognized arguments" in ends("a key as a word of its own")[0]
@@ -291,14 +288,14 @@ def test_what_is_known_is_found_in_every_form() -> None:
         "zqx-7B",
     ):
         said = hidden.out_of(f"cannot read {line}...")
-        assert "zq" not in said and said.startswith("cannot read "), said
+        assert "zq" not in said.lower() and said.startswith("cannot read "), said
 
 
 def test_who_and_where() -> None:
     hidden = Hidden()
     given = {"USER": "zquser", "HOME": "/home/zquser", "HOSTNAME": "zqhost.corp.example", "A_TOKEN": "zqtoken"}
     hidden.add_environment(given)
-    said = hidden.out_of("zquser on zqhost (zqhost.corp.example) with zqtoken")
+    said = hidden.out_of("zquser on ZQhost (zqhost.corp.example, zqhost.other.example) with zqtoken")
     assert said.replace(MASK, "") == " on  () with "
     assert os.uname().nodename not in hidden.out_of(f"at {os.uname().nodename}:")
 

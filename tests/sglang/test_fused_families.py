@@ -21,7 +21,7 @@ FUSED = "version: 1\nprefill: {precision: nvfp4}\n"
 ALL_LOW = "protect: {last_prompt_token: false}\n"
 RECIPES = {"plain": PLAIN, "fused": FUSED, "plain, all low": PLAIN + ALL_LOW, "fused, all low": FUSED + ALL_LOW}
 
-WHOLE, PRUNED = "", ", the last layer's unread rows left out"
+WHOLE, PRUNED = "", ", unread rows left out behind the last layer's attention"
 LLAMA_LIKE = "4 RMSNorm, 2 SiLU" + PRUNED  # two layers each
 GEMMA = "4 RMSNorm, 2 GELU" + PRUNED
 EXPECTED = {

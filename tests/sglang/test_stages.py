@@ -83,7 +83,7 @@ def test_what_each_stage_holds(ran: list[dict[str, Any]]) -> None:
         assert sum(n for precision, n in own["layers"].items() if precision != "bf16") == 16  # four layers of four
     logs = ["\n".join(stage["auto"]["log"]) for stage in ran]
     assert all("a tiny prompt ran 16 of 16 low linears" in log for log in logs)
-    assert ["the last layer's unread rows left out" in log for log in logs] == [False, True]
+    assert ["unread rows left out behind the last layer's attention" in log for log in logs] == [False, True]
 
 
 def test_rules_are_for_the_layers_of_all_stages(ran: list[dict[str, Any]]) -> None:

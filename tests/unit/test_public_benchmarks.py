@@ -722,3 +722,32 @@ def test_a_server_that_goes_away_is_one_line(stub: Stub, tmp_path: Path) -> None
 
     with pytest.raises(Stop, match=r"no longer answers .*the same command goes on"):
         asyncio.run(ask())
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_line_of_jsonl_ends_at_a_newline_alone(tmp_path: Path, ending: str) -> None:
+    """Not at the other characters at which str.splitlines does, which JSON strings hold unescaped."""
+    from mixquant_sglang.tools.quantize.calibration import read_samples
+    from scripts.public.data import read_json
+
+    rows = [{"text": f"one{mark}two"} for mark in ("\u2028", "\u2029", "\u0085", "\x7f")]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(ending.join([*(json.dumps(row, ensure_ascii=False) for row in rows), ""]).encode())
+    assert read_json(file) == rows == read_samples(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole", "cut"),
+    [
+        ("There are 12 apples, and half of 48", "48", None),
+        ("The answer is 72. To check, 36 + 3", "72", "72"),
+        ("So the answer is 1", "1", None),  # of 18, it may be
+        (r"It is \boxed{7}. Now 5 and", "7", "7"),
+        ("<think>3 or 4", "4", None),
+    ],
+)
+def test_an_answer_that_was_cut_off_is_not_its_last_number(text: str, whole: str, cut: str | None) -> None:
+    from scripts.public.grading import math_answer
+
+    assert math_answer(text) == whole
+    assert math_answer(text, cut_off=True) == cut

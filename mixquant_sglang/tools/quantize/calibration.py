@@ -29,7 +29,8 @@ _DOWN = {down for _, _, down in EXPERT_LEAVES}
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # JSON strings may hold characters at which splitlines() ends a line too, U+2028 and U+0085 among them.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
