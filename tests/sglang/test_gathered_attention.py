@@ -120,6 +120,7 @@ def test_the_rest_reads_pages(flash: ModuleType, calls: tuple[list[str], Kernels
     given(tokens=339).run(layer, DECODE_PASS)  # more than the scratch takes
     given().run(attention(sliding_window_size=8), DECODE_PASS)
     given().run(attention(is_cross_attention=False, use_irope=True), DECODE_PASS)
+    given().run(attention(logit_cap=30.0), DECODE_PASS)  # with which no bits are compared at start
     verify = given()
     verify.facts.forward_mode = ForwardMode.TARGET_VERIFY
     verify.run(layer, DECODE_PASS)
@@ -133,9 +134,25 @@ def test_the_rest_reads_pages(flash: ModuleType, calls: tuple[list[str], Kernels
     few.run(layer, DECODE_PASS)
     sinks = given()
     sinks.backend.forward(*sinks.rows, layer, sinks.facts, sinks=torch.zeros(HEADS, device=DEVICE).bfloat16())
-    assert seen == ["paged"] * 10
+    assert seen == ["paged"] * 11
     given({1: 0, 40: 300}, tokens=340).run(layer, DECODE_PASS)
-    assert seen[10:] == ["whole"]
+    assert seen[11:] == ["whole"]
+
+
+def test_what_did_not_gather_is_not_counted(
+    flash: ModuleType, calls: tuple[list[str], Kernels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = batch(flash, BATCHES["prefix"], DEVICE)
+    found = gathering({1: 0})
+    gather_attention(given.backend, found, Kernels(lambda **call: call["q"], calls[1].whole))
+    pool = given.backend.token_to_kv_pool
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "buffers", [buffer.half() for buffer in pool.buffers])  # a cache of another dtype
+        patch.setattr(pool, "set_kv_buffer", lambda *_: None)
+        given.run(attention(), DECODE_PASS)
+    assert calls[0] == [] and found.passes == 0
+    given.run(attention(), DECODE_PASS)
+    assert calls[0] == ["whole"] and found.passes == 1
 
 
 def test_an_error_leaves_the_module_as_it_was(flash: ModuleType, calls: tuple[list[str], Kernels]) -> None:
@@ -160,9 +177,14 @@ def test_which_back_ends_are_left_alone(flash: ModuleType) -> None:
     assert reason(kv_cache_dtype_str="fp8_e4m3") == "its keys and values are fp8_e4m3"
     assert "FlashAttentionBackend 4," in reason(fa_impl_ver=4)
     assert reason(use_mla=True) == "its keys and values are not of plain pages (use_mla)"
-    hybrid = SimpleNamespace(full_attn_backend=batch(flash, BATCHES["prefix"], DEVICE).backend)
-    assert gather_attention(hybrid, gathering({1: 0}), Kernels(attend, attend_whole)) == ""
-    assert isinstance(hybrid.full_attn_backend.forward_extend, gathered_attention.GatheredExtend)
+    for wrap in (
+        lambda backend: SimpleNamespace(full_attn_backend=backend),
+        lambda backend: SimpleNamespace(prefill_backend=backend, decode_backend=SimpleNamespace()),
+        lambda backend: SimpleNamespace(full_attn_backend=SimpleNamespace(prefill_backend=backend)),
+    ):
+        backend = batch(flash, BATCHES["prefix"], DEVICE).backend
+        assert gather_attention(wrap(backend), gathering({1: 0}), Kernels(attend, attend_whole)) == ""
+        assert isinstance(backend.forward_extend, gathered_attention.GatheredExtend)
 
 
 def test_when_it_pays() -> None:
@@ -225,6 +247,29 @@ def test_other_bits_are_not_taken(clock: dict[str, float]) -> None:
     heads, device = Heads(HEADS, KV_HEADS, DIM), torch.device("cpu")
     found = prepare(heads, 288, Kernels(attend, one_bit_off), device)
     assert isinstance(found, str) and found.startswith("its bits are others than those of pages, for")
+
+
+def test_bits_are_compared_and_timed_with_the_pages_of_the_server(clock: dict[str, float]) -> None:
+    """A cache whose pages hold 16 tokens goes another way through the kernel than one of single tokens."""
+    pages: set[int] = set()
+
+    def paged(**call: Any) -> torch.Tensor:
+        pages.add(call["k_cache"].shape[1])
+        assert int(call["page_table"].max()) < len(call["k_cache"])
+        return attend(**call)
+
+    heads, device = Heads(HEADS, KV_HEADS, DIM), torch.device("cpu")
+    found = prepare(heads, 288, Kernels(paged, attend_whole), device, 16)
+    assert isinstance(found, Gathering) and pages == {16}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [16, 64, 128, 256])
+def test_on_the_gpu_bits_of_larger_pages(page: int) -> None:
+    """Whether it pays, and gives the same bits at all, is the kernel's to say: where not, nothing is gathered."""
+    found = prepare(Heads(32, 8, 128), 45000, Kernels(*flash_attention_3()), torch.device("cuda"), page)
+    print(page, found if isinstance(found, str) else found.describe())
+    assert isinstance(found, Gathering) or "pay" in found or "bits" in found
 
 
 @pytest.mark.gpu
