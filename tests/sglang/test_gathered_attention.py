@@ -3,6 +3,8 @@ from pages."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -153,6 +155,17 @@ def test_what_did_not_gather_is_not_counted(
     assert calls[0] == [] and found.passes == 0
     given.run(attention(), DECODE_PASS)
     assert calls[0] == ["whole"] and found.passes == 1
+
+
+def test_a_batch_goes_with_its_pass(flash: ModuleType, calls: tuple[list[str], Kernels]) -> None:
+    """It has what its images were embedded to, rows x hidden size, among others."""
+    given = batch(flash, BATCHES["prefix"], DEVICE)
+    gather_attention(given.backend, gathering({1: 0}), calls[1])
+    given.run(attention(), DECODE_PASS)
+    known = weakref.ref(given.facts)
+    given.facts = None
+    gc.collect()
+    assert calls[0] == ["whole"] and known() is None
 
 
 def test_an_error_leaves_the_module_as_it_was(flash: ModuleType, calls: tuple[list[str], Kernels]) -> None:
