@@ -8,6 +8,7 @@ gathered.  It is no low precision: every recipe has it, ``bf16`` too.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -198,7 +199,7 @@ class GatheredExtend:
         self._gathering = gathering
         self._kernels = kernels
         self._plain: dict[int, bool] = {}  # by layer
-        self._batch: Any = None
+        self._batch: Callable[[], Any] = _nothing  # a weak reference: it has embeddings of images, and more
         self._layer = -1
         self._lengths: list[tuple[int, int]] = []  # of the running pass; empty: not gathered
         self._slots: torch.Tensor | None = None
@@ -221,14 +222,14 @@ class GatheredExtend:
             self._plain[layer.layer_id] = plain
         if not plain:
             return False
-        if forward_batch is not self._batch or layer.layer_id <= self._layer:  # another pass
+        if forward_batch is not self._batch() or layer.layer_id <= self._layer:  # another pass
             self._begin(forward_batch)
         self._layer = layer.layer_id
         # fewer rows: the last layer's, of those that somebody reads
         return bool(self._lengths) and len(q) >= sum(new for new, _ in self._lengths)
 
     def _begin(self, forward_batch: Any) -> None:
-        self._batch, self._slots, self._lengths = forward_batch, None, []
+        self._batch, self._slots, self._lengths = weakref.ref(forward_batch), None, []
         new, whole = forward_batch.extend_seq_lens_cpu, forward_batch.seq_lens_cpu
         if new is None or whole is None:
             return
@@ -254,6 +255,10 @@ class GatheredExtend:
             self._slots = slots_of(call["page_table"], whole, call["k_cache"].shape[1])
             self._gathering.passes += 1
         return attend(self._gathering, self._kernels, self._lengths, slots=self._slots, **call)
+
+
+def _nothing() -> None:
+    """Of no pass."""
 
 
 def heads_of(model: torch.nn.Module) -> Heads | None:

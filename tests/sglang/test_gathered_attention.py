@@ -3,7 +3,10 @@ from pages."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from random import Random
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -155,6 +158,17 @@ def test_what_did_not_gather_is_not_counted(
     assert calls[0] == ["whole"] and found.passes == 1
 
 
+def test_a_batch_goes_with_its_pass(flash: ModuleType, calls: tuple[list[str], Kernels]) -> None:
+    """It has what its images were embedded to, rows x hidden size, among others."""
+    given = batch(flash, BATCHES["prefix"], DEVICE)
+    gather_attention(given.backend, gathering({1: 0}), calls[1])
+    given.run(attention(), DECODE_PASS)
+    known = weakref.ref(given.facts)
+    given.facts = None
+    gc.collect()
+    assert calls[0] == ["whole"] and known() is None
+
+
 def test_an_error_leaves_the_module_as_it_was(flash: ModuleType, calls: tuple[list[str], Kernels]) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("of the kernel")
@@ -261,6 +275,46 @@ def test_bits_are_compared_and_timed_with_the_pages_of_the_server(clock: dict[st
     heads, device = Heads(HEADS, KV_HEADS, DIM), torch.device("cpu")
     found = prepare(heads, 288, Kernels(paged, attend_whole), device, 16)
     assert isinstance(found, Gathering) and pages == {16}
+
+
+def batches_of(seed: int, tokens: int, rows: int) -> list[list[tuple[int, int]]]:
+    """(new rows, all tokens) of requests of many kinds, at most so many together."""
+    random = Random(seed)
+    found = []
+    for _ in range(60):
+        lengths: list[tuple[int, int]] = []
+        for _ in range(random.choice([1, 1, 2, 5, 17])):
+            new = random.choice([1, random.randint(2, rows // 8), random.randint(rows // 8, rows)])
+            whole = new + random.choice([0, random.randint(1, tokens // 16), random.randint(tokens // 16, tokens)])
+            if sum(n for n, _ in lengths) + new <= rows and sum(w for _, w in lengths) + whole <= tokens:
+                lengths.append((new, whole))
+        found += [lengths] if lengths else []
+    return found
+
+
+def check_bits(heads: Heads, page: int, kernels: Kernels, device: str, tokens: int, rows: int) -> None:
+    scratch = [torch.empty(tokens, heads.keys * heads.size, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    found = Gathering(heads, *scratch, {1: 0})
+    given = gathered_attention._Paged(heads, tokens // page + 64, torch.device(device), page)
+    batches = batches_of(heads.queries + page, tokens, rows)
+    assert len(batches) > 30 and any(len(lengths) > 3 for lengths in batches)
+    for lengths in batches:
+        call = given.call(lengths)
+        gathered = gathered_attention.attend(found, kernels, lengths, **call)
+        assert torch.equal(kernels.paged(**call), gathered), (heads, page, lengths)
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_many_batches_give_the_bits_of_pages(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathered_attention, "ROWS", (64,))
+    check_bits(Heads(HEADS, KV_HEADS, DIM), page, Kernels(attend, attend_whole), "cpu", 400, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(32, 8, 128), (64, 8, 128), (4, 1, 128), (8, 1, 128), (16, 2, 256), (64, 8, 64)])
+def test_on_the_gpu_many_batches_give_the_bits_of_pages(heads: tuple[int, int, int]) -> None:
+    """Few heads, as of one rank of eight, are where FlashAttention may split keys: by how many there are."""
+    check_bits(Heads(*heads), 1, Kernels(*flash_attention_3()), "cuda", 60000, 8192)
 
 
 @pytest.mark.gpu
