@@ -46,7 +46,7 @@ class Command:
     a whole command may be one word, and behind others (``env A=B``)."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        rest = shlex.split(words[0]) if len(words) == 1 and any(c.isspace() for c in words[0]) else [*words]
+        rest = split(words)
         self.environment: dict[str, str] = {}
         while rest and _ASSIGNMENT.match(rest[0]):
             self._assign(rest.pop(0))
@@ -84,6 +84,14 @@ class Command:
             (folder / "config.json").write_text(json.dumps(_MODEL))
             self.flags = ["--model-path", str(folder), *self.flags]
             self.notes.append("no --model-path: asked for a small dense Qwen3")
+
+
+def split(words: Sequence[str]) -> list[str]:
+    """The words of a command that may be one word, quoted."""
+    with contextlib.suppress(ValueError):  # a quote without its end
+        if len(words) == 1 and any(c.isspace() for c in words[0]):
+            return shlex.split(words[0])
+    return [*words]
 
 
 def _serves(words: Sequence[str], i: int) -> bool:

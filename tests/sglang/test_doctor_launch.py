@@ -149,7 +149,12 @@ def test_what_a_command_is() -> None:
     assert not launch.Command(["--tp", "2"]).notes
     one = launch.Command(["A=1 env B='2 3' numactl -N 0 python3 -m sglang.launch_server --model-path 'a model'"])
     assert one.flags[:2] == ["--model-path", "a model"] and one.environment == {"A": "1", "B": "2 3"}
-    for words in (["vllm", "serve", "a/model"], ["serve", "a/model"], ["sglang", "generate", "serve"]):
+    for words in (
+        ["vllm", "serve", "a/model"],
+        ["serve", "a/model"],
+        ["sglang", "generate", "serve"],
+        ["sglang serve 'm"],
+    ):
         with pytest.raises(ValueError, match="is no launch command"):
             launch.Command(words)
 

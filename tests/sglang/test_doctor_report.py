@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,18 @@ ATTACKS: dict[str, tuple[list[str], dict[str, str], str | None, list[str]]] = {
         "version: 1\nprefill: fp8\nlayers:\n  - {match: 're:.*zqclient.*q_proj', prefill: bf16}\n",
         ["zqclient"],
     ),
+    "a recipe file in an assignment": (
+        ["MIXQUANT_RECIPE=RECIPEFILE", "python", "-m", "sglang.launch_server", *CPU],
+        {},
+        None,
+        ["zqhunter"],
+    ),
+    "a command in one word": (
+        ["env MIXQUANT_RECIPE=RECIPEFILE sglang serve zqclient --config CONFIG --api-key 4711471147 " + " ".join(CPU)],
+        {},
+        None,
+        ["zqhunter", "zqclient", "4711471147"],
+    ),
     "SGLang's own file of arguments": ([*CPU, "--config", "CONFIG"], {}, None, ["zqhunter"]),
 }
 CONFIG = "api-key: zqhunter2\nkv-cache-dtype: zqhunter3\n"
@@ -121,13 +134,15 @@ for asked, launch, environment in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("zqfolder")
-    (folder / "zqconfig.yaml").write_text(CONFIG)
+    files = {"CONFIG": folder / "zqconfig.yaml", "RECIPEFILE": folder / "zqrecipe.yaml"}
+    files["CONFIG"].write_text(CONFIG)
+    files["RECIPEFILE"].write_text("version: 1\nprefill: zqhunter2\n")
     asked = []
     for number, (launch, environment, text, _) in enumerate(ATTACKS.values()):
         file = folder / f"zqRECIPE{number}.yaml"
         if text is not None:
             file.write_text(text)
-        words = [str(folder / "zqconfig.yaml") if word == "CONFIG" else word for word in launch]
+        words = [re.sub("CONFIG|RECIPEFILE", lambda found: str(files[found.group()]), word) for word in launch]
         asked.append((str(file) if text is not None else "auto", words, environment))
     (folder / "ask.py").write_text(SCRIPT)
     command = [sys.executable, "-W", "ignore", str(folder / "ask.py"), json.dumps(asked)]
@@ -162,6 +177,8 @@ def test_the_report_still_says_what_is_wrong(reports: dict[str, list[str]]) -> N
     assert "is no launch command; allowed: " in ends("no launch command")[0]
     assert "refused: " in ends("an unknown word in a recipe file")[0]
     assert "must be a mapping" in ends("an unknown word in a recipe file")[0]
+    assert "must be a mapping" in ends("a recipe file in an assignment")[0]
+    assert {"flag: --device cpu", f"flag: --api-key {MASK}"} <= {*reports["a command in one word"]}
     lines = reports["a flag cut short, as argparse takes it"]
     assert f"flag: --admin-api-key {MASK}" in lines and "flag: --device cpu" in lines
 
