@@ -25,7 +25,7 @@ for the host: they take what was measured of one model (``hosts.py``), and the o
 Refused: arguments out of range, and what ``models.py`` and ``gpus.py`` refuse. Not modelled: passes that mix prefill
 and decode rows, that passes with more than 64 protected rows run without a graph, rates by linear rather than by layer,
 which linears the last layer has in low precision (each counts by 1 / layers), blocks that are not fused, tile
-quantisation at small M (no pass of fewer than 512 tokens was measured), more graphs and launches of low precision on a
+quantisation at small M (below 512 rows the rates of 512 are carried on), more graphs and launches of low precision on a
 slow host; uneven routers, shared experts beside the routed ones at the same time, the expansion of a cached latent
 prefix, towers. Needs neither a GPU nor torch nor SGLang.
 """

@@ -68,8 +68,8 @@ def as_table(
     if advice:
         lines += [
             "",
-            "Tokens of a pass from which on it is faster than BF16, by prompts that end in it (min_tokens); none of "
-            "fewer than 512 was measured:",
+            "Tokens of a pass from which on it is faster than BF16, by prompts that end in it (min_tokens); below "
+            "512 by the rates of 512:",
         ]
     for recipe, found in advice.items():
         each = (f"{prompts}: {'never' if tokens is None else tokens}" for prompts, tokens in found.items())
