@@ -6,5 +6,13 @@ from mixquant_sglang import formats
 # graphs with it.
 FEW_ROWS = 64
 
+# Prefill attention of keys and values gathered out of their pages: new rows of a request and tokens before them, of
+# which it is timed at start; how many times as long attention over pages takes where it is left; bytes of the scratch,
+# keys and values together, at most.
+GATHERED_ROWS = (512, 1024, 2048, 4096, 8192)
+GATHERED_PREFIXES = (2048, 4096, 8192, 16384, 32768)
+GATHERED_GAIN = 1.02
+GATHERED_BYTES = 512 * 2**20
+
 # Numbers along K that share a scale in NVFP4, and the multiple that K must be of for every kernel here.
 BLOCK = formats.BLOCK

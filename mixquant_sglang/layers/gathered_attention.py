@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
+from mixquant_sglang.kernels.limits import GATHERED_BYTES as SCRATCH_BYTES
+from mixquant_sglang.kernels.limits import GATHERED_GAIN as GAIN
+from mixquant_sglang.kernels.limits import GATHERED_PREFIXES as PREFIXES
+from mixquant_sglang.kernels.limits import GATHERED_ROWS as ROWS
 from mixquant_sglang.versions.attention import PAGED, attends_plainly, extend_namespace, reads_pages
 
-ROWS = (512, 1024, 2048, 4096, 8192)  # new rows of one request, of which attention is timed
-PREFIXES = (2048, 4096, 8192, 16384, 32768)  # tokens before them
-GAIN = 1.02  # how many times as long attention over pages takes where it is left
-SCRATCH_BYTES = 512 * 2**20  # of keys and values together, at most
 _MODES = ("EXTEND", "MIXED")
 
 

@@ -18,7 +18,7 @@ MODEL, GPU, TOKENS = "Qwen3-8B", "B200", 8192
 
 
 def speeds(arms: list[str]) -> dict[str, float]:
-    """The predicted prefill speed-up over the recipe bf16, by arm."""
+    """The predicted prefill speed-up over stock SGLang in BF16, by arm."""
     from mixquant_sglang.tools.plan.gpus import find_gpu
     from mixquant_sglang.tools.plan.models import find_model
     from mixquant_sglang.tools.plan.predict import predict

@@ -24,7 +24,7 @@ from mixquant_sglang.tools.plan.models import MODELS, find_model
 from mixquant_sglang.tools.plan.predict import Prediction
 from mixquant_sglang.tools.plan.predict import predict as predict_plan
 from mixquant_sglang.tools.plan.rates import ATTENTION_TILE
-from mixquant_sglang.tools.plan.recipes import STOCK_FP8, make_plan
+from mixquant_sglang.tools.plan.recipes import STOCK_BF16, STOCK_FP8, make_plan
 from mixquant_sglang.tools.plan.workload import Workload
 from mixquant_sglang.weights.decoder import Decoder
 from mixquant_sglang.weights.mixers import Attention
@@ -64,8 +64,10 @@ def predict(
 
 
 def arm(name: str, input_len: int, batch: int = 1) -> Prediction:
+    """As it was before attention read gathered keys and values."""
     recipe = name.removesuffix("-unprotected")
-    return predict(recipe, input_len, protect=None if recipe == name else False, batch=batch)
+    plan = replace(make_plan(recipe, QWEN, H200, protect=None if recipe == name else False), gathers=False)
+    return predict_plan(plan, QWEN, H200, Workload(input_len, batch=batch))
 
 
 def close(what: str, predicted: float, measured: float, within: float) -> None:
@@ -256,7 +258,7 @@ def test_the_prefix_is_attended_to_even_when_cached() -> None:
 
 
 def test_a_batch_costs_what_its_requests_cost() -> None:
-    one, four = (predict("bf16", 2048, batch=n).prefill_parts for n in (1, 4))
+    one, four = (predict(STOCK_BF16, 2048, batch=n).prefill_parts for n in (1, 4))
     assert four["attention"] == pytest.approx(4 * one["attention"])
     assert four["fixed"] == one["fixed"]  # one pass of 8192 rows
 

@@ -1,7 +1,7 @@
-"""``min_tokens`` for mixtures of experts: from how many tokens of a pass on low precision is faster than BF16.
+"""``min_tokens``: from how many tokens of a pass on low precision is faster than BF16, and so the first token sooner.
 
-In a dense model protected rows read the weights once, whatever their number. Here each reaches other experts: 64 rows
-of Qwen3-30B-A3B read nearly all of them. So a pass of some hundred tokens in which prompts end may gain nothing.
+In a dense model protected rows read the weights once, whatever their number, which some hundred tokens do not earn
+back. Of experts each reaches others: 64 rows of Qwen3-30B-A3B read nearly all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LADDER = tuple(round(2 ** (i / 4) / 16) * 16 for i in range(16, 61))  # 16 to 3
 
 
 def break_even(plan: Plan, baseline: Plan, model: Decoder, gpu: Gpu, tp: int) -> dict[int, int | None]:
-    """Prompts that end in a pass -> its tokens, from which on ``plan`` is faster than ``baseline`` (the recipe bf16),
+    """Prompts that end in a pass -> its tokens, from which on ``plan`` is faster than ``baseline`` (stock BF16),
     as far as 32768; None if it is not even then. Both in one pass without cached tokens."""
     cost, free = Cost(gpu, model, tp), replace(plan, min_tokens=1)
     found: dict[int, int | None] = {}

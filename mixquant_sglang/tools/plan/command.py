@@ -10,19 +10,24 @@ norms and SiLU (in "elementwise"; "quantise" is what remains by itself), FP8 spa
 layer computes o_proj and the MLP for the rows that are read; ``prefill: {fuse: false}`` turns these off. A pass in
 which prompts end reads the weights of the decode precision once more for its protected rows; small ones in which none
 does pay for the launches. A decode step reads weights and KV and has an overhead by layer. The fractions and where they
-come from: ``rates.py``.
+come from: ``rates.py``. Ratios are over stock SGLang in BF16, ``stock-bf16``.
+
+On Hopper, attention behind long prefixes reads gathered keys and values in every recipe, not in stock SGLang:
+``gathering.py``. Its scratch counts as memory.
 
 Experts (``cost_experts.py``) are grouped GEMMs at a rate over rows for each expert, read no more experts than tokens
 reach, and move a row for each token and expert; protected rows read experts of their own. Attention goes by layer:
 windows see their tokens, latent attention expands in prefill and absorbs in decode, the gated delta rule takes FLOPs
 for each row and a state in place of a cache. Blocks other than Llama-like ones are planned without fusion. What a
-recipe takes of the memory: ``memory.py``; from how many tokens on it pays: ``advice.py``.
+recipe takes of the memory: ``memory.py``; from how many tokens on it pays: ``advice.py``. Short passes of hybrids wait
+for the host: they take what was measured of one model (``hosts.py``), and the output says so.
 
 Refused: arguments out of range, and what ``models.py`` and ``gpus.py`` refuse. Not modelled: passes that mix prefill
 and decode rows, that passes with more than 64 protected rows run without a graph, rates by linear rather than by layer,
 which linears the last layer has in low precision (each counts by 1 / layers), blocks that are not fused, tile
-quantisation at small M; uneven routers, shared experts beside the routed ones at the same time, the expansion of a
-cached latent prefix, towers. Needs neither a GPU nor torch nor SGLang.
+quantisation at small M (below 512 rows the rates of 512 are carried on), more graphs and launches of low precision on a
+slow host; uneven routers, shared experts beside the routed ones at the same time, the expansion of a cached latent
+prefix, towers. Needs neither a GPU nor torch nor SGLang.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from mixquant_sglang.tools.plan.gpus import GPUS, find_gpu
 from mixquant_sglang.tools.plan.memory import memory_of
 from mixquant_sglang.tools.plan.models import find_model
 from mixquant_sglang.tools.plan.predict import BASELINE, predict
-from mixquant_sglang.tools.plan.recipes import STOCK_FP8, make_plan
+from mixquant_sglang.tools.plan.recipes import STOCK_BF16, STOCK_FP8, make_plan
 from mixquant_sglang.tools.plan.table import as_json, as_table
 from mixquant_sglang.tools.plan.workload import Workload
 
@@ -56,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=list(DEFAULT_RECIPES),
         metavar="NAME|FILE",
-        help=f"default: {' '.join(DEFAULT_RECIPES)}; also {STOCK_FP8}: SGLang's own FP8 server",
+        help=f"default: {' '.join(DEFAULT_RECIPES)}; also {STOCK_BF16}, {STOCK_FP8}: SGLang's own servers",
     )
     parser.add_argument("--tp", type=int, default=1, metavar="GPUS", help="tensor parallel size (default 1)")
     parser.add_argument("--ep", type=int, default=1, metavar="GPUS", help="of them, expert parallel size (default 1)")
@@ -76,11 +81,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot.save(args.plot, plans, predictions, model, gpu, work)
     memories = [memory_of(plan, model, gpu, work) for plan in plans]
-    advice = {}
-    if model.has_experts:
-        baseline = make_plan(BASELINE, model, gpu, work.tp, ep=work.ep)
-        low = [plan for plan in plans if any(one.prefill != one.decode for one in plan.experts)]
-        advice = {plan.recipe: break_even(plan, baseline, model, gpu, work.tp) for plan in low}
+    baseline = make_plan(BASELINE, model, gpu, work.tp, ep=work.ep)
+    low = [plan for plan in plans if any(one.prefill != one.decode for one in plan.placed)]
+    advice = {plan.recipe: break_even(plan, baseline, model, gpu, work.tp) for plan in low}
     if args.json:
         print(as_json(predictions, memories, advice))
     else:

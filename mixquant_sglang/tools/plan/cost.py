@@ -7,15 +7,18 @@ from collections.abc import Iterator
 
 from mixquant_sglang.tools.plan.cost_experts import ExpertCost
 from mixquant_sglang.tools.plan.cost_linear import LinearCost, format_of
+from mixquant_sglang.tools.plan.gathering import attention, gathering_of
 from mixquant_sglang.tools.plan.gpus import Gpu
+from mixquant_sglang.tools.plan.hosts import RECURRENT_MS
 from mixquant_sglang.tools.plan.linears import Plan
+from mixquant_sglang.tools.plan.rates import at
 from mixquant_sglang.tools.plan.roofline import Roofline
 from mixquant_sglang.tools.plan.workload import Workload
 from mixquant_sglang.weights.decoder import Decoder
 from mixquant_sglang.weights.footprint import Placed, request_bytes
 from mixquant_sglang.weights.mixers import DeltaRule
 
-_PARTS = ("linears", "attention", "elementwise", "quantise", "dequantise", "protected", "all_reduce", "fixed")
+_PARTS = ("linears", "attention", "gather", "elementwise", "quantise", "dequantise", "protected", "all_reduce", "fixed")
 
 
 class Cost:
@@ -29,30 +32,49 @@ class Cost:
         parts = dict.fromkeys(_PARTS, 0.0)
         if self.model.has_experts:
             parts |= {"experts": 0.0, "move": 0.0}
+        if self.model.has_states:
+            parts["waiting"] = 0.0
         flops = moved = 0.0
-        for rows, ends, count, _ in work.kinds_of_passes(self.roof.gpu):
+        for rows, ends, count, pairs in work.kinds_of_passes(self.roof.gpu):
             once, once_flops, once_moved = self._pass(plan, rows, ends)
+            if self.model.has_states:
+                once["waiting"] = self._waiting(plan, rows, ends, pairs / count, sum(once.values()))
             for name, ms in once.items():
                 parts[name] += count * ms
             flops, moved = flops + count * once_flops, moved + count * once_moved
+        gathering = gathering_of(plan, self.roof)
         for block, count in self.model.kinds:
             if isinstance(block.mixer, DeltaRule):
                 continue
-            pairs = work.pairs(self.roof.gpu, block.mixer.window)
-            attention = count * pairs * block.mixer.pair_flops(self.tp)
-            parts["attention"] += attention / self.roof.attention_rate(block.mixer) * 1e3
-            flops += attention
+            ms, gather = attention(gathering, self.roof, block.mixer, work)
+            parts["attention"] += count * ms
+            parts["gather"] += count * gather
+            flops += count * work.pairs(self.roof.gpu, block.mixer.window) * block.mixer.pair_flops(self.tp)
         if self.model.has_states:
             parts["recurrence"], recurrence = self.roof.recurrence(work.new * work.batch)
             flops += recurrence
         return parts, flops, moved
 
+    def _is_low(self, plan: Plan, rows: int, ends: int) -> tuple[bool, int]:
+        """Whether a pass runs in the prefill precision; its protected rows."""
+        protected = min(rows, ends * plan.tail) if plan.protect else 0
+        return rows >= plan.min_tokens and protected < rows, protected
+
+    def _waiting(self, plan: Plan, rows: int, ends: int, pairs: float, ms: float) -> float:
+        """Milliseconds that a pass takes beyond the GPU's, of which ``ms`` are known, with ``pairs`` of full attention
+        in each layer that has it."""
+        for block, count in self.model.kinds:
+            if not isinstance(block.mixer, DeltaRule):
+                ms += count * pairs * block.mixer.pair_flops(self.tp) / self.roof.attention_rate(block.mixer) * 1e3
+        ms += self.roof.recurrence(rows)[0]
+        low = self._is_low(plan, rows, ends)[0] and any(one.prefill != "bf16" for one in plan.placed)
+        return max(0.0, self.model.layers * at(RECURRENT_MS[low], rows) - ms)
+
     def _pass(self, plan: Plan, rows: int, ends: int) -> tuple[dict[str, float], float, float]:
         """One pass of ``rows`` in which ``ends`` prompts end, without its attention."""
         parts = dict.fromkeys(_PARTS, 0.0)
         flops = moved = 0.0
-        protected = min(rows, ends * plan.tail) if plan.protect else 0
-        low = rows >= plan.min_tokens and protected < rows
+        low, protected = self._is_low(plan, rows, ends)
         for linear in plan.linears:
             cost = LinearCost(self.roof, plan, linear)
             precision = linear.prefill if low else "bf16"
@@ -91,7 +113,7 @@ class Cost:
         elementwise = rows * self._elementwise_bytes()
         parts["elementwise"] += self.roof.memory(elementwise, self.rates.copy)
         moved += elementwise
-        parts["fixed"] += self.model.layers * self.rates.layer_us / 1e3
+        parts["fixed"] += (self.rates.pass_us + self.model.layers * self.rates.layer_us) / 1e3
         parts["all_reduce"] += self.roof.all_reduce(rows)
         head = 2.0 * self.model.vocab * self.model.hidden / self.tp  # for few rows, so the weights are what it costs
         parts["linears"] += self.roof.memory(head, self.rates.weights)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.recipe import did_you_mean, nearest, show
-from mixquant_sglang.tools.plan.rates import H200_RATES, RTX5090_RATES, RTXPRO_RATES, SM100_RATES, Rates
+from mixquant_sglang.tools.plan.rates import H100_RATES, H200_RATES, RTX5090_RATES, RTXPRO_RATES, SM100_RATES, Rates
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ GPUS: tuple[Gpu, ...] = (
         memory=80e9,
         link=450e9,
         chunk=8192,
-        rates=H200_RATES,
-        origin=f"peaks from the H100 SXM data sheet; {_FROM_H200} (the same chip), carried over as fractions",
+        rates=H100_RATES,
+        origin="peaks from the H100 SXM data sheet; GEMM rates measured on an H100 by this project; attention, memory, "
+        "expert and overhead rates on an H200 (the same chip), carried over as fractions",
     ),
     Gpu(
         name="H200",

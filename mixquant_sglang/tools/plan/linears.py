@@ -23,6 +23,7 @@ class Plan:
     emulated: frozenset[str] = frozenset()
     fused: bool = True
     stock: bool = False
+    gathers: bool = False  # prefill attention may read keys and values out of a copy of their pages
     tail: int = 1  # tokens at the end of each prompt that ``protect`` keeps in the decode precision
 
     @cached_property

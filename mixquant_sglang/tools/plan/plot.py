@@ -50,7 +50,7 @@ def save(
         lengths.plot(steps, [one.prefill_speedup for one in made], color=f"C{i}", label=plan.recipe)
         lengths.plot(steps, [one.end_to_end_speedup for one in made], color=f"C{i}", linestyle=":")
     lengths.set_xscale("log", base=2)
-    lengths.set(xlabel=f"input tokens ({share:.0%} cached)", ylabel="times the speed of bf16")
+    lengths.set(xlabel=f"input tokens ({share:.0%} cached)", ylabel="times the speed of stock SGLang in BF16")
     lengths.set_title(f"prefill; dotted: end to end, {work.output_len} output tokens")
     lengths.legend(fontsize="small")
     figure.suptitle(f"{model.name} on {gpu.name}, predicted")

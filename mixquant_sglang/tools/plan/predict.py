@@ -8,23 +8,25 @@ from dataclasses import dataclass
 
 from mixquant_sglang.tools.plan.cost import Cost
 from mixquant_sglang.tools.plan.cost_experts import rate_of
+from mixquant_sglang.tools.plan.gathering import gathering_of
 from mixquant_sglang.tools.plan.gpus import Gpu
-from mixquant_sglang.tools.plan.hosts import SERVER, Host
+from mixquant_sglang.tools.plan.hosts import SERVER, WAITS, Host
 from mixquant_sglang.tools.plan.linears import Plan
-from mixquant_sglang.tools.plan.recipes import make_plan
+from mixquant_sglang.tools.plan.recipes import STOCK_BF16, make_plan
 from mixquant_sglang.tools.plan.workload import Workload
 from mixquant_sglang.weights.decoder import Decoder
 from mixquant_sglang.weights.footprint import MEMORY_SHARE, footprint_of
 
-BASELINE = "bf16"
+BASELINE = STOCK_BF16
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Milliseconds for the whole batch: its prefill, one decode step at the mean context. Ratios: above 1 is faster
-    than ``bf16``. Bytes and KV tokens per GPU. ``prefill_parts``: milliseconds by cause. ``points``: (FLOP/byte,
+    than stock BF16. Bytes and KV tokens per GPU. ``prefill_parts``: milliseconds by cause. ``points``: (FLOP/byte,
     FLOP/s) of the prefill and of a decode step, per GPU. ``sources``: where the rates of the experts' grouped GEMMs
-    come from, by precision. ``stays_bf16``: linears and experts that no kernel takes, and why."""
+    come from, by precision. ``stays_bf16``: linears and experts that no kernel takes, and why. ``notes``: what else
+    decides or limits the figures, a line each."""
 
     recipe: str
     describe: str
@@ -39,12 +41,13 @@ class Prediction:
     points: Mapping[str, tuple[float, float]]
     sources: Mapping[str, str]
     stays_bf16: Mapping[str, str]
+    notes: tuple[str, ...]
 
 
 def predict(
     plan: Plan, model: Decoder, gpu: Gpu, work: Workload, baseline: Plan | None = None, host: Host = SERVER
 ) -> Prediction:
-    """What ``plan`` takes for ``work``; ``baseline`` is what the ratios are against (the recipe bf16 by default)."""
+    """What ``plan`` takes for ``work``; ``baseline`` is what the ratios are against (stock BF16 by default)."""
     baseline = baseline or make_plan(BASELINE, model, gpu, work.tp, ep=work.ep)
     cost = Cost(gpu, model, work.tp)
     parts, flops, moved = cost.prefill(plan, work)
@@ -60,7 +63,9 @@ def predict(
         prefill_speedup = base.prefill_ms / prefill
         end_to_end = (base.prefill_ms + steps * base.decode_ms) / (prefill + steps * decode)
     memory = footprint_of(model, plan.placed, work.tp, work.ep, masters=plan.keeps_bf16)
+    gathering = gathering_of(plan, cost.roof)
     needed = memory.needed(work.batch * (work.input_len + work.output_len), work.batch)
+    needed += gathering.scratch if gathering else 0
     return Prediction(
         recipe=plan.recipe,
         describe=plan.describe,
@@ -78,6 +83,7 @@ def predict(
         },
         sources=_sources(plan, gpu),
         stays_bf16={one.name: one.refusal for one in plan.placed if one.refusal},
+        notes=(*([gathering.describe()] if gathering else []), *([WAITS] if parts.get("waiting") else [])),
     )
 
 

@@ -2,8 +2,8 @@
 its source. Tags in the comments:
 
 - [datasheet] NVIDIA's data sheet or architecture white paper, dense (no sparsity) figures;
-- [H200] measured by this project on an H200: SGLang 0.5.17, torch 2.11.0, Qwen3-8B's dimensions, FA3, CUDA graphs on;
-  servers, passes, protected rows and our kernels anew on 2026-11-21, the rest in an earlier run;
+- [H200], [H100] measured by this project on one: SGLang 0.5.17, torch 2.11.0, Qwen3-8B's dimensions if none are named,
+  FA3, CUDA graphs on; servers, passes, protected rows and our kernels anew on 2026-11-21, the rest in an earlier run;
 - [public] measured by others and published, named beside it;
 - [assumed] nobody measured it for us: carried over from the GPU named, or a guess that says so.
 
@@ -48,8 +48,11 @@ class Rates:
 
     gemm: Mapping[str, Curve]  # precision -> curve; attention and what is emulated run at BF16, NVFP4 at "qdq" if there
     stock_gemm: Mapping[str, Curve]  # where SGLang's own server runs another GEMM than ours
-    attention: float
-    windowed: float  # attention with a window, or with heads wider than 256
+    attention: float  # over pages of one token
+    gathered: Curve  # over keys and values gathered out of them, by the mean keys of a query; empty: nothing is
+    gather_us: float  # ... and in each layer of such a pass, beside the bytes that are copied
+    windowed: float  # attention with a window
+    wide: float  # all attention of a model with heads wider than 256
     recurrent: float  # the gated delta rule, of BF16's FLOP/s
     copy: float  # elementwise kernels and the operands of a GEMM
     weights: float  # weights read by a decode step
@@ -61,6 +64,7 @@ class Rates:
     quantise: Mapping[str, Mapping[str, Curve]]
     stock_quantise: Mapping[str, float]  # others' quantisers, always alone
     dequantise: float  # emulated: packed weights to BF16, just in time
+    pass_us: float  # prefill, per pass: embedding, sampling, the gaps around its graph
     layer_us: float  # prefill, per layer and pass: launches, graph breaks around attention
     decode_layer_us: float  # decode, per layer: what a step takes beyond reading weights and KV
     decode_doubling_us: float  # decode, per layer, for each doubling of the batch
@@ -77,11 +81,16 @@ class Rates:
 _MEASURED = "measured on an H200 (SGLang 0.5.17, Triton, Qwen3-30B-A3B's dimensions)"
 _BF16 = Sourced(((32, 0.108), (128, 0.358), (512, 0.550)), _MEASURED)
 _FP8 = ((32, 0.079), (128, 0.303), (512, 0.550))
+# [H200] our own, row x channel scales: recipe fp8 without protected rows, means of two runs of 48 layers, 14.58, 24.59
+# and 104.8 ms of 512, 2048 and 8192 tokens; 11.1, 12.0 and 25.1 ms of them are left for the experts.
+_OURS = Sourced(
+    ((32, 0.085), (128, 0.311), (512, 0.597)),
+    "measured on an H200 (SGLang 0.5.17, this project's Triton kernels, Qwen3-30B-A3B's dimensions)",
+)
 H200_EXPERTS = ExpertRates(
     gemm={
         "bf16": _BF16,
-        # [assumed] row x channel scales in the same Triton kernel: as stock's, which has one scale for the whole batch
-        "fp8": Sourced(_FP8, "predicted: as SGLang's --quantization fp8, measured on an H200"),
+        "fp8": _OURS,
         "qdq": Sourced(_BF16.curve, "predicted: BF16's rate, after the weights are written out in BF16"),
     },
     stock={"fp8": Sourced(_FP8, _MEASURED)},
@@ -96,7 +105,7 @@ SM100_EXPERTS = replace(
     H200_EXPERTS,
     gemm={
         "bf16": Sourced(_BF16.curve, _CARRIED),
-        "fp8": Sourced(_FP8, _CARRIED),
+        "fp8": Sourced(_OURS.curve, _CARRIED),
         "nvfp4": Sourced(((128, 0.133), (256, 0.211), (512, 0.256)), "predicted: published for a B200, other shapes"),
         "qdq": H200_EXPERTS.gemm["qdq"],
     },
@@ -104,7 +113,8 @@ SM100_EXPERTS = replace(
 )
 # [assumed] NVFP4 on SM120: FP8's fraction of the peak. No measurement at all.
 SM120_EXPERTS = replace(
-    SM100_EXPERTS, gemm={**SM100_EXPERTS.gemm, "nvfp4": Sourced(_FP8, "predicted: FP8's fraction of the peak, a guess")}
+    SM100_EXPERTS,
+    gemm={**SM100_EXPERTS.gemm, "nvfp4": Sourced(_OURS.curve, "predicted: FP8's fraction of the peak, a guess")},
 )
 
 H200_RATES = Rates(
@@ -124,8 +134,20 @@ H200_RATES = Rates(
     stock_gemm={"fp8": ((512, 0.591), (2048, 0.680), (8192, 0.673), (16384, 0.620))},
     # [H200] FA3, causal: 33 ms for 36 layers at 8192 tokens (0.61); what is left of bench_one_batch at 32768 says 0.57
     attention=0.59,
-    windowed=0.45,  # [assumed] Triton's attention, which Gemma's windows and heads of 512 take; FA3's is faster
-    recurrent=0.10,  # [assumed] chunks follow each other, and a chunk is no large GEMM; nobody measured it for us
+    # [H200] FA3 as shipped with SGLang 0.5.17 and 0.5.23, 8192 rows of 32 heads of queries and 8 of keys behind 24576,
+    # 57344 and 122880 tokens: 5.45 and 5.32, 12.1 and 13.2, 26.0 and 27.2 ms, mean of both (pages: 6.28 and 6.48, 13.8
+    # and 13.8, 31.3 and 28.9, that is 0.61, 0.60 and 0.57). [assumed] From 3072 keys on, about the shortest that a
+    # server times, the same; of so few that nobody timed them, as over pages.
+    gathered=((1024, 0.590), (3072, 0.724), (28672, 0.724), (61440, 0.660), (126976, 0.648)),
+    # [H200] a server with 32 heads of queries and 4 of keys saw gathering pay from 512 rows behind 16384 tokens, 1024
+    # behind 4096 and 2048 behind 2048, not behind half as many: 11.8 to 17.1 us, at these rates
+    gather_us=14.5,
+    windowed=0.45,  # [assumed] between FA3's and Triton's
+    # [H200] 12 layers of Gemma-4-26B-A4B, whose heads of 512 take Triton's attention for the whole model: 9.8 and
+    # 85.5 ms of 2048 and 8192 tokens when all else that is planned is subtracted, 43 and 42 TFLOP/s
+    wide=0.043,
+    # [H200] 12 layers of Qwen3.5-35B-A3B, 8192 tokens, all else subtracted: 0.023 in BF16, 0.033 in fp8
+    recurrent=0.028,
     copy=0.89,  # [H200] copy bandwidth 4.27 of 4.8 TB/s
     weights=0.81,  # [H200] cuBLAS at M = 1 reads 3.2 to 3.9 TB/s; 0.81 is its best, the step's rest is decode_layer_us
     q_copy=0.31,  # [H200] 90 us for 8192 rows of 4096 (20 us for 2048: 0.35), 4 bytes an element
@@ -147,13 +169,30 @@ H200_RATES = Rates(
     # [assumed] nvfp4: no Blackwell GPU at hand; the rate of our first qdq kernel on the H200, which fused nothing
     stock_quantise={"fp8": 0.45, "nvfp4": 0.72},
     dequantise=0.77,  # [H200] our Triton kernel, 3.7 TB/s at 2.5625 bytes a weight
-    # [H200] what passes of 512 tokens take beyond the kernels above: 0.69 to 0.93 ms, mean over 36 layers, two runs and
-    # three servers (BF16, FP8 unprotected, SGLang's FP8)
-    layer_us=22.0,
+    # [H200] what passes of 512 tokens take beyond the kernels above: 0.69 to 0.93 ms for 36 layers, two runs and three
+    # servers (BF16, FP8 unprotected, SGLang's FP8). Of that 0.6 to 0.9 ms come once a pass: what 12 layers of
+    # Qwen3-30B-A3B take beyond a quarter of 48 layers' passes of 512 and 2048 tokens, lm_head subtracted.
+    pass_us=600.0,
+    layer_us=5.3,
     decode_layer_us=31.6,  # [H200] 5.05 ms at batch 1, less weights and KV, over 36 layers
     decode_doubling_us=3.0,  # [H200] 5.51 and 6.95 ms at batch 8 and 64, less KV: 0.32 and 0.65 ms, so 0.107 a doubling
     low_linear_us=3.1,  # [H200] SGLang's FP8 server: 3.71 ms at batch 1, less weights and the rest, over 144 linears
     experts=H200_EXPERTS,
+)
+
+# [H100] an H100 80GB HBM3, same software and dimensions, 2026-11-27, one run: what is left for the linears of passes of
+# 512, 1024, 2048 and 8192 tokens when all else that is planned is subtracted; the protected row counts as on the H200,
+# by bandwidth. [assumed] 16384 rows: by the H200's from 8192 on; all else: the H200's fractions and overheads, which
+# give back its decode steps within 6%.
+H100_RATES = replace(
+    H200_RATES,
+    gemm={
+        "bf16": ((512, 0.673), (1024, 0.777), (2048, 0.801), (8192, 0.753), (16384, 0.764)),
+        "fp8": ((512, 0.502), (1024, 0.626), (2048, 0.704), (8192, 0.746), (16384, 0.676)),
+        # [assumed] times BF16's, as on the H200
+        "qdq": ((512, 0.673), (1024, 0.802), (2048, 0.854), (8192, 0.829), (16384, 0.841)),
+    },
+    stock_gemm={"fp8": ((512, 0.446), (1024, 0.678), (2048, 0.713), (8192, 0.676), (16384, 0.623))},
 )
 
 # [public] B200, Llama-3.1-8B's N=6144 K=4096: BF16 and NVFP4 ("noquant") from vllm-project/vllm#20646, before its
@@ -163,6 +202,7 @@ H200_RATES = Rates(
 # [assumed] Everything else: the H200's fractions and overheads.
 SM100_RATES = replace(
     H200_RATES,
+    gathered=(),
     gemm={
         "bf16": ((512, 0.571), (2048, 0.602), (8192, 0.632), (16384, 0.605)),
         "fp8": ((512, 0.420), (1024, 0.574), (16384, 0.544)),
@@ -186,6 +226,7 @@ SM100_RATES = replace(
 # [assumed] Everything else: the H200's fractions and overheads.
 RTX5090_RATES = replace(
     H200_RATES,
+    gathered=(),
     gemm={
         "bf16": ((4096, 1.058),),
         "fp8": ((256, 0.636), (1024, 0.810), (4096, 0.928)),

@@ -9,19 +9,21 @@ from mixquant_sglang.tools.plan.linears import Plan
 from mixquant_sglang.weights.decoder import Decoder
 from mixquant_sglang.weights.footprint import place
 
-STOCK_FP8 = "stock-fp8"  # not a recipe: SGLang's own --quantization fp8, both phases in FP8, for comparison
+# Not recipes, for comparison: SGLang as it is, in BF16 and with its own --quantization fp8, both phases in FP8.
+STOCK_BF16, STOCK_FP8 = "stock-bf16", "stock-fp8"
+_STOCK = {STOCK_BF16: ("bf16", "SGLang, BF16"), STOCK_FP8: ("fp8", "SGLang --quantization fp8")}
 
 
 def make_plan(name: str, model: Decoder, gpu: Gpu, tp: int = 1, protect: bool | None = None, ep: int = 1) -> Plan:
-    """``name``: a shipped recipe, the path of one, or ``stock-fp8``; ``protect`` overrides its ``last_prompt_token``.
+    """``name``: a shipped recipe, the path of one, ``stock-bf16`` or ``stock-fp8``; ``protect`` overrides its
+    ``last_prompt_token``.
 
     MixQuantError where the recipe is wrong, asks what the GPU cannot do, or a rule matches no layer.
     """
-    if name == STOCK_FP8:
-        stock = place(model, recipes.load("bf16"), Selection("fp8", "fp8", {"fp8": "native"}, ""), tp, ep)
-        return Plan(
-            name, "SGLang --quantization fp8", tuple(stock), False, 1, keeps_bf16=False, fused=False, stock=True
-        )
+    if name in _STOCK:
+        precision, describe = _STOCK[name]
+        stock = place(model, recipes.load("bf16"), Selection(precision, precision, {"fp8": "native"}, ""), tp, ep)
+        return Plan(name, describe, tuple(stock), False, 1, keeps_bf16=False, fused=False, stock=True)
     loaded = recipes.load(name)
     selection = select(loaded, Device(gpu.name, gpu.capability))
     return Plan(
@@ -33,5 +35,6 @@ def make_plan(name: str, model: Decoder, gpu: Gpu, tp: int = 1, protect: bool | 
         keeps_bf16=True,
         emulated=frozenset(precision for precision, kernel in selection.kernels.items() if kernel == "emulated"),
         fused=loaded.fuse and model.is_plain,
+        gathers=loaded.fuse,
         tail=loaded.protected_tail,
     )

@@ -36,9 +36,25 @@ class Roofline:
         return 2 * self.model.layers * (wire * 1e3 + ALL_REDUCE_US / 1e3)
 
     def attention_rate(self, mixer: Mixer) -> float:
-        """FLOP/s of softmax attention; wide heads and windows run on slower kernels."""
-        slow = isinstance(mixer, Attention) and (mixer.window or mixer.head_dim > 256)
-        return self.peak("bf16") * (self.rates.windowed if slow else self.rates.attention)
+        """FLOP/s of softmax attention over pages; windows run on slower kernels, and so does the whole of a model with
+        wide heads."""
+        fraction = self.rates.windowed if mixer.window else self.rates.attention
+        return self.peak("bf16") * (self.rates.wide if self.wide_heads else fraction)
+
+    @property
+    def wide_heads(self) -> bool:
+        """Whether some are wider than FlashAttention 3 takes."""
+        return any(isinstance(one.mixer, Attention) and one.mixer.head_dim > 256 for one, _ in self.model.kinds)
+
+    def gathered(self, mixer: Attention, slowed: float) -> float:
+        """Milliseconds of attention of gathered keys; ``slowed``: pairs, each over its fraction of the peak."""
+        return slowed * mixer.pair_flops(self.tp) / self.peak("bf16") * 1e3
+
+    def gather(self, mixer: Attention, tokens: int, passes: int) -> float:
+        """Milliseconds that one layer takes to copy keys and values of ``tokens`` out of their pages."""
+        return (
+            self.memory(2.0 * tokens * mixer.kv_bytes(self.tp), self.rates.copy) + passes * self.rates.gather_us / 1e3
+        )
 
     def recurrence(self, rows: float) -> tuple[float, float]:
         """(milliseconds, FLOPs) of the gated delta rule over ``rows`` tokens in all blocks that have it."""

@@ -12,7 +12,7 @@ from mixquant_sglang.tools.plan.predict import Prediction
 from mixquant_sglang.tools.plan.workload import Workload
 from mixquant_sglang.weights.decoder import Decoder
 
-Advice = Mapping[str, Mapping[int, int | None]]  # recipe -> what ``break_even`` answers, for models with experts
+Advice = Mapping[str, Mapping[int, int | None]]  # recipe -> what ``break_even`` answers, where prefill is low
 
 
 def as_json(predictions: Sequence[Prediction], memories: Sequence[Memory], advice: Advice) -> str:
@@ -57,10 +57,20 @@ def as_table(
             f"{one.end_to_end_speedup:9.2f}x  {one.extra_weight_bytes / 2**20:9.1f} MiB  "
             f"{one.kv_tokens_displaced:19d}  {one.describe}{'' if one.fits else '; DOES NOT FIT into the memory'}"
         )
+    notes: dict[str, list[str]] = {}
+    for one in predictions:
+        for note in one.notes:
+            notes.setdefault(note, []).append(one.recipe)
+    if notes:
+        lines += ["", *(f"{', '.join(recipes)}: {note}" for note, recipes in notes.items())]
     lines += [f"{one.recipe}: {name} stays BF16: {why}" for one in predictions for name, why in one.stays_bf16.items()]
     lines += ["", *_memory(predictions, memories, gpu, width)]
     if advice:
-        lines += ["", "Tokens of a pass from which on it is faster than bf16, by prompts that end in it (min_tokens):"]
+        lines += [
+            "",
+            "Tokens of a pass from which on it is faster than BF16, by prompts that end in it (min_tokens); below "
+            "512 by the rates of 512:",
+        ]
     for recipe, found in advice.items():
         each = (f"{prompts}: {'never' if tokens is None else tokens}" for prompts, tokens in found.items())
         lines.append(f"{recipe:<{width}}  {'; '.join(each)}")
@@ -95,7 +105,10 @@ def _worth(model: Decoder, gpu: Gpu, predictions: Sequence[Prediction]) -> list[
     sources = {f"{name} {source}" for one in predictions for name, source in one.sources.items()}
     lines = [f"Grouped GEMMs of experts: {'; '.join(sorted(sources))}."] if sources else []
     if model.has_states:
-        lines.append("The gated delta rule: predicted, at an assumed rate.")
+        lines.append(
+            "The gated delta rule: at a rate between those that passes in BF16 and in FP8 leave on an H200; decode "
+            "steps of one request took twice what is predicted."
+        )
     if model.unread:
         lines.append(f"Not counted: {', '.join(model.unread)}.")
     return [*lines, f"Predictions, not measurements. {gpu.name}: {gpu.origin}."]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.tools.plan.gpus import Gpu
@@ -12,6 +13,17 @@ from mixquant_sglang.tools.plan.rates import ATTENTION_TILE
 
 # Of one prefill: what a second of planning can walk through, whatever the prompts and chunks are.
 MOST_TOKENS, MOST_PASSES = 50_000_000, 200_000
+
+
+class Pass(NamedTuple):
+    """``rows`` of tokens that see ``pairs`` keys in all; prompts that end; ``tokens`` of its requests, their prefixes
+    included; ``each``: new rows of a request, weighted by its tokens."""
+
+    rows: int
+    pairs: float
+    ends: int
+    tokens: int
+    each: float
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ class Workload:
     def passes(self, gpu: Gpu) -> Iterator[tuple[int, float, int]]:
         """(token rows, visible keys summed over them, prompts that end) of each prefill pass; requests fill the chunks
         in turn."""
-        return self._passes(self.chunk or gpu.chunk)
+        return ((one.rows, one.pairs, one.ends) for one in self.walk(self.chunk or gpu.chunk))
 
     def kinds_of_passes(self, gpu: Gpu) -> tuple[tuple[int, int, int, float], ...]:
         """(token rows, prompts that end, how many passes have both, visible keys summed over them all)."""
@@ -69,10 +81,11 @@ class Workload:
         """Keys that attention over ``window`` tokens sees, None for all of them, summed over all rows."""
         return _pairs(self, self.chunk or gpu.chunk, window)
 
-    def _passes(self, chunk: int, window: int | None = None) -> Iterator[tuple[int, float, int]]:
+    def walk(self, chunk: int, window: int | None = None) -> Iterator[Pass]:
+        """Its passes of ``chunk`` tokens, one after the other; ``window`` counts in their pairs."""
         left, at = self.new * self.batch, 0
         while left:
-            rows, pairs = min(chunk, left), 0.0
+            rows, pairs, tokens, products = min(chunk, left), 0.0, 0, 0
             todo = rows
             while todo:  # at most three times: the rest of a prompt, whole prompts, the beginning of one
                 begin = at % self.new
@@ -80,9 +93,11 @@ class Workload:
                 whole = todo // self.new if not begin and take == self.new else 1
                 keys = self.input_len - self.new + begin
                 pairs += whole * _visible(take, keys, window)
+                tokens += whole * (keys + take)
+                products += whole * take * (keys + take)
                 at, todo = at + whole * take, todo - whole * take
             left -= rows
-            yield rows, pairs, at // self.new - (at - rows) // self.new
+            yield Pass(rows, pairs, at // self.new - (at - rows) // self.new, tokens, products / tokens)
 
 
 def _visible(rows: int, before: int, window: int | None) -> float:
@@ -96,13 +111,13 @@ def _visible(rows: int, before: int, window: int | None) -> float:
 
 @functools.lru_cache(maxsize=256)
 def _pairs(work: Workload, chunk: int, window: int | None) -> float:
-    return sum(pairs for _, pairs, _ in work._passes(chunk, window))
+    return sum(one.pairs for one in work.walk(chunk, window))
 
 
 @functools.lru_cache(maxsize=64)  # one for each point of a plot, which all recipes share
 def _kinds_of_passes(work: Workload, chunk: int) -> tuple[tuple[int, int, int, float], ...]:
     kinds: dict[tuple[int, int], tuple[int, float]] = {}
-    for rows, pairs, ends in work._passes(chunk):
-        count, summed = kinds.get((rows, ends), (0, 0.0))
-        kinds[rows, ends] = count + 1, summed + pairs
+    for one in work.walk(chunk):
+        count, summed = kinds.get((one.rows, one.ends), (0, 0.0))
+        kinds[one.rows, one.ends] = count + 1, summed + one.pairs
     return tuple((rows, ends, count, pairs) for (rows, ends), (count, pairs) in kinds.items())

@@ -118,6 +118,7 @@ class Prices:
             keeps_bf16=True,
             emulated=frozenset(precision for precision in kernels if kernels[precision] == "emulated"),
             fused=recipe.fuse and self._model.is_plain,
+            gathers=recipe.fuse,
             tail=recipe.protected_tail,
         )
 
