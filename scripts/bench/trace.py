@@ -24,8 +24,8 @@ already.  Prints a table per rate; (1.2x) is 1.2 times as good as the first arm.
 
 sglang.bench_serving (0.5.17, 0.5.23) replays no trace in this sense.  Its --dataset-name mooncake sends 128 words for a
 block, whatever input_length says, and tokenizes while the clock runs; --use-trace-timestamps changes the label of the
-result only; its client reads text, so it cannot measure servers with --skip-tokenizer-init; an answer shorter than asked
-counts as whole.  The client here is bench_agent's (bench/client.py).
+result only; its client reads text, so it cannot measure servers with --skip-tokenizer-init; an answer shorter than
+asked counts as whole.  The client here is bench_agent's (bench/client.py).
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def heading(work: Traffic, args: argparse.Namespace) -> str:
     lines = [
         f"{args.file.name}: {len(some)} of {work.of} requests, the first {args.skip} skipped; prompts of "
         f"{statistics.fmean(prompt):.0f} tokens on average, {max(prompt)} at most; answers of "
-        f"{statistics.fmean(output):.0f}, {max(output)} at most; an endless cache would serve {traffic.shared(work):.1%}"
+        f"{statistics.fmean(output):.0f}, {max(output)} at most; "
+        f"an endless cache would serve {traffic.shared(work):.1%}"
     ]
     changed = [f"tokens of prompts x {args.scale_input:g}"] if args.scale_input != 1 else []
     changed += [f"tokens of answers x {args.scale_output:g}"] if args.scale_output != 1 else []

@@ -7,8 +7,8 @@ Two forms, told apart by the file's ending:
     .csv    Azure's of 2023: TIMESTAMP, ContextTokens, GeneratedTokens.  It does not tell what prompts share: nothing
 
 The files have no text.  Token ids are drawn for each block from a seed and the block's id, so that prompts share the
-tokens that they shared in the service, and no others.  Answers are the server's own, so that a later prompt, which holds
-the answer that the service gave, shares the prompt before it but not its answer.
+tokens that they shared in the service, and no others.  Answers are the server's own: a later prompt, which holds the
+answer that the service gave, shares the prompt before it but not its answer.
 """
 
 from __future__ import annotations
