@@ -10,7 +10,7 @@ import torch
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.layers.gathered_attention import Kernels, gather_attention, heads_of, prepare
 from mixquant_sglang.recipe import pairs
-from mixquant_sglang.versions.attention import flash_attention_3, prefill_attention
+from mixquant_sglang.versions.attention import caches_bf16, flash_attention_3, prefill_attention
 from mixquant_sglang.versions.dialect import dialect
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,9 @@ def prepare_gathering(run: Runtime, model_runner: Any, device: torch.device) -> 
     args = dialect().resolved(model_runner.server_args)
     if not run.recipe.fuse or device.type != "cuda" or prefill_attention(args) != "fa3":
         return
+    if not caches_bf16(args):
+        logger.info("mixquant: prefill attention reads pages, as in SGLang: they hold %s", args.kv_cache_dtype)
+        return
     if run.pair is not None and run.pair.mode == pairs.DECODE:
         return
     heads = heads_of(model_runner.model)
@@ -29,7 +32,7 @@ def prepare_gathering(run: Runtime, model_runner: Any, device: torch.device) -> 
         return
     tokens = min(model_runner.model_config.context_len, args.max_total_tokens or 2**62)
     try:
-        found = prepare(heads, tokens, Kernels(*flash_attention_3()), device)
+        found = prepare(heads, tokens, Kernels(*flash_attention_3()), device, args.page_size or 1)
     except torch.OutOfMemoryError:
         found = "too little memory to time another way"
     torch.cuda.empty_cache()

@@ -92,7 +92,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "use HTTP",
         unless=("smg_grpc_mode", "grpc_mode"),
     ),
-    Refusal("use_ray", "--use-ray", is_set, "our hooks reach Ray actors, but no server has run on Ray", _LEAVE_OUT),
+    Refusal("use_ray", "--use-ray", is_set, "its actors ask for GPUs, and mixquant has not run in one", _LEAVE_OUT),
     Refusal(
         "device",
         "--device other than cuda and cpu",

@@ -8,6 +8,7 @@ gathered.  It is no low precision: every recipe has it, ``bf16`` too.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,8 +92,9 @@ class Gathering:
         )
 
 
-def prepare(heads: Heads, tokens: int, kernels: Kernels, device: torch.device) -> Gathering | str:
-    """Scratch for up to ``tokens`` keys, and where it pays; why it does not, where it never does or gives other bits.
+def prepare(heads: Heads, tokens: int, kernels: Kernels, device: torch.device, page: int = 1) -> Gathering | str:
+    """Scratch for up to ``tokens`` keys out of pages of ``page`` tokens, and where it pays; why it does not, where it
+    never does or gives other bits.
 
     Call it before the KV cache is sized: the scratch stays."""
     tokens = min(tokens, SCRATCH_BYTES // heads.bytes_per_token)
@@ -105,7 +107,7 @@ def prepare(heads: Heads, tokens: int, kernels: Kernels, device: torch.device) -
     compared = [[(3, 700), (1500, 4500), (1, 3000)], [(1024, 1024)], [min(cells)], [max(cells)], [max(cells, key=sum)]]
     batches = [[(new, new + prefix) for new, prefix in requests] for requests in compared]
     batches = [lengths for lengths in batches if sum(whole for _, whole in lengths) <= tokens]
-    paged = _Paged(heads, max(sum(whole for _, whole in lengths) for lengths in batches), device)
+    paged = _Paged(heads, max(sum(_pages(lengths, page)) for lengths in batches), device, page)
     for lengths in batches:
         call = paged.call(lengths)
         if not torch.equal(kernels.paged(**call), attend(gathering, kernels, lengths, **call)):
@@ -197,7 +199,7 @@ class GatheredExtend:
         self._gathering = gathering
         self._kernels = kernels
         self._plain: dict[int, bool] = {}  # by layer
-        self._batch: Any = None
+        self._batch: Callable[[], Any] = _nothing  # a weak reference: it has embeddings of images, and more
         self._layer = -1
         self._lengths: list[tuple[int, int]] = []  # of the running pass; empty: not gathered
         self._slots: torch.Tensor | None = None
@@ -220,21 +222,20 @@ class GatheredExtend:
             self._plain[layer.layer_id] = plain
         if not plain:
             return False
-        if forward_batch is not self._batch or layer.layer_id <= self._layer:  # another pass
+        if forward_batch is not self._batch() or layer.layer_id <= self._layer:  # another pass
             self._begin(forward_batch)
         self._layer = layer.layer_id
         # fewer rows: the last layer's, of those that somebody reads
         return bool(self._lengths) and len(q) >= sum(new for new, _ in self._lengths)
 
     def _begin(self, forward_batch: Any) -> None:
-        self._batch, self._slots, self._lengths = forward_batch, None, []
+        self._batch, self._slots, self._lengths = weakref.ref(forward_batch), None, []
         new, whole = forward_batch.extend_seq_lens_cpu, forward_batch.seq_lens_cpu
         if new is None or whole is None:
             return
         lengths = [*zip(map(int, new), map(int, whole), strict=True)]
         if self._gathering.pays([n for n, _ in lengths], [w for _, w in lengths]):
             self._lengths = lengths
-            self._gathering.passes += 1
 
     @contextmanager
     def _instead(self) -> Iterator[None]:
@@ -252,7 +253,12 @@ class GatheredExtend:
         if self._slots is None:
             whole = [whole for _, whole in self._lengths]
             self._slots = slots_of(call["page_table"], whole, call["k_cache"].shape[1])
+            self._gathering.passes += 1
         return attend(self._gathering, self._kernels, self._lengths, slots=self._slots, **call)
+
+
+def _nothing() -> None:
+    """Of no pass."""
 
 
 def heads_of(model: torch.nn.Module) -> Heads | None:
@@ -267,7 +273,8 @@ def heads_of(model: torch.nn.Module) -> Heads | None:
 
 def gather_attention(backend: Any, gathering: Gathering, kernels: Kernels) -> str:
     """Lets ``backend`` gather; returns why it cannot, or nothing."""
-    backend = getattr(backend, "full_attn_backend", backend)  # of hybrids
+    backend = getattr(backend, "full_attn_backend", backend)  # of models that have other layers too
+    backend = getattr(backend, "prefill_backend", backend)  # where decode has another
     reason = reads_pages(backend)
     if not reason:
         backend.forward_extend = GatheredExtend(backend, gathering, kernels)
@@ -278,25 +285,26 @@ def gather_attention(backend: Any, gathering: Gathering, kernels: Kernels) -> st
 
 
 class _Paged:
-    """Random keys and values in pages of one token, in an order of their own."""
+    """Random keys and values of up to ``pages`` pages of ``page`` tokens, in an order of their own."""
 
-    def __init__(self, heads: Heads, tokens: int, device: torch.device) -> None:
+    def __init__(self, heads: Heads, pages: int, device: torch.device, page: int) -> None:
         self._heads = heads
         self._device = device
+        self._page = page
         seed = torch.Generator(device).manual_seed(0)
         random = partial(torch.randn, dtype=torch.bfloat16, device=device, generator=seed)
-        self._cache = [random(tokens, 1, heads.keys, heads.size) for _ in range(2)]
+        self._cache = [random(pages, page, heads.keys, heads.size) for _ in range(2)]
         self._queries = random(max(ROWS), heads.queries, heads.size)
-        self._slots = torch.randperm(tokens, device=device, generator=seed).int()
+        self._order = torch.randperm(pages, device=device, generator=seed).int()
 
     def call(self, lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:
         def starts(numbers: Sequence[int]) -> torch.Tensor:
             return torch.tensor([0, *accumulate(numbers)], dtype=torch.int32, device=self._device)
 
-        new, whole = [n for n, _ in lengths], [w for _, w in lengths]
-        table = torch.zeros(len(lengths), max(whole), dtype=torch.int32, device=self._device)
-        for row, start, length in zip(table, accumulate([0, *whole]), whole, strict=False):
-            row[:length] = self._slots[start : start + length]
+        new, whole, pages = [n for n, _ in lengths], [w for _, w in lengths], _pages(lengths, self._page)
+        table = torch.zeros(len(lengths), max(pages), dtype=torch.int32, device=self._device)
+        for row, start, count in zip(table, accumulate([0, *pages]), pages, strict=False):
+            row[:count] = self._order[start : start + count]
         return {
             "q": self._queries[: sum(new)],
             "k_cache": self._cache[0],
@@ -310,6 +318,11 @@ class _Paged:
             "causal": True,
             "num_splits": 0,
         }
+
+
+def _pages(lengths: Sequence[tuple[int, int]], page: int) -> list[int]:
+    """Of each request."""
+    return [-(-whole // page) for _, whole in lengths]
 
 
 def _seconds(call: Callable[[], Any], device: torch.device, times: int = 5) -> float:

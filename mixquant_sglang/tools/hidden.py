@@ -56,6 +56,7 @@ class Hidden:
 
     def __init__(self) -> None:
         self._whole: set[str] = set()
+        self._hosts: set[str] = set()  # with any domain behind them
         self._words: set[str] = set()
 
     def add(self, value: str) -> None:
@@ -72,18 +73,20 @@ class Hidden:
             for part in (word, word.rpartition(".")[0], *re.split(r"[=@]", word)):
                 known = all(piece.lower() in public() for piece in re.findall(r"[A-Za-z0-9]+", part))
                 if len(part) > 2 and not known:
-                    self._words.add(part)
+                    self._words.add(part.lower())
 
     def add_environment(self, environment: Mapping[str, str]) -> None:
         """Who and where: people, machines, folders and keys."""
-        names = {socket.gethostname(), socket.getfqdn(), str(Path.home()), str(Path.cwd())}
+        hosts = {socket.gethostname(), environment.get("HOSTNAME", ""), environment.get("HOST", "")}
+        self._hosts |= {host.partition(".")[0] for host in hosts} - {"", "localhost"}
+        names = {*hosts, str(Path.home()), str(Path.cwd())}
         with contextlib.suppress(KeyError, OSError):  # in containers a user may have no name
             names.add(getpass.getuser())
         names |= {environment.get(name, "") for name in _IDENTITY}
         names |= {value for name, value in environment.items() if is_secret(name)}
         for name in names:
             if len(name) > 1:
-                self._whole |= {name, name.partition(".")[0]} - {"localhost"}
+                self._whole |= {name} - {"localhost"}
                 if os.sep in name:
                     self.add_words(name)
 
@@ -97,15 +100,18 @@ class Hidden:
             before, after = (r"(?<!\w)" if value[0].isalnum() else "", r"(?!\w)" if value[-1].isalnum() else "")
             anywhere = len(value) >= 8
             found = re.escape(value) if anywhere else before + re.escape(value) + after
-            line = re.sub(found, MASK, line)
+            line = re.sub(found, MASK, line, flags=re.IGNORECASE)
+        for host in self._hosts:
+            line = re.sub(rf"(?<!\w){re.escape(host)}(?:\.[\w-]+)*(?!\w)", MASK, line, flags=re.IGNORECASE)
         for form in _FORMS:
             line = form.sub(MASK, line)
         line = _WORD.sub(lambda word: MASK if self._is_hidden(word.group()) else word.group(), line)
         return re.sub(rf"{re.escape(MASK)}(?:[\s/,:=@.-]*{re.escape(MASK)})+", MASK, line)
 
     def _is_hidden(self, word: str) -> bool:
+        word = word.lower()
         bare = word.strip(".-")
         if word in self._words or bare in self._words:
             return True
         # a message may end a value early, "..."
-        return len(bare) >= 6 and any(known.startswith(bare) and bare.lower() not in public() for known in self._words)
+        return len(bare) >= 6 and any(known.startswith(bare) and bare not in public() for known in self._words)

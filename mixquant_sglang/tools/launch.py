@@ -11,11 +11,14 @@ import json
 import logging
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from mixquant_sglang import recipe
@@ -27,6 +30,8 @@ _ENDS = (
     StrictDataclassError,
 )
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
+_LANGUAGE_MODELS = ("auto", "llm")  # what ``sglang serve --model-type`` calls them
+_PRINTS = "it prints something (help, a version) and ends"
 
 # Stands for the model of a command that names none: a small dense one.
 _MODEL: dict[str, Any] = {
@@ -37,25 +42,27 @@ _MODEL: dict[str, Any] = {
 
 
 class Command:
-    """``words``: ``A=B python -m sglang.launch_server FLAGS``, ``sglang serve [MODEL] FLAGS``, or the flags alone."""
+    """``words``: ``A=B python -m sglang.launch_server FLAGS``, ``sglang serve [MODEL] FLAGS``, or the flags alone;
+    a whole command may be one word, and behind others (``env A=B``)."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        rest = [*words]
+        rest = split(words)
         self.environment: dict[str, str] = {}
         while rest and _ASSIGNMENT.match(rest[0]):
-            name, _, value = rest.pop(0).partition("=")
-            self.environment[name] = value
+            self._assign(rest.pop(0))
         whole = bool(rest) and not rest[0].startswith("-")
         if whole:
-            end = next((i for i, word in enumerate(rest) if word in ("sglang.launch_server", "serve")), None)
+            end = next((i for i in range(len(rest)) if _serves(rest, i)), None)
             if end is None:
                 raise MixQuantError(
                     f"{' '.join(rest[:3])} ... is no launch command; allowed: python -m sglang.launch_server FLAGS, "
                     "sglang serve FLAGS, or FLAGS"
                 )
-            rest = rest[end + 1 :]
-            if rest and not rest[0].startswith("-"):
-                rest.insert(0, "--model-path")
+            for word in filter(_ASSIGNMENT.match, rest[:end]):
+                self._assign(word)
+            served, rest = rest[end] == "serve", rest[end + 1 :]
+            if served:
+                rest = _as_served(rest)
         self.notes: list[str] = []
         self.flags = rest
         if not self._has("--quantization"):
@@ -63,15 +70,59 @@ class Command:
             if whole:
                 self.notes.append("the command has no --quantization mixquant: asked with it")
 
+    def _assign(self, word: str) -> None:
+        name, _, value = word.partition("=")
+        self.environment[name] = value
+
     def _has(self, *flags: str) -> bool:
-        return any(word.partition("=")[0] in flags for word in self.flags)
+        """Whether the command, or the file that its ``--config`` names, has one of them."""
+        return any(word.partition("=")[0] in flags for word in (*self.flags, *_configured(self.flags)))
 
     def stand_in(self, folder: Path) -> None:
         """Gives a command without a model one."""
-        if not self._has("--model-path", "--model", "--config"):
+        if not self._has("--model-path", "--model"):
             (folder / "config.json").write_text(json.dumps(_MODEL))
             self.flags = ["--model-path", str(folder), *self.flags]
             self.notes.append("no --model-path: asked for a small dense Qwen3")
+
+
+def split(words: Sequence[str]) -> list[str]:
+    """The words of a command that may be one word, quoted."""
+    with contextlib.suppress(ValueError):  # a quote without its end
+        if len(words) == 1 and any(c.isspace() for c in words[0]):
+            return shlex.split(words[0])
+    return [*words]
+
+
+def _serves(words: Sequence[str], i: int) -> bool:
+    """Whether the flags begin behind word ``i``."""
+    by = Path(words[i - 1]).name if i else ""
+    return words[i] == "sglang.launch_server" or (words[i] == "serve" and by in ("sglang", "sglang.cli.main"))
+
+
+def _as_served(words: Sequence[str]) -> list[str]:
+    """The flags that ``sglang serve`` hands on: the model may come first, and without a flag."""
+    flags = [*words]
+    if flags and not flags[0].startswith("-"):
+        flags.insert(0, "--model-path")
+    for kind in _LANGUAGE_MODELS:
+        if f"--model-type={kind}" in flags:
+            flags.remove(f"--model-type={kind}")
+        for i, pair in enumerate(pairwise(flags)):
+            if pair == ("--model-type", kind):
+                del flags[i : i + 2]
+                break
+    return flags
+
+
+def _configured(flags: Sequence[str]) -> list[str]:
+    """The flags that a file sets; none where SGLang will say what is wrong with it.  ``--config=FILE`` is ignored by
+    SGLang."""
+    try:
+        found = yaml.safe_load(Path(flags[flags.index("--config") + 1]).read_text())
+    except (ValueError, IndexError, OSError, yaml.YAMLError):
+        return []
+    return [f"--{key}".replace("_", "-") for key in found] if isinstance(found, dict) else []
 
 
 def ends(command: Command) -> list[str]:
@@ -91,13 +142,13 @@ def _ends(flags: Sequence[str]) -> list[str]:
     launcher.note(noted)
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             server_args = _resolve(flags)
         if server_args.quantization != "mixquant":
             return [f"--quantization {server_args.quantization}: a server without mixquant"]
         _check_model(server_args)
     except SystemExit as error:
-        line = error.code if isinstance(error.code, str) else (said.getvalue().strip().splitlines() or [""])[-1]
+        line = error.code if isinstance(error.code, str) else (said.getvalue().strip().splitlines() or [_PRINTS])[-1]
         noted.append(line.removeprefix("mixquant: ").removeprefix("sglang serve: "))
     except MixQuantError as error:
         noted.append(str(error))

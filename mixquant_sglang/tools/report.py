@@ -64,8 +64,9 @@ def made(asked: str, launch: Sequence[str], environment: Mapping[str, str]) -> t
     known = flags_of_sglang()
     hidden = Hidden()
     hidden.add_environment(environment)
+    launch = _words(launch)
     hidden.add_all(word for word in typed(launch, known) if word not in recipe.shipped())
-    for file in ({asked} - {*recipe.shipped()}, named(launch, "--config"), named(launch, "--mixquant-recipe")):
+    for file in ({asked}, *(named(launch, name) for name in ("--config", "--mixquant-recipe", recipe.RECIPE_ENV))):
         for path in file - {*recipe.shipped()}:
             hidden.add(path)
             hidden.add_words(_text_of(path))
@@ -120,6 +121,12 @@ def _recipe(asked: str, hidden: Hidden) -> tuple[list[str], bool]:
     lines = [f"recipe: {name} ({', '.join(f'{key} {value}' for key, value in fields.items())})", *rules]
     lines.append(f"selection: {hidden.out_of(selection.describe())}; because {hidden.out_of(selection.reason)}")
     return [*lines, f"fingerprint: {fingerprint(loaded, selection)}"], True
+
+
+def _words(launch: Sequence[str]) -> list[str]:
+    from mixquant_sglang.tools.launch import split
+
+    return split(launch)
 
 
 def _ends(launch: Sequence[str]) -> list[str]:
@@ -210,7 +217,7 @@ def _value(name: str, value: str) -> str:
 
 
 def named(launch: Sequence[str], flag: str) -> set[str]:
-    """The values of ``flag``."""
+    """The values of ``flag``, or of an environment variable that is set in front."""
     follows = {word for at, word in enumerate(launch) if at and launch[at - 1] == flag}
     return follows | {word.partition("=")[2] for word in launch if word.startswith(f"{flag}=")}
 

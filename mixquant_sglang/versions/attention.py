@@ -24,6 +24,7 @@ _SPECIAL_BACKEND = (
 )
 # What makes it read keys and values from anywhere else, or in another form.
 PAGED = "flash_attn_with_kvcache"  # FlashAttention over pages, by the name that FA3's back end calls it by
+_CACHE_OF_BF16 = ("auto", "bf16", "bfloat16")  # --kv-cache-dtype
 _UNPAGED_BACKEND = ("use_mla", "fa_skip_kv_cache", "kv_cache_is_mxfp8", "_kv_shard_pool", "is_encoder_decoder")
 _SPECIAL_METADATA = (
     "local_attn_metadata",
@@ -48,8 +49,8 @@ def attends_whole(backend: Any, attention: Any) -> str:
 
 
 def attends_plainly(attention: Any) -> bool:
-    """Whether a layer's attention is causal, over all keys of its own requests."""
-    return not _special(attention)
+    """Whether a layer's attention is causal, over all keys of its own requests, with no cap on its logits."""
+    return not _special(attention) and not attention.logit_cap
 
 
 def reads_pages(backend: Any) -> str:
@@ -61,7 +62,7 @@ def reads_pages(backend: Any) -> str:
         reason = f"its keys and values are not of plain pages ({', '.join(special)})"
     if not reason and PAGED not in extend_namespace(backend):
         reason = f"its forward_extend, of another module, calls no {PAGED}"
-    if not reason and backend.kv_cache_dtype_str not in ("auto", "bf16", "bfloat16"):
+    if not reason and backend.kv_cache_dtype_str not in _CACHE_OF_BF16:
         reason = f"its keys and values are {backend.kv_cache_dtype_str}"
     return reason
 
@@ -74,6 +75,11 @@ def extend_namespace(backend: Any) -> dict[str, Any]:
 def prefill_attention(args: Any) -> str | None:
     """The attention back end of prefill by its name in SGLang's resolved arguments."""
     return getattr(args, "prefill_attention_backend", None) or args.attention_backend  # type: ignore[no-any-return]
+
+
+def caches_bf16(args: Any) -> bool:
+    """Whether keys and values are kept in the model's BF16."""
+    return args.kv_cache_dtype in _CACHE_OF_BF16
 
 
 def flash_attention_3() -> tuple[Any, Any]:

@@ -28,8 +28,8 @@ SURFACE: tuple[Row, ...] = (
     Row(_ARGS, ("_resolution_finished",), "versions/v0_5_23.py", NEW),
     Row(_ARGS, ("cuda_graph_config",), "versions/v0_5_17.py"),
     Row(_ARGS, ("chunked_prefill_size", "max_prefill_tokens"), "versions/batches.py"),
-    Row(_ARGS, ("prefill_attention_backend", "attention_backend"), "versions/attention.py"),
-    Row(_ARGS, ("max_total_tokens",), "host/gathering.py"),
+    Row(_ARGS, ("prefill_attention_backend", "attention_backend", "kv_cache_dtype"), "versions/attention.py"),
+    Row(_ARGS, ("max_total_tokens", "page_size"), "host/gathering.py"),
     Row(_ARGS, ("disable_flashinfer_autotune", "enable_deterministic_inference"), "versions/fp4.py"),
     Row(
         _ARGS,
@@ -276,6 +276,11 @@ SURFACE: tuple[Row, ...] = (
         ("full_attn_backend",),
         "layers/gathered_attention.py",
     ),
+    Row(
+        "sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend",
+        ("prefill_backend",),
+        "layers/gathered_attention.py",
+    ),
     Row(f"{_FLASH}.FlashAttentionBackend", ("local_attn_builder", "_kv_shard_pool"), "versions/attention.py", NEW),
     Row(
         f"{_FLASH}.FlashAttentionMetadata",
@@ -287,7 +292,7 @@ SURFACE: tuple[Row, ...] = (
         "sglang.srt.layers.radix_attention.RadixAttention",
         (
             *("is_cross_attention", "use_irope", "sliding_window_size", "attn_type"),
-            *("layer_id", "tp_q_head_num", "tp_k_head_num", "head_dim", "v_head_dim"),
+            *("layer_id", "tp_q_head_num", "tp_k_head_num", "head_dim", "v_head_dim", "logit_cap"),
         ),
         "versions/attention.py, layers/gathered_attention.py",
     ),

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from scripts.load.agents import Mix, Play
@@ -47,8 +48,10 @@ class Life:
 
 
 class Rounds:
-    def __init__(self, play: Play, say: Callable[[str], None]) -> None:
-        self.play, self.say = play, say
+    """``pauses``: running requests are retracted by pauses too."""
+
+    def __init__(self, play: Play, say: Callable[[str], None], pauses: bool = True) -> None:
+        self.play, self.say, self.pauses = play, say, pauses
         self.operator = Operator(play, say)
         self.lives: dict[str, list[Life]] = {side.name: [Life(side.name)] for side in play.target.sides}
         self.number = 0
@@ -107,12 +110,10 @@ class Rounds:
                 await wait()
                 await act()
         elif kind == PRESSED:
-            await wait()
-            await operator.pause(update=False)
-            await wait()
-            await operator.updates()
-            await wait()
-            await operator.pause(update=True)
+            for act in (partial(operator.pause, update=False), operator.updates, partial(operator.pause, update=True)):
+                await wait()
+                if self.pauses or act == operator.updates:
+                    await act()
         elif kill:
             await wait()
             await operator.kill(kill)

@@ -69,6 +69,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--round", type=float, default=20, help="seconds of a round (default: %(default)s)")
     add("--kills", type=int, help="how many servers lose their scheduler (default: 1, with --pd 2, with --url 0)")
     add("--agents", type=int, default=8, help="different agents (default: %(default)s)")
+    add(
+        "--pauses",
+        action="store_true",
+        help="with --pd: retract by pauses too, after which the decode server of SGLang 0.5.17 may end (docs/soak.md)",
+    )
     add("--seed", type=int, default=1, help="(default: %(default)s)")
     add("--growth", type=float, default=1.0, help="percent of memory that fail the run (default: %(default)s)")
     add("--logs", type=Path, default=ROOT / ".cache", help="folder of the servers' logs (default: .cache)")
@@ -162,7 +167,10 @@ async def soak(args: argparse.Namespace, target: Target) -> dict[str, Any]:
     async with Client(target.url) as client:
         play = Play(client, target, [], books, args.seed)
         play.agents = await kept(play, problems.draw(args.seed, args.agents, 5))
-        rounds = Rounds(play, say)
+        pauses = args.pauses or not target.pair
+        if not pauses:
+            say("left out: pauses with retraction; --pauses has them (docs/soak.md)")
+        rounds = Rounds(play, say, pauses)
         await rounds.open()
         began = time.monotonic()
         due = kill_times(args.minutes, args.kills if target.can_kill else 0)
@@ -174,9 +182,10 @@ async def soak(args: argparse.Namespace, target: Target) -> dict[str, Any]:
                 await rounds.round(KILL, args.round, victims[killed % len(victims)])
                 killed += 1
                 continue
-            if passed >= 60 * args.minutes and rounds.number >= len(CYCLE) + 1:
+            played = rounds.number - killed
+            if passed >= 60 * args.minutes and played > len(CYCLE):
                 break
-            await rounds.round(CYCLE[rounds.number % len(CYCLE)], args.round)
+            await rounds.round(CYCLE[played % len(CYCLE)], args.round)
         seconds = time.monotonic() - began
     return result(args, target, rounds, books, seconds)
 

@@ -33,4 +33,6 @@ def test_a_short_soak_is_right_in_all(logs: Path, monkeypatch: pytest.MonkeyPatc
     assert found["requests"]["refused"] > 0, "a burst fills the queue"
     wanted = {"abort", "close", "malformed", "burst", "abort of all", "pause with retraction", "weight update"}
     assert wanted | ({"server killed"} if KILLS else set()) <= found["faults"].keys()
-    assert found["retractions"]["told"] > 0 and found["memory"][0]["growth_percent"] is not None
+    assert [life["server"] for life in found["memory"]] == ["server"] * (1 + KILLS)
+    if not KILLS:  # a life that is cut is too short to tell
+        assert found["memory"][0]["growth_percent"] is not None

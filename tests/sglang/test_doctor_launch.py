@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mixquant_sglang.tools import doctor, launch
+from tests.sglang.test_deployments import LAUNCHED, differs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CPU = ["--device", "cpu", "--attention-backend", "torch_native"]
@@ -51,7 +52,27 @@ COMMANDS: dict[str, tuple[list[str], list[list[str]]]] = {
         ["SGLANG_RUST_SERVER=1", "python", "-m", "sglang.launch_server", "--model-path", "MODEL", *CPU],
         [["does not go with SGLANG_RUST_SERVER", "unset it"]],
     ),
+    "a variable that env sets": (
+        ["env", "SGLANG_RUST_SERVER=1", "sglang", "serve", "--model-path", "MODEL", "--model-type", "llm", *CPU],
+        [["does not go with SGLANG_RUST_SERVER", "unset it"]],
+    ),
+    "a recipe in a file of flags": (
+        ["--model-path", "MODEL", "--config", "OURS", "--attention-backend", "torch_native"],
+        [["unknown recipe 'nvpf4'"]],
+    ),
+    "another quantization in a file of flags": (
+        ["--model-path", "MODEL", "--config", "STOCK", "--attention-backend", "torch_native"],
+        [["--quantization fp8: a server without mixquant"]],
+    ),
+    "help": (["--model-path", "MODEL", "--help"], [["it prints something (help, a version) and ends"]]),
+    "a model without its flag": (
+        ["python", "-m", "sglang.launch_server", "--model-path", "MODEL", *CPU, "a/model"],
+        [["unrecognized arguments: a/model"]],
+    ),
 }
+# The servers of examples/: each command that differs once.
+EXAMPLES = {flags: name for name, flags in ((name, differs(words)) for name, words in LAUNCHED.items())}
+COMMANDS |= {f"examples: {name}": (["--model-path", "MODEL", *flags, *CPU], []) for flags, name in EXAMPLES.items()}
 SCRIPT = """
 import json, sys
 from mixquant_sglang.tools import launch
@@ -66,7 +87,10 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folder = tmp_path_factory.mktemp("doctor")
     config = json.loads((tiny_model / "config.json").read_text()) | {"torch_dtype": "float32", "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config))
-    models = {"MODEL": str(tiny_model), "FLOAT32": str(folder)}
+    files = {"OURS": "quantization: mixquant\nmixquant-recipe: nvpf4\n", "STOCK": "quantization: fp8\n"}
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(f"device: cpu\n{text}")
+    models = {"MODEL": str(tiny_model), "FLOAT32": str(folder)} | {n: str(folder / f"{n}.yaml") for n in files}
     words = [[models.get(word, word) for word in words] for words, _ in COMMANDS.values()]
     (folder / "ask.py").write_text(SCRIPT)
     command = [sys.executable, "-W", "ignore", str(folder / "ask.py"), json.dumps(words)]
@@ -86,6 +110,12 @@ def test_what_ends_a_command(name: str, found: dict[str, Any]) -> None:
         assert "\n" not in line
     named = any(word == "--model-path" for word in COMMANDS[name][0])
     assert ("no --model-path: asked for a small dense Qwen3" in notes) is not named
+
+
+def test_the_examples_are_among_them() -> None:
+    assert len(EXAMPLES) == 3 and {flags[-1] for flags in EXAMPLES} == {
+        *("--api-key=a", "--disaggregation-bootstrap-port=8998", "--disaggregation-decode-enable-radix-cache"),
+    }
 
 
 def test_a_whole_run(tiny_model: Path) -> None:
@@ -117,5 +147,39 @@ def test_what_a_command_is() -> None:
     assert served.flags == ["--model-path", "a/model", "--tp", "2", "--quantization", "mixquant"]
     assert served.environment == {"X": "1"} and served.notes
     assert not launch.Command(["--tp", "2"]).notes
-    with pytest.raises(ValueError, match=r"vllm serve .* is no launch command|is no launch command"):
-        launch.Command(["vllm", "start", "a/model"])
+    one = launch.Command(["A=1 env B='2 3' numactl -N 0 python3 -m sglang.launch_server --model-path 'a model'"])
+    assert one.flags[:2] == ["--model-path", "a model"] and one.environment == {"A": "1", "B": "2 3"}
+    for words in (
+        ["vllm", "serve", "a/model"],
+        ["serve", "a/model"],
+        ["sglang", "generate", "serve"],
+        ["sglang serve 'm"],
+    ):
+        with pytest.raises(ValueError, match="is no launch command"):
+            launch.Command(words)
+
+
+def test_the_model_of_a_command_for_sglang_serve() -> None:
+    """As SGLang's own command line reads it; the model first, for a server, is an error of its parser."""
+    for kind in (["--model-type", "llm"], ["--model-type=auto"], []):
+        assert launch.Command(["sglang", "serve", "m", *kind, "--tp", "2"]).flags[:4] == [
+            "--model-path",
+            "m",
+            "--tp",
+            "2",
+        ]
+    assert launch.Command(["sglang", "serve", "m", "--model-type", "diffusion"]).flags[2:4] == [
+        "--model-type",
+        "diffusion",
+    ]
+    assert launch.Command(["python", "-m", "sglang.launch_server", "m"]).flags[0] == "m"
+
+
+def test_what_a_file_of_flags_says_is_said(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("quantization: mixquant\nmodel_path: a/model\n")
+    (tmp_path / "bad.yaml").write_text("[")
+    command = launch.Command(["sglang", "serve", "--config", str(tmp_path / "x.yaml")])
+    command.stand_in(tmp_path)
+    assert command.flags == ["--config", str(tmp_path / "x.yaml")] and not command.notes
+    for file in ("bad.yaml", "none.yaml"):
+        assert launch.Command(["--config", str(tmp_path / file)]).flags[2:] == ["--quantization", "mixquant"]

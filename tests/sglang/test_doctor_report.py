@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,17 @@ HEX = "9f86d081884c7d659a2feaa0c55ad015"
 
 # name -> (launch words, environment, the text of a recipe file or None, what must not be in the report)
 ATTACKS: dict[str, tuple[list[str], dict[str, str], str | None, list[str]]] = {
-    "a key": ([*CPU, "--api-key", "zq-hunter2"], {}, None, ["hunter2", "zq-"]),
-    "a key behind =": ([*CPU, "--api-key=zq-hunter2"], {}, None, ["hunter2", "zq-"]),
-    "a key of digits": ([*CPU, "--api-key", "4711471147", "--admin-api-key=8080424242"], {}, None, ["4711", "8080"]),
-    "a key that is a word of ours": ([*CPU, "--api-key", "mixquant-fp8", "--ssl-keyfile-password=true"], {}, None, []),
+    "keys, hosts and addresses": (
+        [
+            *(*CPU, "--api-key", "4711471147", "--admin-api-key=8080424242", "--revision=zq-hunter2"),
+            *("--otlp-traces-endpoint", "https://zqu:zqp@zqhost.example:443/x?token=zqt", "--host", "zqhost"),
+            *("--dist-init-addr", "zq-node-7:5000", "--nnodes", "2", "--node-rank", "1", "--served-model-name=zqname"),
+        ],
+        {},
+        None,
+        ["4711", "8080", "hunter2", "zqu", "zqp", "zqhost", "zqt", "zq-node", "zqname"],
+    ),
+    "a key that is a word of ours": ([*CPU, "--api-key", "fp8", "--enable-pdmux"], {}, None, ["--api-key fp8"]),
     "a flag cut short, as argparse takes it": ([*CPU, "--admin-api=zqhunter"], {}, None, ["zqhunter"]),
     "no blank behind the flag": ([*CPU, "--api-keyzqhunter2"], {}, None, ["zqhunter2"]),
     "a key where a flag was expected": ([*CPU, "--api-key", "--zq-hunter2"], {}, None, ["hunter2"]),
@@ -36,18 +44,6 @@ ATTACKS: dict[str, tuple[list[str], dict[str, str], str | None, list[str]]] = {
         ["zqhunter2", "zqhunter3"],
     ),
     "broken JSON": ([*CPU, "--json-model-override-args", '{"zqhunter2'], {}, None, ["zqhunter2"]),
-    "an address with who logs in": (
-        [*CPU, "--otlp-traces-endpoint", "https://zqu:zqp@zqhost.example:443/x?token=zqt"],
-        {},
-        None,
-        ["zqu", "zqp", "zqhost", "zqt"],
-    ),
-    "hosts": (
-        [*CPU, "--host", "zqhost", "--dist-init-addr", "zq-node-7:5000", "--nnodes", "2", "--node-rank", "9"],
-        {},
-        None,
-        ["zqhost", "zq-node"],
-    ),
     "a folder with blanks": (
         ["--model-path", "/srv/zq client/zq secret model", *CPU],
         {},
@@ -109,6 +105,18 @@ ATTACKS: dict[str, tuple[list[str], dict[str, str], str | None, list[str]]] = {
         "version: 1\nprefill: fp8\nlayers:\n  - {match: 're:.*zqclient.*q_proj', prefill: bf16}\n",
         ["zqclient"],
     ),
+    "a recipe file in an assignment": (
+        ["MIXQUANT_RECIPE=RECIPEFILE", "python", "-m", "sglang.launch_server", *CPU],
+        {},
+        None,
+        ["zqhunter"],
+    ),
+    "a command in one word": (
+        ["env MIXQUANT_RECIPE=RECIPEFILE sglang serve zqclient --config CONFIG --api-key 4711471147 " + " ".join(CPU)],
+        {},
+        None,
+        ["zqhunter", "zqclient", "4711471147"],
+    ),
     "SGLang's own file of arguments": ([*CPU, "--config", "CONFIG"], {}, None, ["zqhunter"]),
 }
 CONFIG = "api-key: zqhunter2\nkv-cache-dtype: zqhunter3\n"
@@ -126,13 +134,15 @@ for asked, launch, environment in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("zqfolder")
-    (folder / "zqconfig.yaml").write_text(CONFIG)
+    files = {"CONFIG": folder / "zqconfig.yaml", "RECIPEFILE": folder / "zqrecipe.yaml"}
+    files["CONFIG"].write_text(CONFIG)
+    files["RECIPEFILE"].write_text("version: 1\nprefill: zqhunter2\n")
     asked = []
     for number, (launch, environment, text, _) in enumerate(ATTACKS.values()):
         file = folder / f"zqRECIPE{number}.yaml"
         if text is not None:
             file.write_text(text)
-        words = [str(folder / "zqconfig.yaml") if word == "CONFIG" else word for word in launch]
+        words = [re.sub("CONFIG|RECIPEFILE", lambda found: str(files[found.group()]), word) for word in launch]
         asked.append((str(file) if text is not None else "auto", words, environment))
     (folder / "ask.py").write_text(SCRIPT)
     command = [sys.executable, "-W", "ignore", str(folder / "ask.py"), json.dumps(asked)]
@@ -158,13 +168,17 @@ def test_the_report_still_says_what_is_wrong(reports: dict[str, list[str]]) -> N
     def ends(name: str) -> list[str]:
         return [line for line in reports[name] if line.startswith(("ends: ", "recipe: a file"))]
 
-    assert ends("a key") == []
+    assert ends("keys, hosts and addresses") == []
+    (line,) = ends("a key that is a word of ours")
+    assert "does not go with --enable-pdmux: " in line and MASK not in line
     assert f"argument --kv-cache-dtype: invalid choice: '{MASK}'" in ends("a wrong word")[0]
     assert "argument --port: invalid int value" in ends("a word where a number was expected")[0]
     assert "unrecognized arguments" in ends("a key as a word of its own")[0]
     assert "is no launch command; allowed: " in ends("no launch command")[0]
     assert "refused: " in ends("an unknown word in a recipe file")[0]
     assert "must be a mapping" in ends("an unknown word in a recipe file")[0]
+    assert "must be a mapping" in ends("a recipe file in an assignment")[0]
+    assert {"flag: --device cpu", f"flag: --api-key {MASK}"} <= {*reports["a command in one word"]}
     lines = reports["a flag cut short, as argparse takes it"]
     assert f"flag: --admin-api-key {MASK}" in lines and "flag: --device cpu" in lines
 
@@ -291,14 +305,14 @@ def test_what_is_known_is_found_in_every_form() -> None:
         "zqx-7B",
     ):
         said = hidden.out_of(f"cannot read {line}...")
-        assert "zq" not in said and said.startswith("cannot read "), said
+        assert "zq" not in said.lower() and said.startswith("cannot read "), said
 
 
 def test_who_and_where() -> None:
     hidden = Hidden()
     given = {"USER": "zquser", "HOME": "/home/zquser", "HOSTNAME": "zqhost.corp.example", "A_TOKEN": "zqtoken"}
     hidden.add_environment(given)
-    said = hidden.out_of("zquser on zqhost (zqhost.corp.example) with zqtoken")
+    said = hidden.out_of("zquser on ZQhost (zqhost.corp.example, zqhost.other.example) with zqtoken")
     assert said.replace(MASK, "") == " on  () with "
     assert os.uname().nodename not in hidden.out_of(f"at {os.uname().nodename}:")
 

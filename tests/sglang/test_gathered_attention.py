@@ -3,7 +3,10 @@ from pages."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from random import Random
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -120,6 +123,7 @@ def test_the_rest_reads_pages(flash: ModuleType, calls: tuple[list[str], Kernels
     given(tokens=339).run(layer, DECODE_PASS)  # more than the scratch takes
     given().run(attention(sliding_window_size=8), DECODE_PASS)
     given().run(attention(is_cross_attention=False, use_irope=True), DECODE_PASS)
+    given().run(attention(logit_cap=30.0), DECODE_PASS)  # with which no bits are compared at start
     verify = given()
     verify.facts.forward_mode = ForwardMode.TARGET_VERIFY
     verify.run(layer, DECODE_PASS)
@@ -133,9 +137,36 @@ def test_the_rest_reads_pages(flash: ModuleType, calls: tuple[list[str], Kernels
     few.run(layer, DECODE_PASS)
     sinks = given()
     sinks.backend.forward(*sinks.rows, layer, sinks.facts, sinks=torch.zeros(HEADS, device=DEVICE).bfloat16())
-    assert seen == ["paged"] * 10
+    assert seen == ["paged"] * 11
     given({1: 0, 40: 300}, tokens=340).run(layer, DECODE_PASS)
-    assert seen[10:] == ["whole"]
+    assert seen[11:] == ["whole"]
+
+
+def test_what_did_not_gather_is_not_counted(
+    flash: ModuleType, calls: tuple[list[str], Kernels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = batch(flash, BATCHES["prefix"], DEVICE)
+    found = gathering({1: 0})
+    gather_attention(given.backend, found, Kernels(lambda **call: call["q"], calls[1].whole))
+    pool = given.backend.token_to_kv_pool
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "buffers", [buffer.half() for buffer in pool.buffers])  # a cache of another dtype
+        patch.setattr(pool, "set_kv_buffer", lambda *_: None)
+        given.run(attention(), DECODE_PASS)
+    assert calls[0] == [] and found.passes == 0
+    given.run(attention(), DECODE_PASS)
+    assert calls[0] == ["whole"] and found.passes == 1
+
+
+def test_a_batch_goes_with_its_pass(flash: ModuleType, calls: tuple[list[str], Kernels]) -> None:
+    """It has what its images were embedded to, rows x hidden size, among others."""
+    given = batch(flash, BATCHES["prefix"], DEVICE)
+    gather_attention(given.backend, gathering({1: 0}), calls[1])
+    given.run(attention(), DECODE_PASS)
+    known = weakref.ref(given.facts)
+    given.facts = None
+    gc.collect()
+    assert calls[0] == ["whole"] and known() is None
 
 
 def test_an_error_leaves_the_module_as_it_was(flash: ModuleType, calls: tuple[list[str], Kernels]) -> None:
@@ -160,9 +191,14 @@ def test_which_back_ends_are_left_alone(flash: ModuleType) -> None:
     assert reason(kv_cache_dtype_str="fp8_e4m3") == "its keys and values are fp8_e4m3"
     assert "FlashAttentionBackend 4," in reason(fa_impl_ver=4)
     assert reason(use_mla=True) == "its keys and values are not of plain pages (use_mla)"
-    hybrid = SimpleNamespace(full_attn_backend=batch(flash, BATCHES["prefix"], DEVICE).backend)
-    assert gather_attention(hybrid, gathering({1: 0}), Kernels(attend, attend_whole)) == ""
-    assert isinstance(hybrid.full_attn_backend.forward_extend, gathered_attention.GatheredExtend)
+    for wrap in (
+        lambda backend: SimpleNamespace(full_attn_backend=backend),
+        lambda backend: SimpleNamespace(prefill_backend=backend, decode_backend=SimpleNamespace()),
+        lambda backend: SimpleNamespace(full_attn_backend=SimpleNamespace(prefill_backend=backend)),
+    ):
+        backend = batch(flash, BATCHES["prefix"], DEVICE).backend
+        assert gather_attention(wrap(backend), gathering({1: 0}), Kernels(attend, attend_whole)) == ""
+        assert isinstance(backend.forward_extend, gathered_attention.GatheredExtend)
 
 
 def test_when_it_pays() -> None:
@@ -225,6 +261,69 @@ def test_other_bits_are_not_taken(clock: dict[str, float]) -> None:
     heads, device = Heads(HEADS, KV_HEADS, DIM), torch.device("cpu")
     found = prepare(heads, 288, Kernels(attend, one_bit_off), device)
     assert isinstance(found, str) and found.startswith("its bits are others than those of pages, for")
+
+
+def test_bits_are_compared_and_timed_with_the_pages_of_the_server(clock: dict[str, float]) -> None:
+    """A cache whose pages hold 16 tokens goes another way through the kernel than one of single tokens."""
+    pages: set[int] = set()
+
+    def paged(**call: Any) -> torch.Tensor:
+        pages.add(call["k_cache"].shape[1])
+        assert int(call["page_table"].max()) < len(call["k_cache"])
+        return attend(**call)
+
+    heads, device = Heads(HEADS, KV_HEADS, DIM), torch.device("cpu")
+    found = prepare(heads, 288, Kernels(paged, attend_whole), device, 16)
+    assert isinstance(found, Gathering) and pages == {16}
+
+
+def batches_of(seed: int, tokens: int, rows: int) -> list[list[tuple[int, int]]]:
+    """(new rows, all tokens) of requests of many kinds, at most so many together."""
+    random = Random(seed)
+    found = []
+    for _ in range(60):
+        lengths: list[tuple[int, int]] = []
+        for _ in range(random.choice([1, 1, 2, 5, 17])):
+            new = random.choice([1, random.randint(2, rows // 8), random.randint(rows // 8, rows)])
+            whole = new + random.choice([0, random.randint(1, tokens // 16), random.randint(tokens // 16, tokens)])
+            if sum(n for n, _ in lengths) + new <= rows and sum(w for _, w in lengths) + whole <= tokens:
+                lengths.append((new, whole))
+        found += [lengths] if lengths else []
+    return found
+
+
+def check_bits(heads: Heads, page: int, kernels: Kernels, device: str, tokens: int, rows: int) -> None:
+    scratch = [torch.empty(tokens, heads.keys * heads.size, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    found = Gathering(heads, *scratch, {1: 0})
+    given = gathered_attention._Paged(heads, tokens // page + 64, torch.device(device), page)
+    batches = batches_of(heads.queries + page, tokens, rows)
+    assert len(batches) > 30 and any(len(lengths) > 3 for lengths in batches)
+    for lengths in batches:
+        call = given.call(lengths)
+        gathered = gathered_attention.attend(found, kernels, lengths, **call)
+        assert torch.equal(kernels.paged(**call), gathered), (heads, page, lengths)
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_many_batches_give_the_bits_of_pages(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathered_attention, "ROWS", (64,))
+    check_bits(Heads(HEADS, KV_HEADS, DIM), page, Kernels(attend, attend_whole), "cpu", 400, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(32, 8, 128), (64, 8, 128), (4, 1, 128), (8, 1, 128), (16, 2, 256), (64, 8, 64)])
+def test_on_the_gpu_many_batches_give_the_bits_of_pages(heads: tuple[int, int, int]) -> None:
+    """Few heads, as of one rank of eight, are where FlashAttention may split keys: by how many there are."""
+    check_bits(Heads(*heads), 1, Kernels(*flash_attention_3()), "cuda", 60000, 8192)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [16, 64, 128, 256])
+def test_on_the_gpu_bits_of_larger_pages(page: int) -> None:
+    """Whether it pays, and gives the same bits at all, is the kernel's to say: where not, nothing is gathered."""
+    found = prepare(Heads(32, 8, 128), 45000, Kernels(*flash_attention_3()), torch.device("cuda"), page)
+    print(page, found if isinstance(found, str) else found.describe())
+    assert isinstance(found, Gathering) or "pay" in found or "bits" in found
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     seen: list[tuple[Any, ...]] = []
 
     def prepare(*args: Any) -> Any:
-        seen.append(args[:2])
+        seen.append((*args[:2], *args[4:]))  # but for the kernels and the device
         return FOUND
 
     monkeypatch.setattr(gathering, "prepare", prepare)
@@ -40,6 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 def server(**more: Any) -> Any:
     args: dict[str, Any] = {"prefill_attention_backend": None, "attention_backend": "fa3", "max_total_tokens": None}
+    args |= {"kv_cache_dtype": "auto", "page_size": 1}
     config = SimpleNamespace(context_len=40960)
     return SimpleNamespace(server_args=SimpleNamespace(**args | more), model=HEADS, model_config=config)
 
@@ -56,8 +57,8 @@ def test_a_server_gathers_for_as_many_tokens_as_a_sequence_can_have(
     assert "gathered_attention" not in run.state()
     with caplog.at_level(logging.INFO):
         gathering.prepare_gathering(run, server(), CUDA)
-        gathering.prepare_gathering(runtime(), server(max_total_tokens=5000), CUDA)
-    assert asked == [(HEADS, 40960), (HEADS, 5000)]
+        gathering.prepare_gathering(runtime(), server(max_total_tokens=5000, page_size=64), CUDA)
+    assert asked == [(HEADS, 40960, 1), (HEADS, 5000, 64)]
     assert run.state()["gathered_attention"] == FOUND.state()
     assert "attention of long prefills reads gathered keys and values (the same bits" in caplog.text
 
@@ -71,6 +72,7 @@ def test_others_do_not(asked: list[tuple[Any, ...]]) -> None:
         (runtime(), server(), torch.device("cpu")),
         (runtime(), server(attention_backend="triton"), CUDA),
         (runtime(), server(prefill_attention_backend="flashinfer"), CUDA),
+        (runtime(), server(kv_cache_dtype="fp8_e4m3"), CUDA),
         (runtime(fuse=False), server(), CUDA),
         (runtime(), nobody, CUDA),
         (decode, server(), CUDA),
@@ -90,6 +92,9 @@ def test_what_is_in_the_way_is_said(
     with caplog.at_level(logging.INFO):
         gathering.prepare_gathering(runtime(), server(), CUDA)
     assert "reads pages, as in SGLang: too little memory to time another way" in caplog.text
+    with caplog.at_level(logging.INFO):
+        gathering.prepare_gathering(runtime(), server(kv_cache_dtype="fp8_e4m3"), CUDA)
+    assert "reads pages, as in SGLang: they hold fp8_e4m3" in caplog.text
     run = runtime()
     run.gathering = FOUND
     with caplog.at_level(logging.INFO):

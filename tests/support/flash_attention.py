@@ -117,6 +117,10 @@ def attention(**changes: object) -> torch.nn.Module:
     return RadixAttention(HEADS, DIM, DIM**-0.5, KV_HEADS, layer_id=1, **changes)
 
 
+class Facts(SimpleNamespace):
+    """As a ``ForwardBatch``, it may be referred to weakly."""
+
+
 @dataclass
 class Batch:
     """One extend pass: what a back end is given, with the keys and values of the prefixes in its cache."""
@@ -168,7 +172,7 @@ def batch(flash: ModuleType, requests: list[RequestRows], device: str, page: int
         cu_seqlens_k=starts(lengths),
         page_table=torch.nn.utils.rnn.pad_sequence(list(order), batch_first=True).int().to(device),
     )
-    facts = SimpleNamespace(
+    facts = Facts(
         forward_mode=ForwardMode.EXTEND,
         batch_size=len(requests),
         input_ids=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import warnings
@@ -27,9 +28,10 @@ from mixquant_sglang.tools.plan.models import find_model
 from mixquant_sglang.tools.plan.predict import predict
 from mixquant_sglang.tools.plan.recipes import make_plan
 from mixquant_sglang.tools.plan.workload import Workload
+from mixquant_sglang.tools.progress import Bar
 from mixquant_sglang.tools.quantize import calibration
 from mixquant_sglang.tools.sensitivity import measure as sensitivity
-from mixquant_sglang.tools.sensitivity.choice import Measured, Prices, choose, groups_of
+from mixquant_sglang.tools.sensitivity.choice import Measured, Prices, choose, floor_of, groups_of
 from mixquant_sglang.tools.sensitivity.kl import KL, Group, Measurement, kl_divergence
 from mixquant_sglang.tools.sensitivity.report import as_yaml, patterns
 from mixquant_sglang.tools.sensitivity.report import comments as sensitivity_comments
@@ -150,8 +152,9 @@ def test_emulation_is_that_of_the_kernel(
     for handle in handles:
         handle.remove()
     x = seen[qkv.members[0]][0]
-    fused = kernel(torch.cat([linear.weight.detach() for linear in linears]), scales="search")
-    expected = fused.matmul(x[:32].contiguous(), torch.cat([m.bias for m in linears]).detach() if bias else None)
+    fused = kernel(torch.cat([linear.weight.detach() for linear in linears]).bfloat16(), scales="search")
+    biases = torch.cat([m.bias for m in linears]).detach().bfloat16() if bias else None
+    expected = fused.matmul(x[:32].bfloat16().contiguous(), biases).float()
     got = torch.cat([seen[name][1] for name in qkv.members], dim=1)
     with torch.inference_mode():
         bf16 = torch.cat([linear(x) for linear in linears], dim=1)
@@ -209,6 +212,29 @@ def test_kl_divergence_of_near_and_far_distributions() -> None:
         assert (got >= 0).all()
 
 
+ESSAY = """A server that prefills in low precision reads each prompt faster, and writes its answers as before. The
+prompt's keys and values are what is left of it: attention reads them at every step, and what was rounded there stays
+rounded."""
+
+
+def test_fp8_of_one_linear_is_not_lost_in_rounding(tiny_model: Path, tmp_path: Path) -> None:
+    """In FP32 what the linears do alone adds up to what they do together; in BF16 each has the noise of all."""
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": ESSAY}) + "\n")
+    groups = [group(f"model.layers.{layer}.{kind}", "fp8") for layer in range(8) for kind in KINDS]
+
+    def of(dtype: torch.dtype) -> tuple[float, float, float]:
+        measured = measurement(tiny_model, data, groups, dtype=dtype)
+        packed = {one: measured.pack(one) for one in groups}
+        alone = math.fsum(measured.kl({one: copy}).answer for one, copy in packed.items())
+        return alone, measured.kl(packed).answer, measured.rounding(groups).answer
+
+    alone, together, noise = of(torch.float32)
+    assert 0.5 < alone / together < 2 and noise < together / 20
+    alone, together, noise = of(torch.bfloat16)
+    assert alone / together > 2 and noise > together / 20
+
+
 # The choice.
 
 
@@ -224,6 +250,31 @@ def test_choice() -> None:
     assert choose(four, 2.9) == free | {NAMES[0], NAMES[2]}  # what does not fit is passed over
     assert choose(four, 4) == free | {NAMES[0], NAMES[1]}
     assert choose(four, 5) == set(NAMES[:4])
+    assert choose(four, 5, floor=1) == free | {NAMES[0], NAMES[1]}  # what is no more than noise is not paid for
+
+
+def test_floors() -> None:
+    assert floor_of(KL(8.0, 9.0), 16, "float32") == 1.0  # twice the share of one
+    assert floor_of(KL(8.0, 9.0), 16, "bfloat16") == 8.0  # one other rounding is enough
+
+
+def test_a_worse_recipe_is_told(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(self: Measurement, low: dict[Group, Any]) -> KL:
+        return KL(0.0 if not low else 2.0 if len(low) < len(NAMES) else 1.0, 1.0)
+
+    args = arguments(model, data, "--budget", "50%", "--json")
+    assert sensitivity.run(args) == 0
+    plain = capsys.readouterr()
+    assert "WORSE" not in plain.out and not plain.err.count("does more to the answers")
+    monkeypatch.setattr(Measurement, "kl", spoilt)
+    monkeypatch.setattr(Measurement, "rounding", lambda self, groups: KL(0.1, 0.1))
+    assert sensitivity.run(args) == 0
+    told = capsys.readouterr()
+    assert "# WORSE: the recipe that came out does more to the answers" in told.out
+    assert "mixquant sensitivity: the recipe that came out does more" in told.err
+    assert json.loads(told.out.splitlines()[-1])["worse"] is True
 
 
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
@@ -439,3 +490,30 @@ def test_ready_made_weights_are_refused(tmp_path: Path, model: Path, data: Path)
     file = tmp_path / "ready.yaml"
     file.write_text("version: 1\nprefill: {precision: nvfp4, weights: somewhere}\n")
     assert "leave prefill.weights out" in refusal(model, data, "--recipe", str(file))
+
+
+def test_too_little_memory_is_a_refusal(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Measurement, "_hidden", full)
+    assert "--compute bfloat16 takes half of it" in refusal(model, data)
+    assert "fewer --max-tokens take less" in refusal(model, data, "--compute", "bfloat16")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream, lines in ((io.StringIO(), 2), (Terminal(), 0)):
+        monkeypatch.setattr("sys.stderr", stream)
+        with Bar(total=200, desc="work") as bar:
+            for _ in range(200):
+                bar.update()
+        text = stream.getvalue()
+        assert text.count("work") >= 2 and ("\r" in text) is (lines == 0)
+        if lines:  # the first and the last; ten seconds did not pass
+            first, last = filter(None, text.splitlines())
+            assert "0/200" in first and "200/200" in last

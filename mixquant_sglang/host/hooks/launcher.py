@@ -44,7 +44,7 @@ def note(lines: list[str]) -> None:
     asked = Asked(noted=lines)
 
 
-class _RecipeFlag(argparse.Action):
+class _RecipeFlag(argparse._StoreAction):  # of another kind SGLang takes nothing out of a --config file
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         asked.recipe_flag = True
         os.environ[recipe.RECIPE_ENV] = values

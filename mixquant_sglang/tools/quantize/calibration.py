@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.recipe.modules import EXPERT_LEAVES, block_of, expert_of
+from mixquant_sglang.tools.progress import Bar
 from mixquant_sglang.tools.quantize import model_experts
 from mixquant_sglang.tools.quantize.model_experts import ModelExperts
 from mixquant_sglang.weights.names import Names
@@ -46,12 +46,12 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     return samples
 
 
-def load_model(folder: Path, device: str) -> tuple[Any, Any]:
-    """The BF16 model of transformers, ready to run, and its tokenizer."""
+def load_model(folder: Path, device: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """The model of transformers, ready to run in ``dtype``, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.to(device).eval(), tokenizer
 
 
@@ -96,7 +96,7 @@ def measure_inputs(
     for experts, modules in layers:
         experts.module.register_forward_pre_hook(noted.hook_of_experts(experts, modules))
     with torch.inference_mode():
-        for sample in tqdm(samples, desc="calibration", disable=None):
+        for sample in Bar(samples, desc="calibration"):
             model.base_model(input_ids=token_ids(tokenizer, sample)[:, :TOKENS].to(device), use_cache=False)
     amax, energy = noted.amax, noted.energy()
     if bad := next((name for name in quantised if not (amax[name].isfinite() and energy[name].isfinite().all())), None):

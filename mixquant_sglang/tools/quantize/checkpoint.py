@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
+from mixquant_sglang.tools.progress import Bar
 from mixquant_sglang.tools.quantize import writer
 from mixquant_sglang.tools.quantize.calibration import Inputs, measure_inputs, read_samples
 from mixquant_sglang.tools.quantize.configs import modelopt_file, quantization_config
@@ -80,7 +80,7 @@ def _write(quantizer: Quantizer, progress: Progress) -> None:
     out, source = progress.out, quantizer.source
     shapes = {shard: quantizer.shapes(shard) for shard in source.shards}
     total = sum(stored.nbytes for stored in source.tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+    with Bar(total=total, unit="B", unit_scale=True) as bar:
         for shard in source.shards:
             if shard in progress.finished:
                 bar.update(sum(stored.nbytes for stored in source.tensors.values() if stored.shard == shard))

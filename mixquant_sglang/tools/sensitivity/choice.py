@@ -60,6 +60,18 @@ class Result:
     gain_ms: float
     given_back_ms: float
     runs: Mapping[str, Run]  # bf16 (a check: 0), recipe, result
+    noise: KL  # what BF16's rounding of the same products does, all groups together
+    compute: str  # what all but the groups is computed in
+
+    @property
+    def floor(self) -> float:
+        """Answer KL of one group below which nothing is known of it."""
+        return floor_of(self.noise, len(self.groups), self.compute)
+
+    @property
+    def worse(self) -> bool:
+        """Whether the recipe that came out does more to the answers than the one that it began with."""
+        return self.runs["result"].kl.answer > self.runs["recipe"].kl.answer
 
 
 class Prices:
@@ -132,12 +144,20 @@ def groups_of(recipe: Recipe, selection: Selection, model: Decoder) -> list[Grou
     return groups
 
 
-def choose(measured: Sequence[Measured], budget_ms: float) -> frozenset[str]:
-    """The groups to keep in BF16: those without a gain, then by KL per millisecond what still fits."""
+def floor_of(noise: KL, groups: int, compute: str) -> float:
+    """Answer KL of one group below which nothing is known of it, from the ``noise`` of all of them.
+
+    Computed in FP32 independent errors add up, so twice the share of one.  Computed in BF16 they do not: one other
+    rounding anywhere changes as many behind it as many do."""
+    return noise.answer if compute == "bfloat16" else 2 * noise.answer / groups
+
+
+def choose(measured: Sequence[Measured], budget_ms: float, floor: float = 0.0) -> frozenset[str]:
+    """The groups to keep in BF16: those without a gain, then by KL per millisecond what still fits; none whose answer
+    KL is at or below ``floor``, which says nothing."""
     kept = {one.group.name for one in measured if one.gain_ms <= 0}
-    paid = sorted(
-        (one for one in measured if one.gain_ms > 0), key=lambda one: one.kl.answer / one.gain_ms, reverse=True
-    )
+    known = (one for one in measured if one.gain_ms > 0 and not 0 < one.kl.answer <= floor)
+    paid = sorted(known, key=lambda one: one.kl.answer / one.gain_ms, reverse=True)
     spent: list[float] = []
     for one in paid:
         if math.fsum([*spent, one.gain_ms]) <= budget_ms * (1 + 1e-9):

@@ -7,6 +7,10 @@ quantised by token) and its last rows keep their BF16 result, as ``layers/linear
 
     y[:low] = packed.matmul(x[:low]),    y[low:] = x[low:] @ weight.T
 
+The rest of the model, and what it is compared with, compute in FP32 by default. In BF16 any change at all, however
+small, ends in other roundings of all that follows; in FP8 that noise is larger than what one linear does. What BF16's
+rounding of the same products does is measured too (``rounding``): below it nothing is known of a group.
+
 All experts of a layer are one group: the leading rows take the emulated experts (``kernels/experts/emulated.py``), with
 the routing that transformers found for them.
 
@@ -26,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from jinja2 import TemplateError
@@ -81,13 +85,14 @@ class Measurement:
         answer_tokens: int,
         protect: bool,
         tail: int = 1,
+        dtype: torch.dtype = torch.float32,
         tick: Callable[[], object],
     ) -> None:
         """``answer_tokens``: rows at the end of each sample that play the last prompt token and what is generated after
         it; at most half of a sample. ``protect``: the first of them is in BF16 too, as the recipe says, and with
-        ``tail`` so are as many prompt tokens, that one included."""
+        ``tail`` so are as many prompt tokens, that one included.  ``dtype``: what all else is computed in."""
         try:
-            self._model, tokenizer = load_model(folder, device)
+            self._model, tokenizer = load_model(folder, device, dtype)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise MixQuantError(f"{folder}: transformers cannot load it: {_one_line(error)}") from error
         self._prompts = [_tokens(tokenizer, i, sample)[:, :max_tokens].to(device) for i, sample in enumerate(samples)]
@@ -121,11 +126,19 @@ class Measurement:
             if not group.members:
                 experts = self._of_layer(group)
                 kernel = packed_experts(group.precision, "emulated")
-                return kernel(Masters(*experts.masters()), _form(experts), scales=self._scales)
+                masters = Masters(*(master.bfloat16() for master in experts.masters()))
+                return kernel(masters, _form(experts), scales=self._scales)
             weights: list[torch.Tensor] = [self._linears[name].weight.detach() for name in group.members]
-            return packed_linear(group.precision, "emulated")(torch.cat(weights), scales=self._scales)
+            return packed_linear(group.precision, "emulated")(torch.cat(weights).bfloat16(), scales=self._scales)
         except ValueError as error:
             raise MixQuantError(f"cannot pack {group.name}: {error}") from error
+
+    def rounding(self, groups: Iterable[Group]) -> KL:
+        """Of the model in which the ``groups`` run unquantised, with inputs and products rounded to BF16."""
+        return self.kl({group: cast("Packed", _Rounded(self._weights(group))) for group in groups})
+
+    def _weights(self, group: Group) -> list[torch.Tensor]:
+        return [self._linears[name].weight for name in group.members]
 
     @torch.inference_mode()
     def kl(self, low: Mapping[Group, Packed]) -> KL:
@@ -162,7 +175,7 @@ class Measurement:
     @contextmanager
     def _running(self, group: Group, packed: Packed) -> Iterator[None]:
         """Hooks the members of ``group``; q, k and v get one input, so one product serves the three."""
-        if isinstance(packed, PackedExperts):
+        if not group.members:
             with self._running_experts(self._of_layer(group), packed):
                 yield
             return
@@ -170,15 +183,15 @@ class Measurement:
         biases: list[torch.Tensor] = [
             m.bias if m.bias is not None else m.weight.new_zeros(m.out_features) for m in linears
         ]
-        bias = torch.cat(biases) if any(m.bias is not None for m in linears) else None
+        bias = torch.cat(biases).bfloat16() if any(m.bias is not None for m in linears) else None
         latest: list[Any] = [None, None]  # input, its product
 
         def hook_of(columns: slice, last: bool) -> Callable[..., torch.Tensor]:
             def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
                 x = inputs[0]
                 if latest[0] is not x:
-                    rows = x.reshape(-1, x.shape[-1])[: self._low].contiguous()
-                    latest[:] = x, packed.matmul(rows, bias)
+                    rows = x.reshape(-1, x.shape[-1])[: self._low].bfloat16().contiguous()
+                    latest[:] = x, packed.matmul(rows, bias)  # type: ignore[union-attr]
                 out.view(-1, out.shape[-1])[: self._low] = latest[1][:, columns]
                 if last:
                     latest[:] = None, None
@@ -195,10 +208,14 @@ class Measurement:
             yield
 
     @contextmanager
-    def _running_experts(self, experts: ModelExperts, packed: PackedExperts) -> Iterator[None]:
+    def _running_experts(self, experts: ModelExperts, packed: Packed | _Rounded) -> Iterator[None]:
         def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
             x, ids, weights = (each[: self._low] for each in inputs[:3])
-            out[: self._low] = packed.run(x.contiguous(), weights.float().contiguous(), ids.int().contiguous())
+            if isinstance(packed, PackedExperts):
+                x = x.bfloat16().contiguous()
+                out[: self._low] = packed.run(x, weights.float().contiguous(), ids.int().contiguous())
+            else:
+                out[: self._low] = out[: self._low].bfloat16()
             return out
 
         handle = experts.module.register_forward_hook(hook)
@@ -229,6 +246,18 @@ class Measurement:
                 f"{folder}: {type(self._model).__name__} does more to its logits than lm_head; `sensitivity` cannot "
                 "measure it"
             )
+
+
+class _Rounded:
+    """What stands where a packed copy would, and quantises nothing: of linears ``weights``, of experts none."""
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self._weights = weights
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x BF16 [M, K] -> BF16 [M, N], added up in FP32."""
+        products = torch.cat([x.float() @ weight.detach().float().t() for weight in self._weights], dim=-1)
+        return (products if bias is None else products + bias.float()).bfloat16()
 
 
 def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

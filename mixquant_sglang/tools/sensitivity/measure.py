@@ -12,8 +12,10 @@ worth that still fit are kept in BF16. Groups that gain nothing are kept in any 
 The KL of the *answer* decides; that of the prompt's own rows is only shown. Nothing is sampled from a prompt's rows: in
 the last layer, say, all but their keys and values is low precision without any effect on a generated token.
 
-KL does not add up over groups, so the chosen recipe is run as a whole, and so is the full one. KL is measured in
-emulation; times are predicted. Groups are packed one at a time, and together only for those two runs.
+KL does not add up over groups, so the chosen recipe is run as a whole, and so is the full one; where the chosen one
+does more to the answers than the full one, its comments and stderr say so. KL is measured in emulation, and taken for
+noise as far as BF16's rounding alone explains it; times are predicted. Groups are packed one at a time, and together
+only for those two runs.
 
 Refused (MixQuantError): recipes that decode in low precision, use ready-made weights or gain nothing on the GPU, and
 what ``mixquant plan`` and kl.py refuse.
@@ -24,11 +26,13 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mixquant_sglang import recipe as recipes
 from mixquant_sglang.errors import MixQuantError
@@ -36,10 +40,11 @@ from mixquant_sglang.recipe import show
 from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.tools.plan.gpus import find_gpu
 from mixquant_sglang.tools.plan.models import find_model
+from mixquant_sglang.tools.progress import Bar
 from mixquant_sglang.tools.quantize.calibration import read_samples
-from mixquant_sglang.tools.sensitivity.choice import Measured, Prices, Result, Run, choose, groups_of
+from mixquant_sglang.tools.sensitivity.choice import Measured, Prices, Result, Run, choose, floor_of, groups_of
 from mixquant_sglang.tools.sensitivity.kl import Measurement
-from mixquant_sglang.tools.sensitivity.report import as_json, as_yaml, comments
+from mixquant_sglang.tools.sensitivity.report import WORSE, as_json, as_yaml, comments
 from mixquant_sglang.weights.checkpoint import Source
 
 DEFAULT_GPU = "H200"
@@ -72,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows at the end of each sample that play the last prompt token and the answer, in BF16 (default: 32; 1: "
         "the first generated token alone)",
     )
+    parser.add_argument(
+        "--compute",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="what all but the packed copies is computed in (default: float32; bfloat16 takes half the memory, and its "
+        "rounding hides what FP8 does to one linear)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda if there, else cpu)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the recipe here too")
     parser.add_argument("--json", action="store_true", help="a JSON object as the last line")
@@ -87,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             raise MixQuantError(f"--out: {args.out}: cannot be written: {error.strerror}") from error
     print(text, end="")
+    if result.worse:
+        print(WORSE, file=sys.stderr)
     if args.json:
         print(as_json(result))
     return 0
@@ -128,7 +142,10 @@ def measure(args: argparse.Namespace) -> Result:
     except (OSError, UnicodeDecodeError) as error:
         raise MixQuantError(f"--data: {args.data}: cannot be read: {error}") from error
 
-    with tqdm(total=len(samples) * (len(groups) + 4), desc="sensitivity", unit="pass", disable=None) as bar:
+    with (
+        refusing_memory(args.compute),
+        Bar(total=len(samples) * (len(groups) + 5), desc="sensitivity", unit="pass") as bar,
+    ):
         measurement = Measurement(
             args.model,
             samples,
@@ -139,11 +156,13 @@ def measure(args: argparse.Namespace) -> Result:
             answer_tokens=args.answer_tokens,
             protect=recipe.protect_last_prompt_token,
             tail=recipe.protected_tail,
+            dtype=getattr(torch, args.compute),
             tick=bar.update,
         )
         kls = {"bf16": measurement.kl({})}
         found = tuple(Measured(g, measurement.kl({g: measurement.pack(g)}), gains[g]) for g in groups)
-        kept = choose(found, budget * gain_ms)
+        noise = measurement.rounding(groups)
+        kept = choose(found, budget * gain_ms, floor_of(noise, len(groups), args.compute))
         packed = {group: measurement.pack(group) for group in groups}
         kls["recipe"] = measurement.kl(packed)
         kls["result"] = measurement.kl({group: copy for group, copy in packed.items() if group.name not in kept})
@@ -161,7 +180,21 @@ def measure(args: argparse.Namespace) -> Result:
         gain_ms=gain_ms,
         given_back_ms=math.fsum(max(one.gain_ms, 0.0) for one in found if one.group.name in kept),
         runs={name: Run(kls[name], *prices.speed(groups, bf16[name])) for name in kls},
+        noise=noise,
+        compute=args.compute,
     )
+
+
+@contextmanager
+def refusing_memory(compute: str) -> Iterator[None]:
+    """Where the model does not fit the GPU, what to do instead."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        less = "--compute bfloat16 takes half of it" if compute == "float32" else "fewer --max-tokens take less"
+        raise MixQuantError(
+            f"the GPU has too little memory for the model in {compute}; {less}, --device cpu none"
+        ) from error
 
 
 def _budget(text: str) -> float:

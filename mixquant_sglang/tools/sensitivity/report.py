@@ -14,6 +14,11 @@ from dataclasses import asdict, replace
 from mixquant_sglang.recipe import REGEX, LayerRule, Recipe
 from mixquant_sglang.tools.sensitivity.choice import Measured, Result
 
+WORSE = (
+    "mixquant sensitivity: the recipe that came out does more to the answers than the one that it began with: what the "
+    "linears do does not add up here. Keep the one you had, or try more --samples or another --budget"
+)
+
 
 def as_yaml(result: Result) -> str:
     """The recipe alone."""
@@ -67,6 +72,7 @@ def comments(result: Result) -> str:
     for one in result.groups:
         worth = f"{one.kl.answer / one.gain_ms:9.2e}" if one.gain_ms > 0 else f"{'no gain':>9}"
         kept_mark = "  kept in BF16" if one.group.name in result.kept else ""
+        kept_mark = "  as small as noise" if 0 < one.kl.answer <= result.floor and not kept_mark else kept_mark
         lines.append(
             f"{one.group.name:<{width}}  {one.group.precision:<9}  {one.kl.answer:9.2e}  {one.kl.prompt:9.2e}  "
             f"{one.gain_ms:8.4f}  {worth}{kept_mark}"
@@ -77,13 +83,19 @@ def comments(result: Result) -> str:
         lines.append(
             f"{title:<23}  {run.kl.answer:9.2e}  {run.kl.prompt:9.2e}  {run.prefill_ms:10.3f}  {run.speedup:7.3f}x"
         )
+    noise = result.noise
+    lines.append(f"{'rounding to BF16 alone':<23}  {noise.answer:9.2e}  {noise.prompt:9.2e}")
     share = result.given_back_ms / result.gain_ms
     lines += [
         "",
         f"{len(result.kept)} of {len(result.groups)} {what(result)} are kept in BF16. That gives back "
         f"{result.given_back_ms:.3f} of {result.gain_ms:.3f} ms ({share:.2%}; budget {result.budget:.2%}).",
         f"Answer KL {before.kl.answer:.2e} -> {after.kl.answer:.2e}, measured in emulation; times are predictions.",
+        f"All else was computed in {result.compute}. An answer KL up to {result.floor:.1e} may be BF16 rounding alone:",
+        "nothing is kept in BF16 for that.",
     ]
+    if result.worse:
+        lines += ["", "WORSE: " + WORSE.partition(": ")[2] + "."]
     return "".join(f"# {line}".rstrip() + "\n" for line in lines)
 
 
@@ -110,6 +122,7 @@ def as_json(result: Result) -> str:
         for one in result.groups
     ]
     values["runs"] = {name: asdict(one) for name, one in result.runs.items()}
+    values |= {"noise": asdict(result.noise), "floor": result.floor, "worse": result.worse}
     return json.dumps(values)
 
 
