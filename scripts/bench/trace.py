@@ -40,8 +40,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from tqdm import tqdm  # type: ignore[import-untyped]
 
+from mixquant_sglang.tools.progress import Bar
 from scripts.bench import distributions, running, traffic
 from scripts.bench.client import Refused, answer_of, send
 from scripts.bench.outcomes import Level, Outcome, Slo, medians, summarise, table
@@ -100,7 +100,7 @@ def replay(
 ) -> tuple[list[Outcome], float]:
     """One replay on one arm, from an empty cache.  Ends the benchmark where not one request is answered."""
     arm.flush()
-    with tqdm(total=len(work.requests), desc=f"{said}, {arm.name}", unit="req", disable=None, leave=False) as bar:
+    with Bar(total=len(work.requests), desc=f"{said}, {arm.name}", unit="req", leave=False) as bar:
         outcomes, wall_s = asyncio.run(play(arm.url, work.requests, due, prompts, args.request_limit, bar))
     lost = Level(outcomes=outcomes)
     if not any(one.answer for one in outcomes):
