@@ -16,6 +16,7 @@ COMMANDS = {
     "bench_agent": "bench.agent",
     "bench_kernels": "bench.kernels",
     "bench_prefill": "bench.prefill",
+    "bench_trace": "bench.trace",
     "demo": "tools.demo",
     "draw_overview": "tools.overview",
     "draw_rooms": "tools.rooms",

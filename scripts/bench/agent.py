@@ -30,7 +30,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import math
 import random
 import statistics
 import sys
@@ -39,9 +38,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import aiohttp
-import orjson
 
 from scripts.bench import running
+from scripts.bench.client import Answer, ask, encode, percentile
 from scripts.bench.running import Running
 from scripts.bench.servers import Arm, add_arguments, in_turn, machine, prepare, serving
 
@@ -88,22 +87,6 @@ class Workload:
         return system_tokens + max(sum(t.tool_tokens + t.output_tokens for t in turns) for turns in self.agents)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One streamed answer; times in seconds.  ``gaps``: from chunk to chunk, with the tokens of the later one."""
-
-    ids: list[int]
-    prompt_tokens: int
-    cached_tokens: int
-    ttft: float
-    latency: float
-    gaps: list[tuple[float, int]]
-
-
-def encode(ids: list[int]) -> bytes:
-    return ",".join(map(str, ids)).encode()
-
-
 def make_workload(shape: Shape, seed: str) -> Workload:
     rng = random.Random(seed)
     vocab = range(10, shape.vocab)
@@ -114,50 +97,6 @@ def make_workload(shape: Shape, seed: str) -> Workload:
 
     system = encode(rng.choices(vocab, k=shape.system_tokens))
     return Workload(system, tuple(tuple(turn() for _ in range(shape.turns)) for _ in range(shape.agents)))
-
-
-def read_stream(began: float, reads: list[tuple[float, bytes]]) -> Answer:
-    """The answer in what was read from /generate with ``stream``, and when.
-
-    ``output_ids`` are all tokens so far, or the new ones with --incremental-streaming-output; the count of tokens in
-    ``meta_info`` tells which.  (All so far may be more than counted: SGLang sends a list that goes on growing.)
-    """
-    ids: list[int] = []
-    gaps: list[tuple[float, int]] = []
-    first = last = 0.0
-    meta: dict[str, int] = {}
-    rest = b""
-    for when, data in reads:
-        *events, rest = (rest + data).split(b"\n\n")
-        known = len(ids)
-        for event in events:
-            if event == b"data: [DONE]":
-                continue
-            out = orjson.loads(event.removeprefix(b"data: "))
-            if "error" in out:
-                raise RuntimeError(f"the server answered: {out['error']['message']}")
-            meta = out["meta_info"]
-            ids[max(0, meta["completion_tokens"] - len(out["output_ids"])) :] = out["output_ids"]
-        new = len(ids) - known
-        if not new:
-            continue
-        if known:
-            gaps.append((when - last, new))
-        else:
-            first = when
-        last = when
-    if not ids:
-        raise RuntimeError("the server answered without a token")
-    return Answer(ids, meta["prompt_tokens"], meta["cached_tokens"], first - began, last - began, gaps)
-
-
-def percentile(values: list[float], percent: float) -> float:
-    """Linear between the two nearest ranks, as numpy's default."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def summarise(answers: list[Answer], wall_s: float, gpus: int = 1) -> Measures:
@@ -176,23 +115,6 @@ def summarise(answers: list[Answer], wall_s: float, gpus: int = 1) -> Measures:
         "output_tokens_per_s_per_gpu": tokens_per_s / gpus,
         "cache_hit_rate": sum(a.cached_tokens for a in answers) / sum(a.prompt_tokens for a in answers),
     }
-
-
-async def ask(session: aiohttp.ClientSession, url: str, prompt: bytes, tokens: int) -> Answer:
-    """One turn.  While it streams nothing is done but noting what came when, so that agents do not delay each other."""
-    params = orjson.dumps({"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True})
-    body = b'{"stream":true,"sampling_params":%b,"input_ids":[%b]}' % (params, prompt)
-    reads: list[tuple[float, bytes]] = []
-    began = time.perf_counter()
-    async with session.post(url, data=body, headers={"Content-Type": "application/json"}) as response:
-        async for data in response.content.iter_any():
-            reads.append((time.perf_counter(), data))
-    if response.status != 200:
-        raise RuntimeError(f"the server answered {response.status}: {b''.join(data for _, data in reads)[:500]!r}")
-    answer = read_stream(began, reads)
-    if len(answer.ids) != tokens:
-        raise RuntimeError(f"the server generated {len(answer.ids)} tokens, not {tokens}")
-    return answer
 
 
 async def play(url: str, work: Workload, concurrency: int) -> tuple[list[Answer], float]:

@@ -1,4 +1,4 @@
-"""The servers that bench_prefill and bench_agent compare: one real SGLang server per arm, all of them up at once.
+"""The servers that bench_prefill, bench_agent and bench_trace compare: one real SGLang server per arm, all up at once.
 
 An arm is ``stock-bf16`` or ``stock-NAME`` (SGLang without mixquant, ``--quantization NAME``), or a recipe of mixquant,
 by name or by file.  Each server has a bounded KV pool, so that they fit on one GPU; each has a log file.

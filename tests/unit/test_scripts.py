@@ -197,7 +197,7 @@ def test_a_workload_depends_on_its_seed_only() -> None:
 
 @pytest.mark.parametrize("percent, expected", [(0, 1), (50, 2.5), (95, 3.85), (100, 4)])
 def test_percentiles_lie_between_ranks(percent: float, expected: float) -> None:
-    from scripts.bench.agent import percentile
+    from scripts.bench.client import percentile
 
     assert percentile([4, 1, 3, 2], percent) == pytest.approx(expected)
     assert percentile([5.0], percent) == 5
@@ -205,7 +205,7 @@ def test_percentiles_lie_between_ranks(percent: float, expected: float) -> None:
 
 @pytest.mark.parametrize("incremental", [False, True])
 def test_a_stream_is_read_whichever_way_it_counts(incremental: bool) -> None:
-    from scripts.bench.agent import read_stream
+    from scripts.bench.client import read_stream
 
     chunks = [event([7], 1), event([8, 9], 3), event([6], 4)]
     if not incremental:
@@ -221,7 +221,7 @@ def test_a_stream_is_read_whichever_way_it_counts(incremental: bool) -> None:
 
 
 def test_a_stream_that_is_an_error_says_so() -> None:
-    from scripts.bench.agent import read_stream
+    from scripts.bench.client import read_stream
 
     with pytest.raises(RuntimeError, match="too long"):
         read_stream(0.0, [(1.0, b'data: {"error": {"message": "too long"}}\n\ndata: [DONE]\n\n')])
@@ -230,7 +230,8 @@ def test_a_stream_that_is_an_error_says_so() -> None:
 
 
 def test_measures_weigh_gaps_by_tokens() -> None:
-    from scripts.bench.agent import Answer, summarise, table
+    from scripts.bench.agent import summarise, table
+    from scripts.bench.client import Answer
 
     answers = [
         Answer([1, 2, 3, 4], 10, 0, ttft=0.1, latency=0.5, gaps=[(0.3, 3)]),

@@ -48,7 +48,8 @@ def test_a_process_that_ends_is_told_with_the_end_of_its_log(tmp_path: Path) -> 
 
 
 def test_arms_that_are_up_already() -> None:
-    from scripts.bench.agent import Answer, parse, summarise
+    from scripts.bench.agent import parse, summarise
+    from scripts.bench.client import Answer
     from scripts.bench.running import Running
 
     model = str(ROOT / "tests" / "models" / "tiny-qwen3")
