@@ -34,8 +34,9 @@ class Operator:
             if status not in (200, 400):
                 self.wrong(f"/flush_cache of the {side.name} server: {status} {text[:300]}")
 
-    async def update(self, side: Side, *, flush: bool) -> None:
-        body = {"model_path": self.play.target.model, "flush_cache": flush}
+    async def update(self, side: Side) -> None:
+        """Without a flush: SGLang ends itself where its scheduler still holds a request whose last token it has sent."""
+        body = {"model_path": self.play.target.model, "flush_cache": False}
         status, text = await self.play.client.post(side.url + "/update_weights_from_disk", body, timeout=240)
         if status != 200 or '"success":true' not in text.replace(" ", ""):
             self.wrong(f"/update_weights_from_disk of the {side.name} server: {status} {text[:300]}")
@@ -45,7 +46,8 @@ class Operator:
         Two halves of a pair at once would wait for each other's halves of requests."""
         self.play.books.faults["weight update"] += 1
         for side in self.play.target.sides:
-            await self.update(side, flush=not self.play.target.pair)
+            await self.update(side)
+        await self.flush()
 
     async def pause(self, *, update: bool) -> None:
         """All that runs is retracted, and goes on afterwards: generated tokens are prefilled again.  The weights are
@@ -57,7 +59,7 @@ class Operator:
         if status != 200:
             self.wrong(f"/pause_generation of the {side.name} server: {status} {text[:300]}")
         if update:
-            await self.update(side, flush=False)
+            await self.update(side)
         status, text = await self.play.client.post(side.url + "/continue_generation", {})
         if status != 200:
             self.wrong(f"/continue_generation of the {side.name} server: {status} {text[:300]}")
