@@ -35,7 +35,7 @@ class Operator:
                 self.wrong(f"/flush_cache of the {side.name} server: {status} {text[:300]}")
 
     async def update(self, side: Side) -> None:
-        """Without a flush: SGLang ends itself where its scheduler still holds a request whose last token it has sent."""
+        """Without a flush: SGLang ends itself where its scheduler still holds a request that it has answered."""
         body = {"model_path": self.play.target.model, "flush_cache": False}
         status, text = await self.play.client.post(side.url + "/update_weights_from_disk", body, timeout=240)
         if status != 200 or '"success":true' not in text.replace(" ", ""):
