@@ -228,7 +228,9 @@ def test_kubernetes_names_what_exists() -> None:
             if "sglang_router.launch_router" in COMMANDS[item["metadata"]["name"]]:
                 continue
             assert ("PersistentVolumeClaim", volumes["cache"]["persistentVolumeClaim"]["claimName"]) in named
-            assert mounts["cache"] == "/root/.cache" and mounts["shm"] == "/dev/shm"
+            assert mounts["cache"] == "/cache" and mounts["shm"] == "/dev/shm"
+            given = {one["name"]: one["value"] for one in container["env"]}  # where SGLang's weights and our timings go
+            assert given == {"XDG_CACHE_HOME": "/cache", "TRITON_CACHE_DIR": "/cache/triton"}
             assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
             tp = int(value(COMMANDS[item["metadata"]["name"]], "--tp-size"))
             assert container["resources"]["limits"]["nvidia.com/gpu"] == tp

@@ -81,7 +81,10 @@ class SoakServer:
     async def flush(self, _request: web.Request) -> web.Response:
         return web.Response(status=400 if self.busy else 200)
 
-    async def simple(self, _request: web.Request) -> web.Response:
+    async def simple(self, request: web.Request) -> web.Response:
+        # SGLang ends where it cannot, and its scheduler may hold what it has answered for a step.
+        if request.path == "/update_weights_from_disk" and (await request.json()).get("flush_cache", True):
+            return web.Response(status=500, text="Cache flush failed after updating weights")
         return web.json_response({"success": True})
 
     async def open_session(self, _request: web.Request) -> web.Response:
