@@ -48,6 +48,8 @@ def can_replay_prefill(original: Callable[..., bool], runner: Any, forward_batch
     run = runtime.serving(runner.model_runner)
     if run is None:
         return True
+    if not run.selection.kernels:  # all is SGLang's, and ranks with rows of their own must come to one answer
+        return True
     scheduled = scheduled_of(forward_batch)
     # SGLang also asks for modes that are no prefill to us and were not scheduled: none of them was captured.
     return scheduled is not None and run.graphs.can_replay(
@@ -66,7 +68,7 @@ def can_replay_decode(original: Callable[..., bool], runner: Any, forward_batch:
 @handler
 def load_prefill_rows(runner: Any, forward_batch: Any, **_kwargs: Any) -> None:
     run = runtime.serving(runner.model_runner)
-    if run is not None:
+    if run is not None and run.selection.kernels:
         scheduled = scheduled_of(forward_batch)
         assert scheduled is not None, "a prefill graph is replayed for a batch without the facts of its requests"
         run.graphs.load(scheduled)
