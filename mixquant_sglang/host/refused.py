@@ -242,7 +242,13 @@ REFUSALS: tuple[Refusal, ...] = (
     # what replaces the forward pass
     Refusal("enable_nvidia_megakernel", "--enable-nvidia-megakernel", is_set, _FORWARD, _LEAVE_OUT),
     Refusal("enable_amd_monokernel", "--enable-amd-monokernel", is_set, _FORWARD, _LEAVE_OUT),
-    Refusal("cuda_graph_backend_prefill", "--cuda-graph-backend-prefill full", _whole_graph, _GRAPHS, _BREAKABLE),
+    Refusal(
+        "cuda_graph_backend_prefill",
+        "--cuda-graph-backend-prefill full or tc_piecewise",
+        _whole_graph,
+        _GRAPHS,
+        _BREAKABLE,
+    ),
     Refusal(
         "cuda_graph_config.prefill.backend",
         "a prefill CUDA graph backend full or tc_piecewise (--cuda-graph-config, or the model's default)",
