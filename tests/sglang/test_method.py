@@ -100,7 +100,7 @@ def test_rows_of_other_ranks_end_a_pass(requests: list[RequestRows]) -> None:
     run.schedule.local = True
     scheduled = run.schedule.prefill(requests, x.device).running
     apply(layer, x, scheduled)
-    with pytest.raises(RuntimeError, match="model.layers.0.x got 14 rows in a pass of 7"):
+    with pytest.raises(RuntimeError, match=r"model\.layers\.0\.x got 14 rows in a pass of 7"):
         apply(layer, torch.cat([x, x]), scheduled)
 
 
