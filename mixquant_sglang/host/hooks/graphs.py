@@ -35,6 +35,8 @@ def capture_prefill(
             f"mixquant: the prefill CUDA graph backend is {backend}; row protection is tested with breakable graphs "
             "and without: pass --cuda-graph-backend-prefill breakable (or disabled)"
         )
+    if run.schedule.local:
+        raise SystemExit("mixquant: prefill CUDA graphs do not go with DP attention: pass --disable-prefill-cuda-graph")
     run.graphs.log(runner.capture_num_tokens)
     device = torch.device(runner.model_runner.device)
     with scope(run.graphs.captured_pass(num_tokens, runner.max_num_tokens, device)):
