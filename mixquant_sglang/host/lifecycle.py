@@ -27,7 +27,14 @@ from mixquant_sglang.layers.warm_up import warm_up
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.text import show, some
 from mixquant_sglang.versions import batches, fp4, lora, machine, speculation
-from mixquant_sglang.versions.groups import agree, over_stages, rank_group, tensor_parallel_ranks
+from mixquant_sglang.versions.groups import (
+    agree,
+    attention_ranks,
+    gathers_rows,
+    over_stages,
+    rank_group,
+    tensor_parallel_ranks,
+)
 from mixquant_sglang.weights.sample import sample
 
 logger = logging.getLogger(__name__)
@@ -62,6 +69,7 @@ class LoadSteps:
             report.keep_outside_bf16(model)
             self._check_prefixes(model)
             self._leave_to_adapters(model_runner)
+            self._keep_to_own_rows(model)
             packed = self._check_packed(model)
         self._report(model, packed, device)
         self._speculate(model_runner)
@@ -75,7 +83,8 @@ class LoadSteps:
         self._fuse(model_runner)
         self._tune_fp8(model_runner, linears, device)
         self._tune_experts(model_runner, experts, device)
-        prepare_gathering(self._run, model_runner, device)
+        if not self._run.schedule.local:  # whose rows are more than those of requests
+            prepare_gathering(self._run, model_runner, device)
         if packed and device.type == "cuda":
             rows = prefill_rows(model_runner)
             logger.info("mixquant: %s", warm_up(model, linears, experts, rows, device))
@@ -165,6 +174,27 @@ class LoadSteps:
                 "model can take it; " + ("; ".join(f"{m.name}: {m.refusal}" for m in methods[:3]) or "see the rules")
             )
         return packed
+
+    # -- the rows of other ranks -----------------------------------------------------------------------------------
+
+    def _keep_to_own_rows(self, model: torch.nn.Module) -> None:
+        """With DP attention: low is what sees the rows of this rank, and nothing that decodes."""
+        schedule = self._run.schedule
+        schedule.local = bool(self._run.selection.kernels) and gathers_rows()
+        if not schedule.local:
+            return
+        report.keep_gathered_bf16(model, attention_ranks())
+        low = [m.name for _, m in report.packed(model) if m.decodes_low]
+        if low:
+            raise MixQuantError(
+                f"recipe {self._run.recipe.name} decodes {some(low)} in low precision, which does not go with DP "
+                "attention: a rank whose packed copies are not current would step without its captured graph, and "
+                "the others wait for it; decode in bf16"
+            )
+        logger.info(
+            "mixquant: DP attention: low are the linears beside attention, of the rows of each rank; nothing is fused, "
+            "no row left out, and prefill runs without captured graphs, of which a rank cannot do without alone"
+        )
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
@@ -274,7 +304,7 @@ class LoadSteps:
 
     def _fuse(self, model_runner: Any) -> None:
         schedule = self._run.schedule
-        if not self._run.recipe.fuse:
+        if not self._run.recipe.fuse or schedule.local:
             return
         if watching := refusals.watching(model_runner.server_args):
             logger.info("mixquant: nothing fused and no row left out, so that %s sees all", " and ".join(watching))

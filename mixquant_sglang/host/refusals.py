@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.host.refused import REFUSALS, Refusal, is_set
+from mixquant_sglang.host.refusal import Refusal, gathers, is_set
+from mixquant_sglang.host.refused import REFUSALS
 from mixquant_sglang.recipe import Recipe, takes_ready_made
 from mixquant_sglang.recipe.fingerprint import asked_digest
 from mixquant_sglang.recipe.select import Selection
@@ -42,6 +43,8 @@ def refused_lines(server_args: Any, recipe: Recipe | None = None) -> Iterator[st
     device = str(getattr(resolved, "device", None) or "").partition(":")[0]
     for refusal in REFUSALS:
         if (refusal.devices and device not in refusal.devices) or (refusal.low and not low):
+            continue
+        if refusal.gathered and not (gathers(server_args) or gathers(resolved)):
             continue
         # as given too: SGLang resolves --enable-dp-attention to --attn-dp-size and False
         if any(_refuses(refusal, args) for args in (server_args, resolved)):

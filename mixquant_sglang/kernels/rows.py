@@ -54,6 +54,10 @@ class EagerRows:
         self._ranges = ranges
         self._device = device
 
+    def padded(self, tokens: int) -> EagerRows:
+        """The same rows of a pass that has ``tokens`` rows."""
+        return EagerRows(tokens, self._ranges, self._device)
+
     @cached_property
     def index(self) -> torch.Tensor:
         return row_numbers(self._ranges).to(self._device, non_blocking=True)

@@ -17,6 +17,7 @@ from mixquant_sglang.errors import MixQuantError, refusing
 from mixquant_sglang.host import stock
 from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.hooks.registry import handler
+from mixquant_sglang.host.refusal import gathers
 from mixquant_sglang.host.refusals import check_server_args, refused_lines
 from mixquant_sglang.recipe import Recipe, fingerprint, pairs
 from mixquant_sglang.versions import machine
@@ -88,6 +89,8 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
             asked.moe_backend = getattr(server_args, "moe_runner_backend", None)
             if server_args.speculative_draft_model_quantization is None:  # SGLang would take ours for the draft too
                 server_args.speculative_draft_model_quantization = "unquant"
+            if gathers(server_args) and (asked.recipe is None or not asked.recipe.bf16_throughout):
+                server_args.disable_prefill_cuda_graph = True  # of which a rank cannot do without alone
             _prepare_launcher()
         original(server_args, *args, **kwargs)
         if ours:
