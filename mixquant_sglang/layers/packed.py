@@ -67,6 +67,11 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         return n, k
 
     @property
+    def layer(self) -> torch.nn.Module:
+        assert self._layer is not None
+        return self._layer
+
+    @property
     def master(self) -> torch.Tensor:
         """The BF16 weight [N, K]."""
         assert self._layer is not None

@@ -43,7 +43,7 @@ class Graphs:
     @property
     def most_bf16_rows(self) -> int:
         """Rows of the largest prefill graph that no low pass fits into: each has ``min_tokens`` rows or more."""
-        return self._schedule.recipe.min_tokens - 1 if self._schedule.split else 0
+        return self._schedule.min_tokens - 1 if self._schedule.split else 0
 
     def captured_pass(self, tokens: int, most: int, device: torch.device) -> Pass:
         """The pass that a prefill graph of ``tokens`` rows, at most ``most``, is captured with."""
