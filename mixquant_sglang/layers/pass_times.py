@@ -73,7 +73,7 @@ def _linear_calls(
 ) -> tuple[Call, Call]:
     first = linears[0]
     x = _activations(tokens, first.shape[1], first.master.device)
-    rows = _last_row(tokens, first.master.device) if protects else None
+    rows = _last_row(tokens, first.master.device, limits.GRAPH_ROWS) if protects else None
     fmt = first.activation_format
     given = operands.quantize(x, fmt, rows) if quantised and fmt is not None else x
 
@@ -91,7 +91,7 @@ def _expert_calls(method: MixQuantExpertsMethod, protects: bool, tokens: int) ->
     device = method.masters.w13.device
     x = _activations(tokens, h, device)
     weights, ids = (part.to(device) for part in routes(tokens, experts, k))
-    rows = _last_row(tokens, device) if protects else None
+    rows = _last_row(tokens, device, limits.EXPERT_GRAPH_ROWS) if protects else None
 
     @torch.no_grad()
     def run(running: Pass) -> None:
@@ -106,8 +106,8 @@ def _activations(tokens: int, k: int, device: torch.device) -> torch.Tensor:
     return torch.randn(tokens, k, dtype=torch.bfloat16, device=device, generator=seed)
 
 
-def _last_row(tokens: int, device: torch.device) -> Rows:
+def _last_row(tokens: int, device: torch.device, slots: int) -> Rows:
     """As a captured graph has it."""
-    rows = GraphRows(limits.GRAPH_ROWS, tokens, device)
+    rows = GraphRows(slots, tokens, device)
     rows.fill(((tokens - 1, tokens),))
     return rows.of(tokens)
