@@ -25,11 +25,14 @@ that are not row major. CUDA only.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from mixquant_sglang.kernels.limits import BLOCK, FEW_ROWS, MANY_ROWS
+from mixquant_sglang.kernels.triton.compiled import Compiled
 
 FEW = 16  # rows: the least that tensor cores take
 BUCKETS = (FEW, 2 * FEW, FEW_ROWS, MANY_ROWS)  # slots: what a kernel is compiled for
@@ -51,6 +54,58 @@ def linear_rows_(
     synchronisation, fit for CUDA graphs.
     """
     n, k = weight.shape
+    slots, cut = index.shape[0], n if rest is None else out.shape[1]
+    fits = (
+        out.dtype is rows.dtype is weight.dtype is torch.bfloat16
+        and index.dtype is torch.int64
+        and out.shape == (out.shape[0], cut)
+        and rows.shape == (slots, k)
+        and out.stride(1) == rows.stride(1) == weight.stride(1) == 1
+        and index.ndim == 1
+        and index.is_contiguous()
+        and slots <= MANY_ROWS
+        and k > 0
+        and k % BLOCK == 0
+    )
+    if not fits or rest is not None or bias is not None:
+        _check(out, index, rows, weight, bias, rest)
+    if slots == 0 or n == 0:
+        return
+    device = weight.get_device()
+    block_n, block_k, stages = _tiles(n, k, _shared_memory(device))
+    many = FEW if slots <= FEW else next(bucket for bucket in BUCKETS if bucket >= slots)
+    strides = (out.stride(0), out.stride(0) if rest is None else rest.stride(0), rows.stride(0), weight.stride(0))
+    pointers = out.data_ptr() | index.data_ptr() | rows.data_ptr() | weight.data_ptr()
+    if rest is not None:
+        pointers |= rest.data_ptr()
+    if bias is not None:
+        pointers |= bias.data_ptr()
+    _compiled.launch(
+        _linear_rows,
+        (device, n, k, cut, many, bias is None, rest is None, *strides),
+        pointers,
+        (triton.cdiv(n, block_n), 1, 1),
+        (out, out if rest is None else rest, index, rows, weight, bias, slots, n, cut, *strides),
+        (
+            *(k, FEW, many, block_n, block_k, min(block_k, 64), min(block_k, 64), GROUP),
+            *(bias is not None, n % block_n == 0, weight.is_cuda),
+        ),
+        {"num_warps": 4, "num_stages": stages},
+    )
+
+
+_compiled = Compiled()
+
+
+def _check(
+    out: torch.Tensor,
+    index: torch.Tensor,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rest: torch.Tensor | None,
+) -> None:
+    n, k = weight.shape
     cut = n if rest is None else out.shape[1]
     wanted = [("out", out, (len(out), cut)), ("rows", rows, (len(index), k)), ("weight", weight, (n, k))]
     if rest is not None:
@@ -69,39 +124,9 @@ def linear_rows_(
         raise ValueError(f"index must be contiguous int64 [R], R <= {MANY_ROWS}, got {index.dtype} {list(index.shape)}")
     if k % BLOCK or k == 0:
         raise ValueError(f"K must be a positive multiple of {BLOCK}, got {k}")
-    if len(index) == 0 or n == 0:
-        return
-    block_n, block_k, stages = _tiles(n, k, _shared_memory(weight.device))
-    _linear_rows[(triton.cdiv(n, block_n),)](
-        out,
-        out if rest is None else rest,
-        index,
-        rows,
-        weight,
-        bias,
-        len(index),
-        n,
-        cut,
-        out.stride(0),
-        out.stride(0) if rest is None else rest.stride(0),
-        rows.stride(0),
-        weight.stride(0),
-        K=k,
-        FEW=FEW,
-        MANY=min(bucket for bucket in BUCKETS if bucket >= len(index)),
-        BLOCK_N=block_n,
-        FEW_K=block_k,
-        SOME_K=min(block_k, 64),
-        MANY_K=min(block_k, 64),
-        GROUP=GROUP,
-        HAS_BIAS=bias is not None,
-        WHOLE=n % block_n == 0,
-        PREFETCH=weight.is_cuda,
-        num_warps=4,
-        num_stages=stages,
-    )
 
 
+@functools.cache
 def _tiles(n: int, k: int, shared_memory: int) -> tuple[int, int, int]:
     """Weight rows and columns of a tile, and the tiles in flight: the fastest on an H200 of 15 tried for each linear of
     Qwen3-8B between its FP8 GEMMs (512 and 2048 rows), with fewer in flight where shared memory is short."""
@@ -111,8 +136,9 @@ def _tiles(n: int, k: int, shared_memory: int) -> tuple[int, int, int]:
     return block_n, block_k, max(2, min(stages, shared_memory // (2 * block_k * (block_n + FEW))))
 
 
-def _shared_memory(device: torch.device) -> int:
-    return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
+@functools.cache
+def _shared_memory(device: int) -> int:
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 
 @triton.jit(do_not_specialize=["slots"])  # type: ignore[untyped-decorator]
