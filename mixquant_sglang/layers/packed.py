@@ -217,7 +217,7 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def takes_few(self, kept: torch.Tensor, rows: Rows) -> bool:
         """Whether the protected rows ``kept`` are for the kernel of few BF16 rows."""
         most = MANY_ROWS if rows.captured else FEW_ROWS
-        return kept.is_cuda and self.precision[Role.PROTECTED] == "bf16" and len(kept) <= most
+        return kept.is_cuda and self.precision[Role.PROTECTED] == "bf16" and kept.shape[0] <= most
 
     def protected(
         self,

@@ -67,7 +67,10 @@ def linear_rows_(
         and k > 0
         and k % BLOCK == 0
     )
-    if not fits or rest is not None or bias is not None:
+    if rest is not None:
+        fits = fits and rest.dtype is torch.bfloat16 and rest.shape == (out.shape[0], n - cut) and rest.stride(1) == 1
+        fits = fits and cut % 64 == 0
+    if not fits or bias is not None:
         _check(out, index, rows, weight, bias, rest)
     if slots == 0 or n == 0:
         return
@@ -84,7 +87,7 @@ def linear_rows_(
         _linear_rows,
         (device, n, k, cut, many, bias is None, rest is None, *strides),
         pointers,
-        (triton.cdiv(n, block_n), 1, 1),
+        (-(-n // block_n), 1, 1),  # ``triton.cdiv`` takes as long as the launch
         (out, out if rest is None else rest, index, rows, weight, bias, slots, n, cut, *strides),
         (
             *(k, FEW, many, block_n, block_k, min(block_k, 64), min(block_k, 64), GROUP),
