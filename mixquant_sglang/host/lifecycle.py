@@ -11,7 +11,7 @@ import torch
 
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError, refusing
-from mixquant_sglang.host import probe, refusals, report
+from mixquant_sglang.host import min_tokens, probe, refusals, report
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.gathering import install_gathering, prepare_gathering
 from mixquant_sglang.host.ranks import check_same
@@ -88,6 +88,7 @@ class LoadSteps:
         if packed and device.type == "cuda":
             rows = prefill_rows(model_runner)
             logger.info("mixquant: %s", warm_up(model, linears, experts, rows, device))
+        min_tokens.choose(self._run, model_runner, linears, experts, device)
 
     def finish_attention(self, model_runner: Any) -> None:
         """Completes what ``_fuse`` began, each time that the model's attention back end was built; by then SGLang has

@@ -73,7 +73,7 @@ def check_recipe(recipe: Recipe, selection: Selection) -> None:
             f"{' and '.join(selection.kernels)})"
         )
     low_decode = {selection.decode, *selection.by_rule.get("decode", ())} - {"bf16"}
-    if recipe.min_tokens > 1 and low_decode:
+    if (recipe.min_tokens or 1) > 1 and low_decode:
         which = "some" if selection.decode == "bf16" else "them"
         raise MixQuantError(
             f"{recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs decode in bf16 for all layers; "

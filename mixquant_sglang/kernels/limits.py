@@ -2,9 +2,10 @@
 
 from mixquant_sglang import formats
 
-# Rows that the kernel of few BF16 rows (``triton/few_rows.py``) takes at most, and captured prefill
-# graphs with it.
+# Protected rows for which the kernels of few BF16 rows (``triton/few_rows.py``, ``triton/expert_rows.py``) are meant:
+# beyond, cuBLAS is faster. In a captured graph, where the number is known when it runs, that of linears takes more.
 FEW_ROWS = 64
+MANY_ROWS = 256
 
 # Prefill attention of keys and values gathered out of their pages: new rows of a request and tokens before them, of
 # which it is timed at start; how many times as long attention over pages takes where it is left; bytes of the scratch,

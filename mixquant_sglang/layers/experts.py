@@ -298,6 +298,14 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         out: torch.Tensor = self._padded_runner.run(dispatched, self.get_triton_quant_info(layer)).hidden_states
         return out
 
+    def run_by_itself(self, role: Role, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        """As a pass of ``role`` does: x BF16 [T, H], ``weights`` float32 and ``ids`` int32 [T, experts a token]."""
+        topk = StandardTopKOutput(weights, ids, weights.new_empty(0))
+        if self.precision[role] == "bf16":
+            self._run(role, self._layer, x, topk)  # what SGLang runs, but never in place of x
+        else:
+            self.apply(self._layer, StandardDispatchOutput(x, None, topk))
+
     def warm_up(self, tokens: list[int]) -> None:
         """Runs every product once, so that nothing is compiled while a request waits; CUDA only."""
         experts, _, h, k = self.sizes

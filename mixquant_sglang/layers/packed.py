@@ -13,7 +13,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 from mixquant_sglang.errors import MixQuantError, refusing
 from mixquant_sglang.kernels import registry
-from mixquant_sglang.kernels.limits import FEW_ROWS
+from mixquant_sglang.kernels.limits import FEW_ROWS, MANY_ROWS
 from mixquant_sglang.kernels.registry import packed_linear
 from mixquant_sglang.kernels.verify import Pair
 from mixquant_sglang.recipe.roles import Kind, Role, by_role
@@ -65,6 +65,11 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         assert self._layer is not None
         n, k = self._layer.weight.size()  # type: ignore[operator]
         return n, k
+
+    @property
+    def layer(self) -> torch.nn.Module:
+        assert self._layer is not None
+        return self._layer
 
     @property
     def master(self) -> torch.Tensor:
@@ -209,9 +214,10 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             return super().apply(layer, x, bias)  # type: ignore[no-any-return]
         return self._packed[precision].matmul(x.contiguous(), bias)
 
-    def takes_few(self, kept: torch.Tensor) -> bool:
+    def takes_few(self, kept: torch.Tensor, rows: Rows) -> bool:
         """Whether the protected rows ``kept`` are for the kernel of few BF16 rows."""
-        return kept.is_cuda and self.precision[Role.PROTECTED] == "bf16" and len(kept) <= FEW_ROWS
+        most = MANY_ROWS if rows.captured else FEW_ROWS
+        return kept.is_cuda and self.precision[Role.PROTECTED] == "bf16" and kept.shape[0] <= most
 
     def protected(
         self,
@@ -222,7 +228,7 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The result for the protected rows ``kept`` [R, K]: [R, N], or in the places of ``rows`` in ``out``."""
-        if self.takes_few(kept):
+        if self.takes_few(kept, rows):
             from mixquant_sglang.kernels.triton.few_rows import linear_rows_
 
             index = rows.index

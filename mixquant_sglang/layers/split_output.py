@@ -56,7 +56,7 @@ class SplitProduct:
         rest = self.rest.multiply(x.operand, rest_bias)
         if rows is not None:
             assert x.kept is not None
-            if linear.takes_few(x.kept):
+            if linear.takes_few(x.kept, rows):
                 from mixquant_sglang.kernels.triton.few_rows import linear_rows_
 
                 linear_rows_(first, rows.index, x.kept, linear.master, bias, rest=rest)

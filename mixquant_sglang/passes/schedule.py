@@ -27,6 +27,7 @@ class ScheduledPass:
     tokens: dict[tuple[str, str], int]
     protected: tuple[tuple[int, int], ...] = ()
     read: tuple[tuple[int, int], ...] | None = None  # the rows whose hidden states are looked at; None: all
+    short: bool = False  # whether it is BF16 because it is below ``min_tokens``
 
     @property
     def protected_total(self) -> int:
@@ -58,6 +59,7 @@ class Schedule:
     def __init__(self, recipe: Recipe, selection: Selection, copies: Copies) -> None:
         self.recipe = recipe
         self.selection = selection
+        self.min_tokens = recipe.min_tokens or 1  # passes of fewer stay BF16; "auto" is 1 until it was measured
         self.table = PrecisionTable(by_role(selection.prefill, selection.decode))
         self.words = by_role(selection.prefill, selection.decode)  # role -> what passes and tokens count under
         self.split = selection.prefill != selection.decode  # whether rows can need protection
@@ -103,8 +105,8 @@ class Schedule:
             return ScheduledPass(MASTER_PASS, "bf16", counted)
         if not self.split:
             return self._scheduled(rows, Pass(Role.PROMPT), protected=())
-        if rows.prefill < self.recipe.min_tokens:
-            return self._scheduled(rows, PROTECTED_PASS, protected=())
+        if rows.prefill < self.min_tokens:
+            return replace(self._scheduled(rows, PROTECTED_PASS, protected=()), short=True)
         if rows.protected_total == rows.total:
             return self._scheduled(rows, PROTECTED_PASS, protected=rows.protected)
         eager = EagerRows(rows.total, rows.protected, device)

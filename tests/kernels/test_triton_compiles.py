@@ -112,6 +112,8 @@ def expert_rows_case(kernel: str, act: str = "", interleaved: bool = False) -> C
     return expert_rows._down, pointers, constants | {"BN": 64}, 4
 
 
+DEEP = {"SOME_K": 128, "MANY_K": 64}
+
 # kernel, types of its arguments, constants, warps: what the launches in the package pass
 CASES: dict[str, Case] = {
     "activations_rows_fp8": activations_case("rows", "fp8", 4096),
@@ -185,13 +187,14 @@ CASES: dict[str, Case] = {
         dict.fromkeys(("out_ptr", "rest_ptr", "rows_ptr", "weight_ptr", "bias_ptr"), "*bf16")
         | {"index_ptr": "*i64"}
         | dict.fromkeys(("slots", "N", "cut", "out_stride", "rest_stride", "rows_stride", "weight_stride"), "i32"),
-        {"FEW": 16, "HAS_BIAS": 1, "PREFETCH": True, **constants},
+        {"FEW": 16, "GROUP": 128, "HAS_BIAS": 1, "PREFETCH": True, **constants},
         4,
     )
     for name, constants in {
-        "4096_of_4096": {"K": 4096, "MANY": 64, "BLOCK_N": 32, "FEW_K": 256, "MANY_K": 64, "WHOLE": True},
-        "6144_of_4096": {"K": 4096, "MANY": 64, "BLOCK_N": 32, "FEW_K": 128, "MANY_K": 64, "WHOLE": True},
-        "one_of_48": {"K": 48, "MANY": 16, "BLOCK_N": 32, "FEW_K": 16, "MANY_K": 16, "WHOLE": False},
+        "4096_of_4096": {"K": 4096, "MANY": 256, "BLOCK_N": 32, "FEW_K": 256, **DEEP, "WHOLE": True},
+        "6144_of_4096": {"K": 4096, "MANY": 64, "BLOCK_N": 32, "FEW_K": 128, **DEEP, "WHOLE": True},
+        "24576_of_4096": {"K": 4096, "MANY": 256, "BLOCK_N": 64, "FEW_K": 128, **DEEP, "WHOLE": True},
+        "one_of_48": {"K": 48, "MANY": 16, "BLOCK_N": 32, "FEW_K": 16, "SOME_K": 16, "MANY_K": 16, "WHOLE": False},
     }.items()
 }
 
@@ -463,23 +466,22 @@ def dot(self, a, b, total, *_):  # Triton's own multiplies the bits of BF16
 InterpreterBuilder.create_dot = dot
 few_rows._shared_memory = lambda device: 232448
 
-for (n, k), slots, used in itertools.product([(96, 64), (200, 48)], [5, 16, 64], [0, 1, 5, 16, 20, 64]):
-    if used > slots:
-        continue
+few = [(5, 0), (5, 5), (16, 1), (16, 16), (64, 1), (64, 20), (64, 40), (256, 64), (256, 200)]
+for (n, k), (slots, used) in itertools.product([(96, 64), (200, 48)], few):
     index = torch.full((slots,), -1)
-    index[:used] = torch.randperm(100)[:used]
+    index[:used] = torch.randperm(300)[:used]
     rows, weight, bias = torch.randn(slots, k).bfloat16(), torch.randn(n, k).bfloat16(), torch.randn(n).bfloat16()
     for b in (None, bias):
-        out = torch.full((100, n), 7.0).bfloat16()
+        out = torch.full((300, n), 7.0).bfloat16()
         few_rows.linear_rows_(out, index, rows, weight, b)
         exact = rows[:used].double() @ weight.double().t() + (0 if b is None else b.double())
         assert torch.allclose(out[index[:used]].double(), exact, rtol=2**-8, atol=1e-5)
         out[index[:used]] = 7
         assert (out == 7).all()
-    out, rest = torch.zeros(100, 64).bfloat16(), torch.zeros(100, n - 64).bfloat16()
+    out, rest = torch.zeros(300, 64).bfloat16(), torch.zeros(300, n - 64).bfloat16()
     few_rows.linear_rows_(out, index, rows, weight, rest=rest)
     together = torch.cat([out, rest], dim=1)
-    whole = torch.zeros(100, n).bfloat16()
+    whole = torch.zeros(300, n).bfloat16()
     few_rows.linear_rows_(whole, index, rows, weight)
     same(together, whole)
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pkgutil
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -168,5 +167,5 @@ def test_a_batch_without_a_plan_replays_no_prefill_graph(monkeypatch: pytest.Mon
     batch._mixquant_pass = run.schedule.prefill([RequestRows(5, 0, 90)], torch.device("cpu"))
     assert graphs.can_replay_prefill(lambda *_: True, runner, batch)
     assert not graphs.can_replay_prefill(lambda *_: False, runner, batch)
-    run.schedule.recipe = replace(asked, min_tokens=9)  # the graph of 8 rows is BF16 then
+    run.schedule.min_tokens = 9  # the graph of 8 rows is BF16 then
     assert not graphs.can_replay_prefill(lambda *_: True, runner, batch)

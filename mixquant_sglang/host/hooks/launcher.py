@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Asked:
     """What this process was asked for, as far as it parsed server arguments."""
 
     command_line: bool = False  # the arguments came from one, so a refusal ends the process with one line
-    recipe_flag: bool = False
+    flags: dict[str, None] = field(default_factory=dict)  # those of ours that it had, in their order
     dtype: str | None = None
     moe_backend: str | None = None
     recipe: Recipe | None = None
@@ -37,6 +37,7 @@ class Asked:
 
 
 asked = Asked()
+FLAGS = {"--mixquant-recipe": recipe.RECIPE_ENV, "--mixquant-min-tokens": recipe.MIN_TOKENS_ENV}
 
 
 def note(lines: list[str]) -> None:
@@ -45,10 +46,10 @@ def note(lines: list[str]) -> None:
     asked = Asked(noted=lines)
 
 
-class _RecipeFlag(argparse._StoreAction):  # of another kind SGLang takes nothing out of a --config file
+class _Flag(argparse._StoreAction):  # of another kind SGLang takes nothing out of a --config file
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-        asked.recipe_flag = True
-        os.environ[recipe.RECIPE_ENV] = values
+        asked.flags = {**asked.flags, self.option_strings[0]: None}
+        os.environ[FLAGS[self.option_strings[0]]] = values
         setattr(namespace, self.dest, values)
 
 
@@ -57,10 +58,18 @@ def add_recipe_flag(_result: None, parser: argparse.ArgumentParser) -> None:
     asked.command_line = True
     parser.add_argument(
         "--mixquant-recipe",
-        action=_RecipeFlag,
+        action=_Flag,
         metavar="NAME|FILE",
         help="Recipe for --quantization mixquant: a shipped name (mixquant recipes lists them) or a YAML file. "
         f"Default: the environment variable {recipe.RECIPE_ENV}, else 'auto'.",
+    )
+    parser.add_argument(
+        "--mixquant-min-tokens",
+        action=_Flag,
+        metavar="N|auto",
+        help="Prefill passes of fewer new tokens stay BF16, whatever the recipe says; auto: those for which that is "
+        f"faster, by what is timed at the first start. Default: the environment variable {recipe.MIN_TOKENS_ENV}, else "
+        "the recipe's min_tokens.",
     )
 
 
@@ -76,11 +85,11 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
     for name in (machine.ACTIVE_ENV, machine.DISAGGREGATION_ENV, machine.ASKED_ENV):
         os.environ.pop(name, None)
     with _refusing():
-        if asked.recipe_flag and not ours:
-            raise MixQuantError(f"--mixquant-recipe needs --quantization {machine.NAME}")
+        if asked.flags and not ours:
+            raise MixQuantError(f"{next(iter(asked.flags))} needs --quantization {machine.NAME}")
         if ours:
             with _noting():
-                asked.recipe = recipe.load(recipe.requested())
+                asked.recipe = recipe.load_requested()
             _check(server_args)
             for hook in registry.hooks_of():
                 if hook.process != "http":
