@@ -9,6 +9,7 @@ their own BF16 hidden states.  Both are partial sums of this rank: the reduction
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,6 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
 from mixquant_sglang.errors import refusing
 from mixquant_sglang.kernels import registry
-from mixquant_sglang.kernels.beside import Beside
 from mixquant_sglang.kernels.experts.base import Form, Masters, Ready
 from mixquant_sglang.kernels.limits import FEW_ROWS
 from mixquant_sglang.kernels.registry import packed_experts
@@ -264,27 +264,16 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
                 f"which are protected; keep it in BF16 with a recipe rule '{{match: {self.name}, prefill: bf16}}'"
             )
         if x.is_cuda and self.precision[Role.PROTECTED] == "bf16" and len(rows.index) <= FEW_ROWS:
-            return StandardCombineInput(self._with_few(running.role, layer, x.contiguous(), topk, rows.index))
+            from mixquant_sglang.kernels.triton.expert_rows import with_rows
+
+            assert self._form is not None
+            low = partial(self._run, running.role, layer, x, topk)
+            given = (rows.index, x.contiguous(), *_routing(topk), self.masters, self._form)
+            return StandardCombineInput(with_rows(low, *given))
         out = self._run(running.role, layer, x, topk)
         high = self._run(Role.PROTECTED, layer, *pick(x, topk, rows))
         rows.scatter(out, high[: len(rows.index)])
         return StandardCombineInput(out)
-
-    def _with_few(
-        self, role: Role, layer: torch.nn.Module, x: torch.Tensor, topk: StandardTopKOutput, index: torch.Tensor
-    ) -> torch.Tensor:
-        """The result of ``_run`` with the rows of ``index`` in BF16, which are multiplied meanwhile."""
-        from mixquant_sglang.kernels.triton import expert_rows
-
-        assert self._form is not None
-        weights, ids = _routing(topk)
-        room, branch = expert_rows.scratch(index, ids, self.masters), Beside(x.device)
-        with branch.run():
-            parts = expert_rows.multiply(index, x, weights, ids, self.masters, self._form, room)
-        out = self._run(role, layer, x, topk)
-        branch.join()
-        expert_rows.combine_(out, parts, index, ids, self._form)
-        return out
 
     def _run(self, role: Role, layer: torch.nn.Module, x: torch.Tensor, topk: StandardTopKOutput) -> torch.Tensor:
         """x BF16 [T, H], which stays as it is -> BF16 [T, H], each row in the precision of ``role``; ids may be -1."""

@@ -15,10 +15,13 @@ Refused (ValueError): more than 64 slots, sizes that are not multiples of 16.  C
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
+from mixquant_sglang.kernels.beside import Beside
 from mixquant_sglang.kernels.experts.base import Form, Masters
 from mixquant_sglang.kernels.limits import BLOCK, FEW_ROWS
 from mixquant_sglang.kernels.triton.grouped import activated
@@ -42,6 +45,26 @@ def expert_rows_(
 
     No synchronisation, fit for CUDA graphs."""
     combine_(out, multiply(index, x, weights, ids, masters, form, scratch(index, ids, masters)), index, ids, form)
+
+
+def with_rows(
+    low: Callable[[], torch.Tensor],
+    index: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    masters: Masters,
+    form: Form,
+) -> torch.Tensor:
+    """The result of ``low``, [T, H], with the rows of ``index`` as ``expert_rows_`` has them; their weights are read
+    meanwhile, where a CUDA graph is captured."""
+    room, branch = scratch(index, ids, masters), Beside(x.device)
+    with branch.run():
+        parts = multiply(index, x, weights, ids, masters, form, room)
+    out = low()
+    branch.join()
+    combine_(out, parts, index, ids, form)
+    return out
 
 
 def scratch(index: torch.Tensor, ids: torch.Tensor, masters: Masters) -> tuple[torch.Tensor, torch.Tensor]:
