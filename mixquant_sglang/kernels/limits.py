@@ -20,6 +20,7 @@ FP8_ROWS = 1024
 FP8_SEGMENT = 8192
 FP8_SAMPLE = 1024
 FP8_PARTS = 4
+FP8_BYTES = 512 * 2**20  # of keys and values together, at most
 
 # Numbers along K that share a scale in NVFP4, and the multiple that K must be of for every kernel here.
 BLOCK = formats.BLOCK

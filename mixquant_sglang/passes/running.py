@@ -18,6 +18,7 @@ from mixquant_sglang.recipe.roles import Role
 
 if TYPE_CHECKING:
     from mixquant_sglang.kernels.rows import Rows
+    from mixquant_sglang.passes.attention import LowRows
     from mixquant_sglang.passes.queries import Queries
 
 
@@ -54,13 +55,15 @@ class Pass:
 
     Of the last layer's results only the rows ``read`` are looked at; None: all.  ``queries`` are these rows, if its
     attention is to compute them alone.  ``from_masters``: BF16 in every operator and for all rows, because packed
-    copies are not those of their masters (``weights/refresh.py``)."""
+    copies are not those of their masters (``weights/refresh.py``).  ``attention``: the rows whose attention is low;
+    None: none."""
 
     role: Role
     rows: Rows | None = None
     read: Rows | None = None
     queries: Queries | None = None
     from_masters: bool = False
+    attention: LowRows | None = None
 
 
 DECODE_PASS = Pass(Role.DECODE)
