@@ -104,8 +104,11 @@ def _prepare_native(run: Runtime, low: LowAttention, heads: Heads, tokens: int, 
         return f"heads are of {heads.size} elements"
     if tokens < run.recipe.attention_from:
         return f"requests have at most {tokens} tokens"
+    shared = None
+    if run.gathering is not None and run.gathering.heads == heads and tokens <= 2 * len(run.gathering.keys):
+        shared = run.gathering.keys, run.gathering.values  # a layer of a pass gathers, or is low
     try:
-        low.scratch = LowScratch.of(heads, tokens, rows, device)
+        low.scratch = LowScratch.of(heads, tokens, rows, device, shared=shared)
         return _compare(low.scratch, low.sample, device)
     except torch.OutOfMemoryError:
         return "too little memory for its scratch"

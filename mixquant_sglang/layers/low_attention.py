@@ -154,7 +154,7 @@ class LowExtend:
         paged = self._kernels.paged
         if call["ver"] != 3 or call.get("return_softmax_lse") or call["k_cache"].dtype != torch.bfloat16:
             return paged(**call)  # type: ignore[no-any-return]
-        if not (call["k_cache"].is_contiguous() and call["v_cache"].is_contiguous()):
+        if not all(map(torch.Tensor.is_contiguous, (call["k_cache"], call["v_cache"]))):
             self._low.leave([layer_id], "its keys and values do not lie one behind the other in the cache")
             return paged(**call)  # type: ignore[no-any-return]
         if rows is not self._rows:

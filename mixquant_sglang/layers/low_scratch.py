@@ -27,22 +27,40 @@ class LowScratch:
     parts: torch.Tensor
     sums: torch.Tensor
     ones: torch.Tensor
+    shared: bool = False
     _starts: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, heads: Heads, tokens: int, rows: int, device: torch.device, parts: int = FP8_PARTS) -> LowScratch:
-        """For requests of up to ``tokens`` tokens with their prefixes, of which up to ``rows`` are new."""
+    def of(
+        cls,
+        heads: Heads,
+        tokens: int,
+        rows: int,
+        device: torch.device,
+        parts: int = FP8_PARTS,
+        shared: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> LowScratch:
+        """For requests of up to ``tokens`` tokens with their prefixes, of which up to ``rows`` are new.
+
+        ``shared``: contiguous memory for keys and for values, which nothing else uses in the same layer of a pass."""
         rows = min(rows, FP8_SEGMENT)
         empty = partial(torch.empty, device=device)
-        keys, values = (empty(tokens, heads.keys, heads.size, dtype=torch.float8_e4m3fn) for _ in range(2))
+        shape = tokens, heads.keys, heads.size
+        if shared is None:
+            keys, values = (empty(shape, dtype=torch.float8_e4m3fn) for _ in range(2))
+        else:
+            keys, values = (part.view(torch.float8_e4m3fn).view(-1, *shape[1:])[:tokens] for part in shared)
         queries = empty(rows, heads.queries * heads.size, dtype=torch.float8_e4m3fn)
         held = empty(parts, rows, heads.queries, heads.size, dtype=torch.bfloat16)
         sums = empty(parts, heads.queries, rows, dtype=torch.float32)
-        return cls(heads, keys, values, queries, held, sums, torch.ones(1, heads.keys, device=device))
+        ones = torch.ones(1, heads.keys, device=device)
+        return cls(heads, keys, values, queries, held, sums, ones, shared is not None)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.keys, self.values, self.queries, self.parts, self.sums))
+        """Without what is shared."""
+        own = [self.queries, self.parts, self.sums] + ([] if self.shared else [self.keys, self.values])
+        return sum(part.nbytes for part in own)
 
     def starts(self, length: int) -> torch.Tensor:
         """int32 [2]: 0 and ``length``."""

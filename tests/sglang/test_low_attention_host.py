@@ -14,7 +14,7 @@ import torch
 from mixquant_sglang import recipe
 from mixquant_sglang.host import low_attention as host
 from mixquant_sglang.host.runtime import Pair, Runtime
-from mixquant_sglang.layers.gathered_attention import Heads
+from mixquant_sglang.layers.gathered_attention import Gathering, Heads
 from mixquant_sglang.layers.low_scratch import LowScratch
 from mixquant_sglang.passes.attention import LowLimits
 from mixquant_sglang.recipe.roles import Kind, Role
@@ -34,7 +34,9 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "_compare", lambda *_: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     made = LowScratch.of
-    monkeypatch.setattr(LowScratch, "of", lambda heads, tokens, rows, _: made(heads, tokens, min(rows, 64), CPU))
+    monkeypatch.setattr(
+        LowScratch, "of", lambda heads, tokens, rows, _, **more: made(heads, tokens, min(rows, 64), CPU, **more)
+    )
 
 
 def server(**more: Any) -> Any:
@@ -65,6 +67,19 @@ def test_a_server_with_flash_attention_3(caplog: pytest.LogCaptureFixture) -> No
     few = runtime()
     host.prepare_low_attention(few, server(max_total_tokens=20000), CUDA)
     assert few.schedule.low_attention == LowLimits(8192, 20000)
+
+
+def test_keys_and_values_lie_where_others_are_gathered() -> None:
+    for tokens, shares in ((20480, True), (20000, False)):
+        run = runtime()
+        held = [torch.empty(tokens, HEADS.keys * HEADS.size, dtype=torch.bfloat16) for _ in range(2)]
+        run.gathering = Gathering(HEADS, *held, {})
+        host.prepare_low_attention(run, server(), CUDA)
+        assert run.low_attention is not None and run.low_attention.scratch is not None
+        scratch = run.low_attention.scratch
+        assert scratch.keys.shape == scratch.values.shape == (40960, 2, 64) and scratch.shared is shares
+        assert [scratch.keys.data_ptr(), scratch.values.data_ptr()] == [x.data_ptr() for x in held] or not shares
+        assert scratch.nbytes == 64 * 8 * 64 * (1 + 4 * 2) + 4 * 8 * 64 * 4 + (0 if shares else 2 * 40960 * 128)
 
 
 def test_a_server_that_emulates_it(caplog: pytest.LogCaptureFixture) -> None:
