@@ -99,6 +99,7 @@ class LowScratch:
             parts, held = segments(count - new + start, rows, segment), 0
             for part in parts:
                 last = part is parts[-1]
+                place = self.parts[held, :rows] if len(parts) > 1 else target
                 found = whole(
                     low.view(rows, self.heads.queries, self.heads.size),
                     keys[part.start : part.stop],
@@ -113,8 +114,10 @@ class LowScratch:
                     k_descale=scales[:1],
                     v_descale=scales[1:],
                     return_softmax_lse=True,
-                    out=self.parts[held, :rows] if len(parts) > 1 else target,
+                    out=place,
                 )
+                if found[0].data_ptr() != place.data_ptr():  # SGLang calls builds that know no ``out`` without it
+                    place.copy_(found[0])
                 if len(parts) == 1:
                     break
                 self.sums[held, :, :rows] = found[1]

@@ -211,7 +211,7 @@ def milliseconds(arms: dict[str, Call], rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", nargs=3, type=int, default=[32, 8, 128], help="of queries, of keys; elements")
-    parser.add_argument("--new", nargs="+", type=int, default=[8192, 2048], help="new rows")
+    parser.add_argument("--new", nargs="+", type=int, default=[8192, 4096, 2048, 1024], help="new rows")
     parser.add_argument("--keys", nargs="+", type=int, default=[8192, 16384, 32768, 65536, 131072])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--variants", action="store_true")
