@@ -180,7 +180,8 @@ class LowExtend:
 
     def _begin(self, rows: LowRows, call: dict[str, Any]) -> None:
         self._rows, table, page = rows, call["page_table"], call["k_cache"].shape[1]
-        self._slots = [slots_of(table[r.number : r.number + 1], [r.whole], page) for r in rows.requests]
+        # copies: where a table's row begins, Triton would compile another kernel
+        self._slots = [slots_of(table[r.number : r.number + 1], [r.whole], page).clone() for r in rows.requests]
         self._high = {} if rows.high is None else _arguments(rows.high, call)
 
 

@@ -234,3 +234,41 @@ def test_on_the_gpu_errors_are_those_of_the_emulation(kind: str, heads: tuple[in
     found = error(out[rows], want)
     print(kind, heads, f"{100 * found:.2f}% (emulated {100 * emulated:.2f}%)")
     assert found < emulated + 0.03
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_nothing_is_compiled_after_the_check_at_start() -> None:
+    from mixquant_sglang.host.low_attention import _compare
+    from mixquant_sglang.kernels.triton.warm_up import compiled
+    from mixquant_sglang.layers.gathered_attention import Heads
+    from mixquant_sglang.layers.low_scratch import LowScratch
+    from mixquant_sglang.versions.attention import flash_attention_3
+
+    device, heads = torch.device("cuda"), (8, 2, 128)
+    scratch = LowScratch.of(Heads(*heads), 50000, 2048, device)
+    assert _compare(scratch, 1024, device) == ""
+    known = compiled()
+    assert known > 3
+    for new, total in ((1024, 8192), (1031, 9001), (2048, 30000), (4097, 49999)):
+        q, k, v = operands("normal", new, total, heads, "cuda")
+        slots = torch.randperm(total, device=device).int()
+        scratch.attend(flash_attention_3()[1], q, (k, v), slots, torch.empty_like(q), scaling=0.1)
+    assert compiled() == known
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_a_rows_bits_do_not_depend_on_what_ran_before() -> None:
+    """Of scratch that other requests have filled."""
+    from mixquant_sglang.layers.gathered_attention import Heads
+    from mixquant_sglang.layers.low_scratch import LowScratch
+    from mixquant_sglang.versions.attention import flash_attention_3
+
+    heads, whole = (32, 8, 128), flash_attention_3()[1]
+    scratch = LowScratch.of(Heads(*heads), 40000, 8192, torch.device("cuda"))
+    found = []
+    for kind, new, total in (("normal", 1500, 20000), ("mean", 8192, 40000), ("normal", 1500, 20000)):
+        q, k, v = operands(kind, new, total, heads, "cuda")
+        slots, out = torch.arange(total, device="cuda").int(), torch.empty_like(q)
+        scratch.attend(whole, q, (k, v), slots, out, scaling=128**-0.5)
+        found.append(out)
+    assert torch.equal(found[0], found[2])

@@ -81,7 +81,7 @@ def merge(parts: torch.Tensor, sums: torch.Tensor, count: int, out: torch.Tensor
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _sample(
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
@@ -116,7 +116,7 @@ def _sample(
     tl.store(out_ptr + 2 * width + column, largest, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
 def _quantize_cache(
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
@@ -160,7 +160,7 @@ def _quantize_queries(
     tl.store(out_ptr + row * width + column, _e4m3(x), mask=column < width)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows", "most"])  # type: ignore[untyped-decorator]
 def _merge(
     parts_ptr: tl.tensor,
     sums_ptr: tl.tensor,
