@@ -24,7 +24,6 @@ from mixquant_sglang.passes.attention import HighRows, LowRequest, LowRows
 from mixquant_sglang.passes.running import current
 from mixquant_sglang.recipe.text import some
 from mixquant_sglang.versions.attention import (
-    attends_plainly,
     cached_keys,
     extend_namespace,
     instead_of_pages,
@@ -114,7 +113,9 @@ def find_layers(model: torch.nn.Module, heads: Heads | None, low: LowAttention) 
             continue
         reason = why_special(module)
         own = Heads(module.tp_q_head_num, module.tp_k_head_num, module.head_dim)
-        if not reason and (own != heads or module.v_head_dim != own.size or not attends_plainly(module)):
+        if not reason and module.v_head_dim != own.size:
+            reason = "latent attention, whose values are of another size than its keys"
+        elif not reason and own != heads:
             reason = "its heads are others than those of most layers"
         if reason:
             low.stays_bf16.setdefault(reason, []).append(name)

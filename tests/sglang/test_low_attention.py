@@ -319,15 +319,18 @@ def test_layers_are_sorted_by_what_they_are() -> None:
         return layer  # type: ignore[no-any-return]
 
     wide = at(5)
-    wide.head_dim = 64  # type: ignore[assignment]
+    wide.head_dim = wide.v_head_dim = 64  # type: ignore[assignment]
     found = low_attention_of(layers={})
-    model = Model(a=at(0), b=at(1, sliding_window_size=8), c=at(2, logit_cap=30.0), d=torch.nn.Identity(), e=wide)
+    others = {"b": at(1, sliding_window_size=8), "c": at(2, logit_cap=30.0), "d": torch.nn.Identity()}
+    model = Model(a=at(0), **others, e=wide, f=at(6, v_head_dim=64), g=at(7, is_cross_attention=True))
     find_layers(model, Heads(HEADS, KV_HEADS, DIM), found)
     assert found.layers == {0: "a"}
     assert found.stays_bf16 == {
         "sliding_window_size": ["b"],
         "logit_cap": ["c"],
         "its heads are others than those of most layers": ["e"],
+        "latent attention, whose values are of another size than its keys": ["f"],
+        "is_cross_attention": ["g"],
     }
 
 
