@@ -14,6 +14,7 @@ from pathlib import Path
 # Each module has a function ``command``, which reads sys.argv.
 COMMANDS = {
     "bench_agent": "bench.agent",
+    "bench_attention": "bench.attention",
     "bench_kernels": "bench.kernels",
     "bench_prefill": "bench.prefill",
     "bench_trace": "bench.trace",

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 def prepare_gathering(run: Runtime, model_runner: Any, device: torch.device) -> None:
     """Sees whether gathering gives the same bits and pays, with the model's heads; its scratch stays.  A decode server
     of a pair has no prefill."""
+    if run.schedule.local:  # DP attention: passes have more rows than their requests
+        return
     args = dialect().resolved(model_runner.server_args)
     if not run.recipe.fuse or device.type != "cuda" or prefill_attention(args) != "fa3":
         return

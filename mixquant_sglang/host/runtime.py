@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from mixquant_sglang import __version__
 from mixquant_sglang.kernels.environment import NOTHING, Environment
 from mixquant_sglang.layers.gathered_attention import Gathering
+from mixquant_sglang.layers.low_attention import LowAttention
 from mixquant_sglang.passes.counters import PassCounters
 from mixquant_sglang.passes.graphs import Graphs
 from mixquant_sglang.passes.schedule import Schedule, ScheduledPass
@@ -102,6 +103,7 @@ class Runtime:
         self.precisions: Counter[str] = Counter()  # linears by the precision of prompt rows
         self.experts: Counter[str] = Counter()  # MoE layers by that of prompt rows
         self.gathering: Gathering | None = None  # of keys and values for prefill attention, where it pays
+        self.low_attention: LowAttention | None = None  # where the recipe asks for it
         self.shortage: Callable[[], str] | None = None  # for a server that has too little memory, once it is loaded
         self.unproven: str | None = None  # why the probe could not run
         self.stays_bf16: dict[str, list[str]] = {}  # reason -> modules
@@ -166,6 +168,13 @@ class Runtime:
             state |= {"disaggregation": self.pair.mode}
         if self.gathering is not None:
             state["gathered_attention"] = self.gathering.state()
+        if self.low_attention is not None:
+            low = self.counters.low_attention_rows
+            rows = {"fp8": low, "bf16": sum(self.counters.by_phase("prefill").values()) - low}
+            state["attention"] = self.low_attention.state() | {
+                "rows": rows,
+                "passes": self.counters.low_attention_passes,
+            }
         if several:
             state["stages"] = [
                 {"layers": dict(s.layers), "experts": dict(s.experts), "extra_weight_bytes": s.extra_weight_bytes}

@@ -15,5 +15,13 @@ GATHERED_PREFIXES = (2048, 4096, 8192, 16384, 32768)
 GATHERED_GAIN = 1.02
 GATHERED_BYTES = 512 * 2**20
 
+# Prefill attention in FP8 (``kernels/attention.py``): new rows of a request from which it is used; keys in a segment,
+# at most; tokens at the start of a sequence that its mean and its scales come from; parts that are merged at once.
+FP8_ROWS = 1024
+FP8_SEGMENT = 8192
+FP8_SAMPLE = 1024
+FP8_PARTS = 4
+FP8_BYTES = 512 * 2**20  # of keys and values together, at most
+
 # Numbers along K that share a scale in NVFP4, and the multiple that K must be of for every kernel here.
 BLOCK = formats.BLOCK

@@ -11,7 +11,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -23,9 +22,15 @@ from mixquant_sglang.kernels.limits import GATHERED_BYTES as SCRATCH_BYTES
 from mixquant_sglang.kernels.limits import GATHERED_GAIN as GAIN
 from mixquant_sglang.kernels.limits import GATHERED_PREFIXES as PREFIXES
 from mixquant_sglang.kernels.limits import GATHERED_ROWS as ROWS
-from mixquant_sglang.versions.attention import PAGED, attends_plainly, extend_namespace, reads_pages
+from mixquant_sglang.versions.attention import (
+    attends_plainly,
+    extend_namespace,
+    instead_of_pages,
+    prefill_part,
+    reads_pages,
+)
 
-_MODES = ("EXTEND", "MIXED")
+MODES = ("EXTEND", "MIXED")
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ class GatheredExtend:
     over gathered keys and values, where ``Gathering.pays``.  All else is SGLang's, the writing of the cache too."""
 
     def __init__(self, backend: Any, gathering: Gathering, kernels: Kernels) -> None:
-        self._whole = backend.forward_extend
+        self.whole = backend.forward_extend
         self._names = extend_namespace(backend)
         self._gathering = gathering
         self._kernels = kernels
@@ -208,12 +213,12 @@ class GatheredExtend:
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **more: Any
     ) -> Any:
         if any(value is not None for value in more.values()) or not self._gathers(q, layer, forward_batch):
-            return self._whole(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **more)
-        with self._instead():
-            return self._whole(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **more)
+            return self.whole(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **more)
+        with instead_of_pages(self._names, self._attend):
+            return self.whole(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **more)
 
     def _gathers(self, q: Any, layer: Any, forward_batch: Any) -> bool:
-        if forward_batch.forward_mode.name not in _MODES:
+        if forward_batch.forward_mode.name not in MODES:
             return False
         plain = self._plain.get(layer.layer_id)
         if plain is None:
@@ -236,16 +241,6 @@ class GatheredExtend:
         lengths = [*zip(map(int, new), map(int, whole), strict=True)]
         if self._gathering.pays([n for n, _ in lengths], [w for _, w in lengths]):
             self._lengths = lengths
-
-    @contextmanager
-    def _instead(self) -> Iterator[None]:
-        """SGLang's back end looks ``flash_attn_with_kvcache`` up in its module each time that it calls it."""
-        paged = self._names[PAGED]
-        self._names[PAGED] = self._attend
-        try:
-            yield
-        finally:
-            self._names[PAGED] = paged
 
     def _attend(self, *, ver: int, return_softmax_lse: bool = False, **call: Any) -> torch.Tensor:
         if ver != 3 or return_softmax_lse or call["k_cache"].dtype != torch.bfloat16:
@@ -273,8 +268,7 @@ def heads_of(model: torch.nn.Module) -> Heads | None:
 
 def gather_attention(backend: Any, gathering: Gathering, kernels: Kernels) -> str:
     """Lets ``backend`` gather; returns why it cannot, or nothing."""
-    backend = getattr(backend, "full_attn_backend", backend)  # of models that have other layers too
-    backend = getattr(backend, "prefill_backend", backend)  # where decode has another
+    backend = prefill_part(backend)
     reason = reads_pages(backend)
     if not reason:
         backend.forward_extend = GatheredExtend(backend, gathering, kernels)

@@ -30,6 +30,8 @@ class PassCounters:
         self.passes: Counter[tuple[str, str]] = Counter()
         self.protected_rows = 0
         self.short_passes = self.short_rows = 0  # that stayed BF16 because they were below min_tokens
+        self.low_attention_rows = 0  # of prefill passes
+        self.low_attention_passes = 0
         self._series: Series | None = None
 
     def add(self, phase: str, precision: str, tokens: Mapping[tuple[str, str], int], protected: int = 0) -> None:
@@ -54,6 +56,11 @@ class PassCounters:
         self.tokens[key] += rows
         if self._series:
             self._series.add(phase, precision, {key: rows}, 0)
+
+    def add_low_attention(self, rows: int) -> None:
+        """Counts one prefill pass of whose rows so many had their attention in low precision."""
+        self.low_attention_rows += rows
+        self.low_attention_passes += 1
 
     def attach(self, series: Series) -> None:
         """Carries over what was counted so far, and counts there too from now on."""

@@ -18,6 +18,7 @@ from mixquant_sglang.recipe.roles import Role
 
 if TYPE_CHECKING:
     from mixquant_sglang.kernels.rows import Rows
+    from mixquant_sglang.passes.attention import LowRows
     from mixquant_sglang.passes.queries import Queries
 
 
@@ -55,7 +56,8 @@ class Pass:
     Of the last layer's results only the rows ``read`` are looked at; None: all.  ``queries`` are these rows, if its
     attention is to compute them alone.  ``tokens``: how many rows there are, where some layers are given others, so
     that each linear of low precision has to look.  ``from_masters``: BF16 in every operator and for all rows, because
-    packed copies are not those of their masters (``weights/refresh.py``)."""
+    packed copies are not those of their masters (``weights/refresh.py``).  ``attention``: the rows whose attention is
+    low; None: none."""
 
     role: Role
     rows: Rows | None = None
@@ -63,6 +65,7 @@ class Pass:
     queries: Queries | None = None
     tokens: int | None = None
     from_masters: bool = False
+    attention: LowRows | None = None
 
 
 DECODE_PASS = Pass(Role.DECODE)

@@ -10,6 +10,7 @@ import torch
 
 from mixquant_sglang.kernels.rows import EagerRows
 from mixquant_sglang.passes import limits
+from mixquant_sglang.passes.attention import LowLimits, LowRows
 from mixquant_sglang.passes.queries import Queries
 from mixquant_sglang.passes.rows import RequestRows, RowSplit, split_rows
 from mixquant_sglang.passes.running import MASTER_PASS, PROTECTED_PASS, Pass
@@ -66,6 +67,7 @@ class Schedule:
         self.prunes = False  # whether the last layer leaves out rows that nobody reads
         self.prunes_attention = False  # whether its attention does so too
         self.local = False  # whether layers between attention are given the rows of all ranks (DP attention)
+        self.low_attention: LowLimits | None = None  # of which requests attention runs in low precision
         self._copies = copies
         self._name_roles()
 
@@ -75,7 +77,8 @@ class Schedule:
         A role goes by the recipe's own precision where that is low and some layer runs it, else by the low ones that
         rules gave some layers, else by ``bf16``."""
         kinds = {kind: [layer for layer in layers if layer.kind is kind] for kind in (Kind.LINEAR, Kind.EXPERTS)}
-        self.table = PrecisionTable(self._words(kinds[Kind.LINEAR]), self._words(kinds[Kind.EXPERTS]))
+        attention = {} if self.low_attention is None else {Role.PROMPT: self.recipe.attention}
+        self.table = PrecisionTable(self._words(kinds[Kind.LINEAR]), self._words(kinds[Kind.EXPERTS]), attention)
         self.words = self._words(layers)
         self._name_roles()
 
@@ -103,14 +106,16 @@ class Schedule:
         if self.selection.kernels and not self._copies.current:
             counted = {("prefill", "bf16"): rows.prefill, ("decode", "bf16"): rows.decode}
             return ScheduledPass(MASTER_PASS, "bf16", counted)
+        attention = self._low_rows(requests, rows, device)
         if not self.split:
-            return self._scheduled(rows, Pass(Role.PROMPT), protected=())
+            return self._scheduled(rows, Pass(Role.PROMPT, attention=attention), protected=())
         if rows.prefill < self.min_tokens:
             return replace(self._scheduled(rows, PROTECTED_PASS, protected=()), short=True)
         if rows.protected_total == rows.total:
             return self._scheduled(rows, PROTECTED_PASS, protected=rows.protected)
         eager = EagerRows(rows.total, rows.protected, device)
-        running = Pass(Role.PROMPT, eager if rows.protected else None, tokens=rows.total if self.local else None)
+        running = Pass(Role.PROMPT, eager if rows.protected else None, attention=attention)
+        running = replace(running, tokens=rows.total if self.local else None)
         if reads_all or not self.prunes:
             return self._scheduled(rows, running, protected=rows.protected)
         # The last row of a middle chunk is sampled from too, but the token is thrown away.
@@ -131,6 +136,12 @@ class Schedule:
             return None
         protects = self.recipe.protect_last_prompt_token
         return Queries(rows.shares if protects else [(new, 1) for new, _ in rows.shares], device)
+
+    def _low_rows(self, requests: Sequence[RequestRows], rows: RowSplit, device: torch.device) -> LowRows | None:
+        if self.low_attention is None:
+            return None
+        low = LowRows(requests, rows.shares, self.low_attention, device)
+        return low if low.requests else None
 
     def _scheduled(
         self,

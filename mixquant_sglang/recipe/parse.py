@@ -19,6 +19,8 @@ import yaml
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.recipe.schema import (
+    ATTENTION,
+    ATTENTION_FROM,
     DEFAULT,
     KERNELS,
     KEYS,
@@ -104,7 +106,7 @@ def _parse(name: str, file: str, text: str) -> Recipe:
     version = root.integer("version", 0)
     if version != 1:
         raise root.error("version", f"{version} is not a version that this release reads; allowed: 1")
-    prefill = root.section("prefill", ("precision", "min_tokens", "fuse", "weights"))
+    prefill = root.section("prefill", ("precision", "min_tokens", "fuse", "weights", "attention", "attention_from"))
     precision = prefill.choice("precision", PREFILL_PRECISIONS, "auto")
     layers = tuple(_rule(entry) for entry in root.entries("layers", ("match", "prefill", "decode", "optional")))
     protect = root.section("protect", ("last_prompt_token", "last_prompt_tokens"))
@@ -126,7 +128,18 @@ def _parse(name: str, file: str, text: str) -> Recipe:
         protected_tail=protect.integer("last_prompt_tokens", 1, least=1),
         prefill_weights=_ready_made(prefill, precision, layers),
         prefill_weights_at=prefill.at("weights") if "weights" in prefill.nodes else "",
+        attention=_attention(prefill, precision),
+        attention_from=prefill.integer("attention_from", ATTENTION_FROM, least=16),
     )
+
+
+def _attention(prefill: YamlMap, precision: str) -> str:
+    asked = prefill.choice("attention", ATTENTION, "bf16")
+    if asked != "bf16" and precision == "bf16":
+        raise prefill.error("attention", f"is {asked} where precision is bf16; allowed with: auto, fp8, nvfp4")
+    if asked == "bf16" and "attention_from" in prefill.nodes:
+        raise prefill.error("attention_from", "says from where on attention is low, and attention is bf16")
+    return asked
 
 
 def _ready_made(prefill: YamlMap, precision: str, layers: tuple[LayerRule, ...]) -> str:

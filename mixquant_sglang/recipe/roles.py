@@ -8,8 +8,8 @@
 | verify | drafted tokens that the served model looks at |
 | draft | of the model that drafts |
 
-A recipe's ``prefill`` speaks of prompt rows, its ``decode`` of all others.  Attention is BF16 in this version, whatever
-the recipe says; so are experts of a model that has none.
+A recipe's ``prefill`` speaks of prompt rows, its ``decode`` of all others.  Attention is BF16, but for prompt rows of
+long prompts where ``prefill.attention`` says so; experts of a model that has none are BF16 here.
 """
 
 from __future__ import annotations
@@ -42,8 +42,13 @@ def by_role(prefill: str, decode: str) -> dict[Role, str]:
 class PrecisionTable(Mapping[tuple[Role, Kind], str]):
     """(role, kind of operator) -> precision."""
 
-    def __init__(self, linear: Mapping[Role, str], experts: Mapping[Role, str] | None = None) -> None:
-        kinds = {Kind.LINEAR: linear, Kind.EXPERTS: experts or {}}
+    def __init__(
+        self,
+        linear: Mapping[Role, str],
+        experts: Mapping[Role, str] | None = None,
+        attention: Mapping[Role, str] | None = None,
+    ) -> None:
+        kinds = {Kind.LINEAR: linear, Kind.EXPERTS: experts or {}, Kind.ATTENTION: attention or {}}
         self._cells = {(role, kind): kinds.get(kind, {}).get(role, "bf16") for role in Role for kind in Kind}
 
     def __getitem__(self, cell: tuple[Role, Kind]) -> str:

@@ -18,6 +18,8 @@ PRECISIONS = ("bf16", *NATIVE_FROM)
 PREFILL_PRECISIONS = ("auto", *PRECISIONS)
 KERNELS = ("auto", "native", "emulated")
 SCALES = ("absmax", "search")
+ATTENTION = ("bf16", "fp8")
+ATTENTION_FROM = 8192
 KEYS = ("version", "description", "prefill", "decode", "protect", "kernel", "verify", "weights", "layers")
 
 
@@ -58,6 +60,8 @@ class Recipe:
     verify: bool = True  # compare the native NVFP4 kernel with the emulated one at load
     prefill_weights: str = ""  # the folder or hub name of an NVFP4 checkpoint; "" packs from the BF16 one
     prefill_weights_at: str = ""  # "file:line prefill.weights"
+    attention: str = "bf16"  # the precision of prefill's attention itself, whatever its linears take
+    attention_from: int = ATTENTION_FROM  # tokens of a request, with its prefix, from which on it takes that
 
     @property
     def bf16_throughout(self) -> bool:
@@ -67,8 +71,11 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """A file that ``load`` reads as this recipe again, but for where it stands: name, source and lines."""
-        prefill = {"precision": self.prefill, "min_tokens": self.min_tokens or "auto", "fuse": self.fuse}
+        min_tokens: int | str = self.min_tokens or "auto"
+        prefill: dict[str, object] = {"precision": self.prefill, "min_tokens": min_tokens, "fuse": self.fuse}
         tail = {"last_prompt_tokens": self.protected_tail} if self.protect_last_prompt_token else {}
+        if self.attention != "bf16":
+            prefill |= {"attention": self.attention, "attention_from": self.attention_from}
         made = {
             "version": 1,
             **({"description": self.description} if self.description else {}),

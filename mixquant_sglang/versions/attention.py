@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from mixquant_sglang.passes.queries import Queries
 
 _FLASH_ATTENTION = "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend"
+_TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 _RADIX_ATTENTION = "sglang.srt.layers.radix_attention.RadixAttention"
 # What makes its extend attention more than causal attention over a paged cache of keys and values (0.5.17, 0.5.23).
 _SPECIAL_BACKEND = (
@@ -51,6 +56,57 @@ def attends_whole(backend: Any, attention: Any) -> str:
 def attends_plainly(attention: Any) -> bool:
     """Whether a layer's attention is causal, over all keys of its own requests, with no cap on its logits."""
     return not _special(attention) and not attention.logit_cap
+
+
+def why_special(attention: Any) -> str:
+    """What makes a layer's attention more than ``attends_plainly`` asks for; empty if nothing does."""
+    special = _special(attention)
+    return ", ".join(special + (["logit_cap"] if not special and attention.logit_cap else []))
+
+
+def is_attention_layer(module: Any) -> bool:
+    """Whether it is SGLang's own layer of attention over cached keys and values."""
+    return _class_name(module) == _RADIX_ATTENTION
+
+
+def prefill_part(backend: Any) -> Any:
+    """The one of ``backend``'s that runs prefill's attention over all keys."""
+    backend = getattr(backend, "full_attn_backend", backend)  # of models that have other layers too
+    return getattr(backend, "prefill_backend", backend)  # where decode has another
+
+
+def is_torch_native(backend: Any) -> bool:
+    return _class_name(backend) == _TORCH_NATIVE and not backend.use_sliding_window_kv_pool
+
+
+def cached_keys(backend: Any, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of SGLang's torch_native back end: keys and values of a layer, [slots, heads, size]."""
+    pool = backend.token_to_kv_pool
+    return pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)
+
+
+def slots_of_request(backend: Any, forward_batch: Any, number: int, tokens: int) -> torch.Tensor:
+    """Of SGLang's torch_native back end: where the first ``tokens`` tokens of a request lie, [tokens]."""
+    row = forward_batch.req_pool_indices[number]
+    return backend.req_to_token_pool.req_to_token[row, :tokens]  # type: ignore[no-any-return]
+
+
+def is_plain_pass(backend: Any) -> bool:
+    """Whether the running pass of FA3's back end is causal attention and nothing more."""
+    metadata = backend.forward_metadata
+    return all(getattr(metadata, name, None) is None for name in _SPECIAL_METADATA)
+
+
+@contextmanager
+def instead_of_pages(names: dict[str, Any], function: Callable[..., Any]) -> Iterator[None]:
+    """``names``: of ``extend_namespace``.  SGLang's back end looks ``flash_attn_with_kvcache`` up in its module each
+    time that it calls it."""
+    paged = names[PAGED]
+    names[PAGED] = function
+    try:
+        yield
+    finally:
+        names[PAGED] = paged
 
 
 def reads_pages(backend: Any) -> str:
@@ -109,7 +165,7 @@ def metadata_of_queries(backend: Any, queries: Queries) -> Any | None:
     """``forward_metadata`` of FA3's back end for ``queries`` instead of all rows of the pass; None if it holds more
     than what plain causal attention needs."""
     metadata = backend.forward_metadata
-    if any(getattr(metadata, name, None) is not None for name in _SPECIAL_METADATA):
+    if not is_plain_pass(backend):
         return None
     if metadata.cu_seqlens_q is None or len(metadata.cu_seqlens_q) != queries.requests + 1:
         return None

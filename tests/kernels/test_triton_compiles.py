@@ -21,6 +21,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from mixquant_sglang.kernels import triton as package  # noqa: E402
 from mixquant_sglang.kernels.triton import (  # noqa: E402
     activations,
+    attention,
     expert_rows,
     few_rows,
     grouped,
@@ -175,6 +176,34 @@ CASES: dict[str, Case] = {
     "expert_rows_up": expert_rows_case("_up", "silu"),
     "expert_rows_up_interleaved": expert_rows_case("_up", "swiglu_oai", interleaved=True),
     "expert_rows_down": expert_rows_case("_down"),
+    "attention_sample": (
+        attention._sample,
+        {"k_ptr": "*bf16", "v_ptr": "*bf16", "slots_ptr": "*i32", "out_ptr": "*fp32", "tokens": "i32", "width": "i32"},
+        {"TOKENS": 256, "COLUMNS": 32},
+        4,
+    ),
+    "attention_cache_fp8": (
+        attention._quantize_cache,
+        dict.fromkeys(("k_ptr", "v_ptr"), "*bf16")
+        | dict.fromkeys(("low_k_ptr", "low_v_ptr"), "*fp8e4nv")
+        | {"slots_ptr": "*i32", "statistics_ptr": "*fp32", "scales_ptr": "*fp32", "count": "i32"},
+        {"HEADS": 8, "SIZE": 128, "TOKENS": 64, "LARGEST": 56.0},
+        4,
+    ),
+    "attention_queries_fp8": (
+        attention._quantize_queries,
+        {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "width": "i32", "stride": "i32"},
+        {"COLUMNS": 4096},
+        4,
+    ),
+    "attention_merge": (
+        attention._merge,
+        dict.fromkeys(("parts_ptr", "out_ptr"), "*bf16")
+        | dict.fromkeys(("sums_ptr", "out_sums_ptr"), "*fp32")
+        | dict.fromkeys(("rows", "most"), "i32"),
+        {"HEADS": 32, "SIZE": 128, "COUNT": 4, "ROWS": 32},
+        4,
+    ),
     "expert_rows_combine": (
         expert_rows._combine,
         {"parts_ptr": "*bf16", "out_ptr": "*bf16", "index_ptr": "*i64", "ids_ptr": "*i32", "scaling": "fp32"},
@@ -247,7 +276,7 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
     assert f".target sm_{capability}" in ptx
     for instruction in FLUSHING:
         ptx = ptx.replace(instruction, "")
-    if "gelu" not in case:  # whose erf is libdevice's
+    if "gelu" not in case and "merge" not in case:  # whose erf is libdevice's, and whose logarithm a polynomial
         assert "fma." not in ptx and ".ftz" not in ptx and "div.full" not in ptx  # each would change the numbers
     if case.startswith("activations"):
         e2m1 = "nvfp4" in case and capability >= 100  # has the instruction, and needs the exact quotient

@@ -15,7 +15,9 @@ from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from mixquant_sglang.kernels.limits import MANY_ROWS  # noqa: E402
-from mixquant_sglang.kernels.triton import activations, few_rows, launch, unpack, warm_up  # noqa: E402
+from mixquant_sglang.kernels.triton import activations, attention, few_rows, launch, unpack, warm_up  # noqa: E402
+from mixquant_sglang.layers.gathered_attention import Heads  # noqa: E402
+from mixquant_sglang.layers.low_scratch import LowScratch  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -101,6 +103,31 @@ def test_quantisers(keys: set[str], source: str, fmt: str, k: int, protects: boo
     assert len(warmed) == (1 + protects) * (1 + ("norm" in source))
 
 
+def test_attention_compiles_nothing_for_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the check at start runs (``host/low_attention.py``) is all that requests of any length will."""
+    found: set[str] = set()
+    for name in ("_sample", "_quantize_cache", "_quantize_queries", "_merge"):
+        monkeypatch.setattr(attention, name, Recorder(getattr(attention, name), found))
+
+    def whole(q: torch.Tensor, *_: Any, out: torch.Tensor, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return out, torch.zeros(q.shape[1], len(q))
+
+    scratch = LowScratch.of(Heads(4, 2, 64), 4000, 300, CPU)
+
+    def run(new: int, total: int, segment: int, slots: torch.Tensor) -> None:
+        cache = bf16(5000, 2, 64), bf16(5000, 2, 64)
+        q = bf16(new, 4, 64)
+        scratch.attend(whole, q, cache, slots[:total], torch.empty_like(q), scaling=0.1, sample=250, segment=segment)
+
+    for count in range(1, 5):
+        run(192, 192 * count, 192, torch.arange(5000).int())
+    known = {*found}
+    assert len(known) == 6  # merging of two, three and four parts, and the others
+    for new, total, segment in ((1, 1, 300), (77, 333, 300), (300, 3999, 300), (751, 2222, 300), (33, 3001, 1000)):
+        run(new, total, segment, torch.arange(5000).int())
+    assert found == known
+
+
 def test_every_kernel_is_warmed_or_only_runs_at_load() -> None:
     """gather and scatter run in captured graphs alone (rows.py), the scale search packs weights, and products make the
     launches of the other two, whose sizes are those of the weight.  Those of experts take constants that depend on the
@@ -109,5 +136,6 @@ def test_every_kernel_is_warmed_or_only_runs_at_load() -> None:
         *("_linear_rows", "quantize_rows", "quantize_pairs"),
         *("_unpack_weights", "_scale", "_gather", "_scatter", "_search_scales"),
         *("grouped_matmul", "_up", "_down", "_combine"),
+        *("_sample", "_quantize_cache", "_quantize_queries", "_merge"),
     }
     assert all(hasattr(kernel, "device_caches") for kernel in warm_up.KERNELS)

@@ -127,6 +127,11 @@ BENCH_DECODE = {"bf16": (6.41, 6.65, 7.60), "stock-fp8": (4.56, 5.02, 6.01)}
 PASSES_OF_RUNS = [row for run in (PASSES, SECOND_PASSES, LATER_PASSES) for row in table(run, LENGTHS)]
 
 
+def test_what_is_not_predicted_is_said() -> None:
+    described = [make_plan(recipe, QWEN, H200).describe for recipe in ("fp8", "fp8-attention")]
+    assert described[1] == f"{described[0]}; attention in fp8 is predicted as in bf16"
+
+
 @pytest.mark.parametrize(("recipe", "length", "ms"), table(SERVERS, LENGTHS) + table(LATER_SERVERS, LENGTHS))
 def test_prefill_of_our_h200_servers(recipe: str, length: int, ms: float) -> None:
     close(f"{recipe}, {length} tokens", arm(recipe, length).prefill_ms, ms, 0.10)

@@ -141,6 +141,7 @@ SHIPPED = {
     "auto": ("auto", "bf16", True, "auto"),
     "bf16": ("bf16", "bf16", True, "auto"),
     "fp8": ("fp8", "bf16", True, "auto"),
+    "fp8-attention": ("fp8", "bf16", True, "auto"),
     "nvfp4": ("nvfp4", "bf16", True, "auto"),
     "nvfp4-emulated": ("nvfp4", "bf16", True, "emulated"),
     "nvfp4-fp8": ("nvfp4", "bf16", True, "auto"),
@@ -292,7 +293,31 @@ MISTAKES = {
         "version: 1\nprefill:\n  precision: fp8\n  min_token: 4",
         4,
         "prefill.min_token",
-        ["unknown key; allowed: precision, min_tokens, fuse, weights; did you mean 'min_tokens'?"],
+        ["allowed: precision, min_tokens, fuse, weights, attention, attention_from", "did you mean 'min_tokens'?"],
+    ),
+    "low attention of a BF16 prefill": (
+        "version: 1\nprefill:\n  precision: bf16\n  attention: fp8",
+        4,
+        "prefill.attention",
+        ["is fp8 where precision is bf16; allowed with: auto, fp8, nvfp4"],
+    ),
+    "a precision that attention has not": (
+        "version: 1\nprefill: {attention: nvfp4}",
+        2,
+        "prefill.attention",
+        ["'nvfp4' is not one of them; allowed: bf16, fp8"],
+    ),
+    "from where on attention is not low": (
+        "version: 1\nprefill: {attention_from: 4096}",
+        2,
+        "prefill.attention_from",
+        ["says from where on attention is low, and attention is bf16"],
+    ),
+    "attention of too few tokens": (
+        "version: 1\nprefill: {attention: fp8, attention_from: 4}",
+        2,
+        "prefill.attention_from",
+        ["4 is too small; allowed: an integer of at least 16"],
     ),
     "unknown key in a flow mapping over lines": (
         "version: 1\nprotect: {\n  last_token: true}",
@@ -650,6 +675,8 @@ def drawn(field: dataclasses.Field[Any], draw: random.Random) -> Any:
         "verify": (False, True),
         "prefill_weights": ["", "a/folder with spaces", "RedHatAI/Qwen3-8B-NVFP4", "no", "1"],
         "prefill_weights_at": [""],
+        "attention": ("bf16", "fp8"),
+        "attention_from": range(16, 100000),
         "layers": [tuple(drawn_rule(draw) for _ in range(draw.randrange(4)))],
     }
     return draw.choice(choices[field.name])
@@ -680,6 +707,10 @@ def test_a_recipe_survives_being_written_and_read(tmp_path: Path) -> None:
     while done < 300:
         made = Recipe(**{field.name: drawn(field, draw) for field in dataclasses.fields(Recipe)})
         if made.prefill_weights and not recipe.takes_ready_made(made.prefill, made.layers):
+            continue
+        if made.attention == "bf16":  # the file cannot say from where on then
+            made = dataclasses.replace(made, attention_from=8192)
+        elif made.prefill == "bf16":
             continue
         if not made.protect_last_prompt_token:  # the file cannot ask for a tail then
             made = dataclasses.replace(made, protected_tail=1)

@@ -13,6 +13,7 @@ import torch
 
 from mixquant_sglang.kernels.triton import (
     activations,
+    attention,
     expert_rows,
     few_rows,
     grouped,
@@ -24,6 +25,10 @@ from mixquant_sglang.kernels.triton import (
 
 ROWS = 16  # of what is launched; any number is of the same kind
 KERNELS: tuple[Any, ...] = (
+    attention._sample,  # attention's are compiled where they are compared: host/low_attention.py
+    attention._quantize_cache,
+    attention._quantize_queries,
+    attention._merge,
     expert_rows._up,
     expert_rows._down,
     expert_rows._combine,

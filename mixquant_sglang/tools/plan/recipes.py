@@ -26,9 +26,10 @@ def make_plan(name: str, model: Decoder, gpu: Gpu, tp: int = 1, protect: bool | 
         return Plan(name, describe, tuple(stock), False, 1, keeps_bf16=False, fused=False, stock=True)
     loaded = recipes.load(name)
     selection = select(loaded, Device(gpu.name, gpu.capability))
+    attention = "" if loaded.attention == "bf16" else f"; attention in {loaded.attention} is predicted as in bf16"
     return Plan(
         name,
-        selection.describe(),
+        selection.describe() + attention,
         tuple(place(model, loaded, selection, tp, ep)),
         loaded.protect_last_prompt_token if protect is None else protect,
         loaded.min_tokens or 1,
