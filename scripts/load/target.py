@@ -24,6 +24,7 @@ from scripts.serve.processes import Ended, Process, free_port, stop, wait_for
 
 # /health runs a pass of a token otherwise, and the counters are held against the requests that were made.
 QUIET = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0", "PYTHONWARNINGS": "ignore"}
+QUIET["MIXQUANT_MIN_TOKENS"] = "1"  # the books count rows of every prompt, however short, in the recipe's precision
 # On a CPU torch keeps a kernel of oneDNN for each number of rows that it multiplied, 1024 of them in each of two
 # caches, a quarter to half a MiB each: memory that fills for an hour and is no leak.  Bounded, they are soon full.
 ON_CPU = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}

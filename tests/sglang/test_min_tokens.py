@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
@@ -156,6 +157,21 @@ def test_where_nothing_is_timed(
     assert chosen(run) == changes.get("min_tokens", 1)  # ``_time`` would fail
     assert said in caplog.text if said else not caplog.text
     assert chosen(runtime("fp8", HOPPER), torch.device("cpu")) == 1
+
+
+def test_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixquant_sglang.host.hooks import launcher
+
+    monkeypatch.setattr(launcher, "asked", launcher.Asked())
+    monkeypatch.setenv(recipe.RECIPE_ENV, "fp8")
+    monkeypatch.setenv(recipe.MIN_TOKENS_ENV, "7")
+    parser = argparse.ArgumentParser()
+    launcher.add_recipe_flag(None, parser)
+    parser.parse_args([])
+    assert not launcher.asked.flags and recipe.load_requested().min_tokens == 7
+    parser.parse_args(["--mixquant-min-tokens", "480"])
+    assert [*launcher.asked.flags] == ["--mixquant-min-tokens"] and recipe.load_requested().min_tokens == 480
+    assert recipe.load_requested().name == "fp8"
 
 
 def test_rules_that_decode_low(times: dict[str, Any]) -> None:
