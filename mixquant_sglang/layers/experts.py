@@ -9,7 +9,6 @@ their own BF16 hidden states.  Both are partial sums of this rank: the reduction
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -263,14 +262,13 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
                 f"mixquant: {self.name} got {len(x)} rows in a pass of {rows.tokens}, so it cannot tell "
                 f"which are protected; keep it in BF16 with a recipe rule '{{match: {self.name}, prefill: bf16}}'"
             )
+        out = self._run(running.role, layer, x, topk)
         if x.is_cuda and self.precision[Role.PROTECTED] == "bf16" and len(rows.index) <= FEW_ROWS:
-            from mixquant_sglang.kernels.triton.expert_rows import with_rows
+            from mixquant_sglang.kernels.triton.expert_rows import expert_rows_
 
             assert self._form is not None
-            low = partial(self._run, running.role, layer, x, topk)
-            given = (rows.index, x.contiguous(), *_routing(topk), self.masters, self._form)
-            return StandardCombineInput(with_rows(low, *given))
-        out = self._run(running.role, layer, x, topk)
+            expert_rows_(out, rows.index, x.contiguous(), *_routing(topk), self.masters, self._form)
+            return StandardCombineInput(out)
         high = self._run(Role.PROTECTED, layer, *pick(x, topk, rows))
         rows.scatter(out, high[: len(rows.index)])
         return StandardCombineInput(out)
