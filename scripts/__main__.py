@@ -15,6 +15,7 @@ from pathlib import Path
 COMMANDS = {
     "bench_agent": "bench.agent",
     "bench_kernels": "bench.kernels",
+    "bench_packed": "bench.packed",
     "bench_prefill": "bench.prefill",
     "bench_trace": "bench.trace",
     "demo": "tools.demo",
