@@ -111,6 +111,7 @@ class LoadSteps:
         check_same(run.fingerprint, words, rank_group())
         run.weights.agree = agree
         run.known.add_parameters(model, ranks=tensor_parallel_ranks())
+        self._note_wholes(model)
         run.weights.keep(module.quant_method for module in model.modules() if hasattr(module, "quant_method"))
         try:
             run.weights.finish_load()
@@ -118,6 +119,15 @@ class LoadSteps:
             if run.weights.out_of_memory and run.shortage is not None:
                 raise MixQuantError(f"{error}; {run.shortage()}") from error
             raise
+
+    def _note_wholes(self, model: torch.nn.Module) -> None:
+        """Which tensors of the checkpoint make the weight of a linear that keeps no BF16 one."""
+        known, matcher = self._run.known, self._assignment.matcher
+        for name, method in report.linears(model):
+            if not method.masterless or not known.tensors or matcher is None:
+                continue
+            parts = [f"{part}.weight" for part in matcher.shards(name) or (name,)]
+            known.wholes[name] = frozenset(part for part in parts if part in known.tensors)
 
     def _check_rules(self) -> None:
         """Of the layers of all stages of a pipeline."""
@@ -248,8 +258,10 @@ class LoadSteps:
             return
         first: dict[tuple[int, int], MixQuantLinearMethod] = {}
         for m in packed:
-            if m.runs("nvfp4", "native"):
+            if m.runs("nvfp4", "native") and not m.masterless:
                 first.setdefault(m.shape, m)
+        if not first and any(m.masterless for m in packed):
+            logger.info("mixquant: native nvfp4 is not compared with the emulated kernel: no BF16 weights are kept")
         with refusing():
             count, worst = verify((m.verification() for m in first.values()), device)
         logger.info(

@@ -85,11 +85,13 @@ def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Modul
     run.precisions.clear()
     run.experts.clear()
     run.stays_bf16.clear()
+    dropped = 0
     for name, module in model.named_modules():
         method, reason = getattr(module, "quant_method", None), None
         if isinstance(method, MixQuantLinearMethod):
             run.precisions[method.precision[Role.PROMPT]] += 1
             total += module.weight.nbytes
+            dropped += module.weight.nbytes if method.masterless else 0
             reason = method.refusal
         elif isinstance(module, LinearBase):
             run.precisions["bf16"] += 1
@@ -105,10 +107,14 @@ def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Modul
         if reason is not None:
             run.stays_bf16.setdefault(reason, []).append(name)
     run.schedule.label(run.layers)
+    run.bf16_linear_bytes, run.dropped_bytes = total, dropped
     return total
 
 
 def log_precisions(run: Runtime, total: int) -> None:
+    if any(layer.masterless for layer in run.layers):
+        log_one_copy(run, total)
+        return
     logger.info(
         "mixquant: %s by prefill precision: %s%s; packed weights add %.1f MiB (%.0f%% of %s %.1f MiB)",
         "linears and experts" if run.experts else "linears",
@@ -120,6 +126,21 @@ def log_precisions(run: Runtime, total: int) -> None:
         total / 2**20,
     )
     logger.info("mixquant: rows by role: %s", run.schedule.table.describe())
+
+
+def log_one_copy(run: Runtime, total: int) -> None:
+    """Of a recipe that keeps no BF16 weights of some linears."""
+    logger.info(
+        "mixquant: %s by prefill precision: %s%s; their weights take %.1f MiB, %.0f%% of %.1f MiB in BF16",
+        "linears and experts" if run.experts else "linears",
+        _counted(run.precisions),
+        f"; MoE layers: {_counted(run.experts)}" if run.experts else "",
+        run.linear_weight_bytes / 2**20,
+        100 * run.linear_weight_bytes / max(total, 1),
+        total / 2**20,
+    )
+    logger.info("mixquant: rows by role: %s", run.schedule.table.describe())
+    logger.info("mixquant: generated tokens come from %s; no BF16 weights are kept for them", run.generated_from)
 
 
 def _counted(precisions: Mapping[str, int]) -> str:

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from mixquant_sglang.kernels.limits import FEW_ROWS, WIDE
 from mixquant_sglang.kernels.triton import (
     activations,
     expert_rows,
     few_rows,
     grouped,
+    packed_rows,
     row_kernels,
     rows,
     scale_search,
@@ -29,6 +31,7 @@ KERNELS: tuple[Any, ...] = (
     expert_rows._combine,
     few_rows._linear_rows,
     grouped.grouped_matmul,
+    packed_rows._packed_rows,
     row_kernels.quantize_rows,
     row_kernels.quantize_pairs,
     unpack._unpack_weights,
@@ -54,6 +57,17 @@ def few(weight: torch.Tensor, bias: torch.Tensor | None, cut: int) -> None:
         rest = weight.new_empty(ROWS, n - cut) if cut else None
         for each in (None, bias) if bias is not None else (None,):
             few_rows.linear_rows_(out, index, kept, weight, each, rest=rest)
+
+
+def weight_only(packed: Any, n: int, k: int, bias: torch.Tensor | None, device: torch.device) -> None:
+    """A ``WeightOnly`` linear for every number of rows, and ``place`` of those it has, with ``bias`` and without."""
+    for m in (*packed_rows.BUCKETS, WIDE + 1):
+        x = torch.zeros(m, k, dtype=torch.bfloat16, device=device)
+        for each in (None, bias) if bias is not None else (None,):
+            out = packed.matmul(x, each)
+            if packed.places and m <= FEW_ROWS:
+                index = torch.full((m,), -1, dtype=torch.int64, device=device)
+                packed.place(out, index, x, each)
 
 
 def quantise(source: str, k: int, fmt: str, device: torch.device, *, protects: bool) -> None:
