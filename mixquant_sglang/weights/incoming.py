@@ -32,9 +32,7 @@ class Known:
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)  # whole shapes, of one rank alone
     same: dict[str, set[str]] = field(default_factory=dict)  # name -> other names of its parameter
-    wholes: dict[str, frozenset[str]] = field(
-        default_factory=dict
-    )  # linear -> tensors that come together or not at all
+    wholes: dict[str, frozenset[str]] = field(default_factory=dict)  # linear -> tensors that must come together
     blocks: float = math.inf  # of the served model; a checkpoint may have draft blocks after them
 
     def record(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -72,7 +72,7 @@ class Staging:
         return parameter
 
 
-class _Written(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
+class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the numbers that ``copy_`` writes while it is open."""
 
     def __init__(self) -> None:

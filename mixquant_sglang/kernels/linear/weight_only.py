@@ -1,8 +1,8 @@
 """Linears of BF16 activations that read the packed weights of another kernel: one copy for both.
 
-On a GPU few rows go through ``triton/packed_rows.py``, which reads each weight once.  More than ``limits.WIDE`` rows pay
-for unpacking all weights of the linear to BF16 just in time (a scratch of 2 bytes for each), and cuBLAS; results are FP32
-until scales and bias are applied, for ``_CHUNK`` rows at a time.
+On a GPU few rows go through ``triton/packed_rows.py``, which reads each weight once.  More than ``limits.WIDE`` rows
+pay for unpacking all weights of the linear to BF16 just in time (a scratch of 2 bytes for each), and cuBLAS; results
+are FP32 until scales and bias are applied, for ``_CHUNK`` rows at a time.
 """
 
 from __future__ import annotations
