@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.host import compact
 from mixquant_sglang.host.refused import REFUSALS, Refusal, is_set
 from mixquant_sglang.recipe import Recipe, takes_ready_made
-from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY
 from mixquant_sglang.recipe.fingerprint import asked_digest
 from mixquant_sglang.recipe.select import Selection
 from mixquant_sglang.versions import environment, machine
@@ -41,7 +41,8 @@ def refused_lines(server_args: Any, recipe: Recipe | None = None) -> Iterator[st
     low = recipe is None or not recipe.bf16_throughout
     resolved = dialect().resolved(server_args)
     device = str(getattr(resolved, "device", None) or "").partition(":")[0]
-    for refusal in REFUSALS:
+    more = compact.REFUSALS if recipe is not None and compact.precisions(recipe) else ()
+    for refusal in (*REFUSALS, *more):
         if (refusal.devices and device not in refusal.devices) or (refusal.low and not low):
             continue
         # as given too: SGLang resolves --enable-dp-attention to --attn-dp-size and False
@@ -77,26 +78,11 @@ def check_recipe(recipe: Recipe, selection: Selection) -> None:
             f"{recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs decode in bf16 for all layers; "
             f"the recipe decodes {which} in {' and '.join(sorted(low_decode))}"
         )
-    if compact := sorted(low_decode & WEIGHT_ONLY.keys()):
-        _check_compact(recipe, selection, compact)
+    compact.check(recipe, selection)
     if recipe.prefill_weights and not takes_ready_made(selection.prefill, recipe.layers):
         raise MixQuantError(
             f"{recipe.prefill_weights_at}: holds NVFP4 weights, but prefill is {selection.prefill} "
             f"({selection.reason}); ask for 'prefill: {{precision: nvfp4}}'"
-        )
-
-
-def _check_compact(recipe: Recipe, selection: Selection, compact: list[str]) -> None:
-    """Of a recipe whose decode reads packed weights in BF16 activations."""
-    which = f"{recipe.source} decode: {' and '.join(compact)}"
-    if recipe.prefill_weights:
-        raise MixQuantError(f"{which} packs the model's own weights; leave 'prefill: {{weights: ...}}' out")
-    if machine.disaggregation():
-        raise MixQuantError(f"{which} has not been tested in a prefill/decode pair; use recipe fp8 or nvfp4")
-    if "w4a16" in selection.kernels and selection.kernels.get("nvfp4") == "native":
-        raise MixQuantError(
-            f"{which} reads NVFP4 weights as the emulated kernel has them, not in the layout of this GPU's own FP4 "
-            "GEMMs; use recipe fp8-compact, or 'kernel: emulated' for accuracy work"
         )
 
 

@@ -1,8 +1,8 @@
 """A BF16 weight that is not kept: what arrives of it is gathered, and once all of it is there it is packed and dropped.
 
 SGLang's loaders write part by part (q, k and v) into the parameter that they find by its name.  That parameter has a
-shape and no memory (torch's meta device), so whatever reads it gets an error, not numbers; its ``weight_loader`` is
-``Staging.load``, which lends them a buffer.  A loader that writes past ``weight_loader`` writes nothing: the weight is
+shape and no memory, and whatever reads it gets an error (``Absent``); its ``weight_loader`` is ``Staging.load``, which
+lends them a buffer.  A loader that writes past ``weight_loader`` writes nothing: the weight is
 then incomplete, which ends a start and refuses an update.
 """
 
@@ -13,6 +13,12 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+# What may be asked of a weight that is not there.
+_OF_SHAPE = frozenset(
+    {"__get__", "__set__", "__len__", "__repr__", "dim", "element_size", "is_contiguous", "is_floating_point"}
+    | {"ndimension", "nelement", "numel", "requires_grad_", "size", "stride", "detach"}
+)
 
 Loader = Callable[..., Any]
 
@@ -36,7 +42,7 @@ class Staging:
         self._whole = whole
         self._buffer: torch.nn.Parameter | None = None
         self._missing = 0
-        self.parameter = self._with_attributes(torch.empty(shape, dtype=dtype, device="meta"))
+        self.parameter = self._with_attributes(Absent(torch.empty(shape, dtype=dtype, device="meta"), False))
         self.parameter.weight_loader = self.load  # type: ignore[attr-defined]
 
     @property
@@ -47,7 +53,8 @@ class Staging:
     def load(self, _parameter: torch.nn.Parameter, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """As the loader that it stands for."""
         if self._buffer is None:
-            self._buffer = self._with_attributes(torch.empty(self._shape, dtype=self._dtype, device=self._device))
+            empty = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+            self._buffer = self._with_attributes(torch.nn.Parameter(empty, requires_grad=False))
             self._missing = self._buffer.numel()
         with _Written() as written:
             self._loader(self._buffer, loaded, *args, **kwargs)
@@ -65,11 +72,27 @@ class Staging:
         """Drops what has arrived."""
         self._buffer = None
 
-    def _with_attributes(self, data: torch.Tensor) -> torch.nn.Parameter:
-        parameter = torch.nn.Parameter(data, requires_grad=False)
+    def _with_attributes(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
         for name, value in self._attributes.items():
             setattr(parameter, name, value)
         return parameter
+
+
+class Absent(torch.nn.Parameter):
+    """Has shape, dtype and attributes, on torch's meta device.  Not a plain parameter of that device: torch's CPU
+    kernels take one, and compute from whatever lies at address zero."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", str(function))
+        if name not in _OF_SHAPE:
+            raise TypeError(
+                f"{name} got a weight that is not kept in BF16, by the recipe; report this model, and until then keep "
+                "its linears in BF16 with a rule of the recipe, or use a recipe that decodes in bf16"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            found = function(*args, **(kwargs or {}))
+        return args[0] if isinstance(found, torch.Tensor) and found.is_meta else found
 
 
 class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
