@@ -6,7 +6,6 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host.refused import Refusal, is_set
 from mixquant_sglang.recipe import Recipe
 from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY
-from mixquant_sglang.recipe.select import Selection
 from mixquant_sglang.versions import machine
 
 _OTHER = "use a recipe that decodes in bf16"
@@ -31,8 +30,8 @@ def precisions(recipe: Recipe) -> list[str]:
     return sorted(asked & WEIGHT_ONLY.keys())
 
 
-def check(recipe: Recipe, selection: Selection) -> None:
-    """Raises ``MixQuantError`` for what such a recipe asks, or comes to here, that nothing does."""
+def check(recipe: Recipe) -> None:
+    """Raises ``MixQuantError`` for what such a recipe asks that nothing does."""
     if not precisions(recipe):
         return
     which = f"{recipe.source} decode: {' and '.join(precisions(recipe))}"
@@ -40,8 +39,3 @@ def check(recipe: Recipe, selection: Selection) -> None:
         raise MixQuantError(f"{which} packs the model's own weights; leave 'prefill: {{weights: ...}}' out")
     if machine.disaggregation():
         raise MixQuantError(f"{which} has not been tested in a prefill/decode pair; {_OTHER}")
-    if "w4a16" in selection.kernels and selection.kernels.get("nvfp4") == "native":
-        raise MixQuantError(
-            f"{which} reads NVFP4 weights as the emulated kernel has them, not in the layout of this GPU's own FP4 "
-            "GEMMs; use recipe fp8-compact, or 'kernel: emulated' for accuracy work"
-        )

@@ -78,7 +78,7 @@ def check_recipe(recipe: Recipe, selection: Selection) -> None:
             f"{recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs decode in bf16 for all layers; "
             f"the recipe decodes {which} in {' and '.join(sorted(low_decode))}"
         )
-    compact.check(recipe, selection)
+    compact.check(recipe)
     if recipe.prefill_weights and not takes_ready_made(selection.prefill, recipe.layers):
         raise MixQuantError(
             f"{recipe.prefill_weights_at}: holds NVFP4 weights, but prefill is {selection.prefill} "

@@ -26,7 +26,7 @@ def fp8_exact(weight: torch.Tensor) -> torch.Tensor:
 
 
 def nvfp4_exact(weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Of the parts of one fused weight, with one tensor scale, a power of two: one number is the largest of the grid."""
+    """Of the parts of a fused weight, with one tensor scale, a power of two: one number is the largest of the grid."""
     largest = max(float(w.abs().max()) for w in weights)
     scale = 2.0 ** math.ceil(math.log2(largest / (6 * 448)))
     made = [nvfp4.quantize(w, tensor_scale=scale).dequantize(torch.bfloat16) for w in weights]
