@@ -46,8 +46,9 @@ def warm_up(
             if fmt and new("rows", fmt, k, method.split):
                 kernels.quantise("rows", k, fmt, device, protects=method.split)
         for precision in sorted(WEIGHT_ONLY.keys() & method.low):
-            if new("weight only", precision, n, k):
-                kernels.weight_only(method.copy_in(precision), n, k, bias, device)
+            for cut in {0, method.split_product.columns if method.split_product else 0}:
+                if new("weight only", precision, n, k, cut, bias is not None):
+                    kernels.weight_only(method.copy_in(precision), n, k, bias, cut, device)
         if method.split and method.precision[Role.PROTECTED] == "bf16":
             for cut in {0, method.split_product.columns if method.split_product else 0}:
                 if new("few", n, k, cut, bias is not None):

@@ -59,15 +59,17 @@ def few(weight: torch.Tensor, bias: torch.Tensor | None, cut: int) -> None:
             few_rows.linear_rows_(out, index, kept, weight, each, rest=rest)
 
 
-def weight_only(packed: Any, n: int, k: int, bias: torch.Tensor | None, device: torch.device) -> None:
-    """A ``WeightOnly`` linear for every number of rows, and ``place`` of those it has, with ``bias`` and without."""
+def weight_only(packed: Any, n: int, k: int, bias: torch.Tensor | None, cut: int, device: torch.device) -> None:
+    """A ``WeightOnly`` linear for every number of rows, and ``place`` where it has that, with ``bias`` and without;
+    ``cut``: columns of out there."""
     for m in (*packed_rows.BUCKETS, WIDE + 1):
         x = torch.zeros(m, k, dtype=torch.bfloat16, device=device)
         for each in (None, bias) if bias is not None else (None,):
-            out = packed.matmul(x, each)
+            packed.matmul(x, each)
             if packed.places and m <= FEW_ROWS:
                 index = torch.full((m,), -1, dtype=torch.int64, device=device)
-                packed.place(out, index, x, each)
+                rest = x.new_empty(ROWS, n - cut) if cut else None
+                packed.place(x.new_empty(ROWS, cut or n), index, x, each, rest)
 
 
 def quantise(source: str, k: int, fmt: str, device: torch.device, *, protects: bool) -> None:
