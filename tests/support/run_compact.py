@@ -111,7 +111,7 @@ def main() -> None:
         trial.updater.begin_weight_update()
         send({Q: old[Q]})
         trial.updater.end_weight_update(run_post_load=False)
-        trial.note("session cut")
+        trial.note("session cut", warned=list(trial.log.lines))
         trial.note("session mended", send({Q: old[Q], K: old[K], V: old[V]}))
     trial.results["addresses"] = addresses == sorted(
         t.data_ptr()
