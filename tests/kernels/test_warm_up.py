@@ -86,7 +86,7 @@ def test_few_rows(keys: set[str], n: int, k: int, cut: int, with_bias: bool) -> 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("kernel", [NativeW8A16, NativeW4A16])
 @pytest.mark.parametrize(
-    ("n", "k", "cut"), [(96, 64, 0), (192, 48, 64), (100, 16, 0), (100, 64, 64), (6144, 128, 4096)]
+    ("n", "k", "cut"), [(192, 48, 64), (100, 16, 0), (100, 64, 64), (2048, 1024, 0), (6144, 64, 4096)]
 )
 def test_packed_rows(
     readers: set[str], kernel: type[NativeW8A16] | type[NativeW4A16], n: int, k: int, cut: int, with_bias: bool

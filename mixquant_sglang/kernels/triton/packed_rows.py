@@ -60,6 +60,8 @@ class Packed(NamedTuple):
         return n, width if self.block_scales is None else 2 * width
 
 
+_PROGRAMS = 200  # of a launch at least, where a weight is large enough: GPUs have 100 to 200 SMs
+_STEPS = 4  # along K that a program has at least
 LOCKS = 4096  # tiles of which a split launch has at most as many
 
 
@@ -168,12 +170,21 @@ def _check(
 
 
 def choose(n: int, k: int, m: int, fp4: bool) -> Tiles:
-    """The tiles for a weight [n, k] and m rows."""
-    if m > 64:
-        return Tiles(128, 64, 1, 4, 8)
-    if m > 32:
-        return Tiles(64, 128, 1 if n >= 16384 else 2, 4, 4)
-    return Tiles(64, 128, 1 if n >= 16384 else 2 if n >= 6144 else 4, 5, 4)
+    """The tiles for a weight [n, k] and m rows; reckoned, not measured (``scripts/bench_packed --sweep`` does).
+
+    64 weight rows are what a warp group multiplies without turning a weight into BF16 twice; with more rows, wider
+    tiles read these less often from the L2 cache.  Programs share tiles until there are a few for each SM.  A bucket
+    of rows has one choice: it is compiled at load."""
+    if m <= 32:
+        tiles = Tiles(64, 256 if fp4 else 128, 1, 5 if m <= 16 else 4, 4)
+    elif m <= 64:
+        tiles = Tiles(128, 128, 1, 3, 8)
+    else:
+        tiles = Tiles(128, 64, 1, 4, 8)
+    over, split = triton.cdiv(n, tiles.n), 1
+    while over * split < _PROGRAMS and k // tiles.k >= 2 * split * _STEPS and split < 8:
+        split *= 2
+    return tiles._replace(split=split)
 
 
 def fitting(tiles: Tiles, n: int, k: int, m: int, fp4: bool, shared: int) -> Tiles:
