@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.host.refused import Refusal, is_set
+from mixquant_sglang.host.refusal import Refusal, is_set
 from mixquant_sglang.recipe import Recipe
 from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY
 from mixquant_sglang.versions import machine

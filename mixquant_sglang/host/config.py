@@ -43,7 +43,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         ready: ReadyMadeWeights | None = None
         with refusing():
             registry.check_hooks_took_effect()
-            asked, device, mode = recipe.load(recipe.requested()), machine.device(), machine.disaggregation()
+            asked, device, mode = recipe.load_requested(), machine.device(), machine.disaggregation()
             refusals.check_asked(asked, os.environ.get(machine.ASKED_ENV))
             self._recipe, selection = pairs.select_for(asked, device, mode)
             refusals.check_recipe(self._recipe, selection)

@@ -11,7 +11,7 @@ import torch
 
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError, refusing
-from mixquant_sglang.host import probe, refusals, report
+from mixquant_sglang.host import min_tokens, probe, refusals, report
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.gathering import install_gathering, prepare_gathering
 from mixquant_sglang.host.ranks import check_same
@@ -27,7 +27,14 @@ from mixquant_sglang.layers.warm_up import warm_up
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.text import show, some
 from mixquant_sglang.versions import batches, fp4, lora, machine, speculation
-from mixquant_sglang.versions.groups import agree, over_stages, rank_group, tensor_parallel_ranks
+from mixquant_sglang.versions.groups import (
+    agree,
+    attention_ranks,
+    gathers_rows,
+    over_stages,
+    rank_group,
+    tensor_parallel_ranks,
+)
 from mixquant_sglang.weights.sample import sample
 
 logger = logging.getLogger(__name__)
@@ -62,6 +69,7 @@ class LoadSteps:
             report.keep_outside_bf16(model)
             self._check_prefixes(model)
             self._leave_to_adapters(model_runner)
+            self._keep_to_own_rows(model)
             packed = self._check_packed(model)
         self._report(model, packed, device)
         self._speculate(model_runner)
@@ -75,10 +83,12 @@ class LoadSteps:
         self._fuse(model_runner)
         self._tune_fp8(model_runner, linears, device)
         self._tune_experts(model_runner, experts, device)
-        prepare_gathering(self._run, model_runner, device)
+        if not self._run.schedule.local:  # whose rows are more than those of requests
+            prepare_gathering(self._run, model_runner, device)
         if packed and device.type == "cuda":
             rows = prefill_rows(model_runner)
             logger.info("mixquant: %s", warm_up(model, linears, experts, rows, device))
+        min_tokens.choose(self._run, model_runner, linears, experts, device)
 
     def finish_attention(self, model_runner: Any) -> None:
         """Completes what ``_fuse`` began, each time that the model's attention back end was built; by then SGLang has
@@ -111,7 +121,7 @@ class LoadSteps:
         check_same(run.fingerprint, words, rank_group())
         run.weights.agree = agree
         run.known.add_parameters(model, ranks=tensor_parallel_ranks())
-        self._note_wholes(model)
+        report.note_wholes(model, run.known, self._assignment.matcher)
         run.weights.keep(module.quant_method for module in model.modules() if hasattr(module, "quant_method"))
         try:
             run.weights.finish_load()
@@ -119,15 +129,6 @@ class LoadSteps:
             if run.weights.out_of_memory and run.shortage is not None:
                 raise MixQuantError(f"{error}; {run.shortage()}") from error
             raise
-
-    def _note_wholes(self, model: torch.nn.Module) -> None:
-        """Which tensors of the checkpoint make the weight of a linear that keeps no BF16 one."""
-        known, matcher = self._run.known, self._assignment.matcher
-        for name, method in report.linears(model):
-            if not method.masterless or not known.tensors or matcher is None:
-                continue
-            parts = [f"{part}.weight" for part in matcher.shards(name) or (name,)]
-            known.wholes[name] = frozenset(part for part in parts if part in known.tensors)
 
     def _check_rules(self) -> None:
         """Of the layers of all stages of a pipeline."""
@@ -175,6 +176,27 @@ class LoadSteps:
                 "model can take it; " + ("; ".join(f"{m.name}: {m.refusal}" for m in methods[:3]) or "see the rules")
             )
         return packed
+
+    # -- the rows of other ranks -----------------------------------------------------------------------------------
+
+    def _keep_to_own_rows(self, model: torch.nn.Module) -> None:
+        """With DP attention: low is what sees the rows of this rank, and nothing that decodes."""
+        schedule = self._run.schedule
+        schedule.local = bool(self._run.selection.kernels) and gathers_rows()
+        if not schedule.local:
+            return
+        report.keep_gathered_bf16(model, attention_ranks())
+        low = [m.name for _, m in report.packed(model) if m.decodes_low]
+        if low:
+            raise MixQuantError(
+                f"recipe {self._run.recipe.name} decodes {some(low)} in low precision, which does not go with DP "
+                "attention: a rank whose packed copies are not current would step without its captured graph, and "
+                "the others wait for it; decode in bf16"
+            )
+        logger.info(
+            "mixquant: DP attention: low are the linears beside attention, of the rows of each rank; nothing is fused, "
+            "no row left out, and prefill runs without captured graphs, of which a rank cannot do without alone"
+        )
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
@@ -256,12 +278,7 @@ class LoadSteps:
         """Compares the native NVFP4 kernels with the emulated ones, on one linear and one MoE layer of each shape."""
         if not self._run.recipe.verify or self._run.selection.kernels.get("nvfp4") != "native":
             return
-        first: dict[tuple[int, int], MixQuantLinearMethod] = {}
-        for m in packed:
-            if m.runs("nvfp4", "native") and not m.masterless:
-                first.setdefault(m.shape, m)
-        if not first and any(m.masterless for m in packed):
-            logger.info("mixquant: native nvfp4 is not compared with the emulated kernel: no BF16 weights are kept")
+        first = {m.shape: m for m in reversed(packed) if m.runs("nvfp4", "native") and not m.masterless}
         with refusing():
             count, worst = verify((m.verification() for m in first.values()), device)
         logger.info(
@@ -286,7 +303,7 @@ class LoadSteps:
 
     def _fuse(self, model_runner: Any) -> None:
         schedule = self._run.schedule
-        if not self._run.recipe.fuse:
+        if not self._run.recipe.fuse or schedule.local:
             return
         if watching := refusals.watching(model_runner.server_args):
             logger.info("mixquant: nothing fused and no row left out, so that %s sees all", " and ".join(watching))

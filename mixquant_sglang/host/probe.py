@@ -32,7 +32,7 @@ from mixquant_sglang.passes.running import current
 from mixquant_sglang.recipe import show
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.versions import batches
-from mixquant_sglang.versions.groups import from_previous_stage, over_stages, to_next_stage
+from mixquant_sglang.versions.groups import from_previous_stage, over_ranks, to_next_stage
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Record:
 
     def __init__(self) -> None:
         self.calls: dict[str, dict[object, tuple[Role, str, int]]] = {}
+        self.gathered: list[MixQuantLinearMethod | MixQuantExpertsMethod] = []  # were given other rows than the pass's
         self._now: dict[object, tuple[Role, str, int]] = {}
 
     @contextmanager
@@ -62,8 +63,11 @@ class Record:
         self._now = {}
 
     def note(self, method: MixQuantLinearMethod | MixQuantExpertsMethod, rows: int) -> None:
-        role = current().role
-        self._now[method] = role, method.precision[role], rows
+        running = current()
+        if method.low and running.tokens not in (None, rows):
+            self.gathered.append(method)
+            method.stay_bf16(report.GATHERED)
+        self._now[method] = running.role, method.precision[running.role], rows
 
     def called(self, what: object, *passes: str) -> bool:
         return any(what in self.calls.get(name, {}) for name in passes)
@@ -123,6 +127,8 @@ def prove(
         with _set_aside(run), _runnable(model_runner, eager_runner), record.listening(model_runner.model):
             _run(model_runner, record)
     except Unproven as error:
+        if run.schedule.local:
+            raise MixQuantError(f"DP attention: what sees rows of other ranks was not seen: {error}") from error
         run.unproven = str(error)
         logger.warning("mixquant: which linears run is as packed, not proved by running: %s", error)
         return
@@ -136,8 +142,8 @@ def _correct(
     assignment: Assignment,
 ) -> None:
     prefills = [name for name in record.calls if name != DECODE]
-    low = [method for _, method in report.packed(model) if method.low]
-    missed = False
+    low = [method for _, method in report.packed(model) if method.low or method in record.gathered]
+    missed = bool(record.gathered)
     partly: dict[str, list[str]] = {}
     for name, method in report.packed(model):
         if not method.low:
@@ -164,7 +170,7 @@ def _correct(
         run.schedule.split = any(m.split for _, m in report.packed(model))
         weights = report.describe(model, run, assignment.left)
         report.log_precisions(run, weights)
-        report.log_reasons(run, [report.MULTIPLIED])
+        report.log_reasons(run, [why for why in (report.MULTIPLIED, report.GATHERED) if why in run.stays_bf16])
     for one, names in partly.items():
         reason = f"{report.MULTIPLIED} in {'decode steps of 2 rows' if one == DECODE else f'passes of {one}'}"
         run.stays_bf16[reason] = names
@@ -216,7 +222,7 @@ def _run(model_runner: Any, record: Record) -> None:
     room = min(
         batches.most_prefill_rows(model_runner), pools.free_tokens // 4, model_runner.model_config.context_len // 2
     )
-    room = min(over_stages(room))
+    room = min(over_ranks(room))
     many = min(MANY.get(torch.device(model_runner.device).type, MANY["cpu"]), room)
     if room < FEW:
         raise Unproven(f"the KV cache has no room for a prompt of {FEW} tokens")
@@ -233,13 +239,13 @@ def _run(model_runner: Any, record: Record) -> None:
 
 
 def _build(make: Callable[[], Any]) -> Any:
-    """What ``make`` gives; ``Unproven`` in all stages of a pipeline, which wait for each other, if one cannot."""
+    """What ``make`` gives; ``Unproven`` in all ranks, which wait for each other, if one cannot."""
     made, problem = None, None
     try:
         made = make()
     except _CANNOT_BUILD as error:
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    for said in over_stages(problem):
+    for said in over_ranks(problem):
         if said is not None:
             raise Unproven(said)
     return made

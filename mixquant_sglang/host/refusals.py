@@ -11,7 +11,8 @@ from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host import compact
-from mixquant_sglang.host.refused import REFUSALS, Refusal, is_set
+from mixquant_sglang.host.refusal import Refusal, gathers, is_set
+from mixquant_sglang.host.refused import REFUSALS
 from mixquant_sglang.recipe import Recipe, takes_ready_made
 from mixquant_sglang.recipe.fingerprint import asked_digest
 from mixquant_sglang.recipe.select import Selection
@@ -45,6 +46,8 @@ def refused_lines(server_args: Any, recipe: Recipe | None = None) -> Iterator[st
     for refusal in (*REFUSALS, *more):
         if (refusal.devices and device not in refusal.devices) or (refusal.low and not low):
             continue
+        if refusal.gathered and not (gathers(server_args) or gathers(resolved)):
+            continue
         # as given too: SGLang resolves --enable-dp-attention to --attn-dp-size and False
         if any(_refuses(refusal, args) for args in (server_args, resolved)):
             yield f"--quantization {machine.NAME} does not go with {refusal.flag}: {refusal.why}; {refusal.instead}"
@@ -72,7 +75,7 @@ def check_recipe(recipe: Recipe, selection: Selection) -> None:
             f"{' and '.join(selection.kernels)})"
         )
     low_decode = {selection.decode, *selection.by_rule.get("decode", ())} - {"bf16"}
-    if recipe.min_tokens > 1 and low_decode:
+    if (recipe.min_tokens or 1) > 1 and low_decode:
         which = "some" if selection.decode == "bf16" else "them"
         raise MixQuantError(
             f"{recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs decode in bf16 for all layers; "

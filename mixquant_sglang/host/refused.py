@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from mixquant_sglang.host.refusal import Refusal, is_set, several
+from mixquant_sglang.host.refused_gathered import GATHERED
 from mixquant_sglang.versions import environment, machine, storage
 from mixquant_sglang.versions.dialect import dialect
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """``field`` of ``ServerArgs`` (dots go on into what it holds), how much of it is refused, why, and the way out.
-
-    ``devices``: of which ``--device`` alone this is asked; empty for all.  ``unless``: fields that, if one is set, give
-    ``field`` another meaning.  ``low``: asked only where the recipe has some layer run low."""
-
-    field: str
-    flag: str
-    refused: Callable[[Any], bool]
-    why: str
-    instead: str
-    devices: tuple[str, ...] = ()
-    unless: tuple[str, ...] = ()
-    low: bool = False
-
-
-def is_set(value: Any) -> bool:
-    """Whether a flag asks for anything."""
-    return value not in (None, "", "none", "null", "off", False, 0)
-
-
-def _several(value: Any) -> bool:
-    return bool(value > 1)
 
 
 def _unnamed(value: Any) -> bool:
@@ -47,8 +21,6 @@ def _whole_graph(value: Any) -> bool:
 _TP = "use --tp-size"
 _LEAVE_OUT = "leave it out"
 _CP = "context parallelism splits and reorders the rows of a pass"
-_GATHERED = "MLPs see the rows of all ranks, whose protected ones this rank does not know"
-_REPLICAS = "use --dp-size without it, or --tp-size"
 _FORWARD = "it replaces the model's forward pass, which has not been tested"
 _RANKS = "the linears of some layers get other rows than those of the pass"
 _BREAKABLE = "use 'breakable' (SGLang's default on CUDA) or 'disabled'"
@@ -101,15 +73,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "use an NVIDIA GPU or the CPU",
     ),
     # the rows of a pass
-    Refusal(
-        "enable_dp_attention",
-        "--enable-dp-attention",
-        is_set,
-        f"{_GATHERED}, and a rank whose pass does without its graph would wait for those that replay theirs",
-        _REPLICAS,
-    ),
-    Refusal("attn_dp_size", "--attn-dp-size > 1", _several, _GATHERED, _REPLICAS),
-    Refusal("attn_cp_size", "--attn-cp-size > 1", _several, _CP, _TP),
+    *GATHERED,
+    Refusal("attn_cp_size", "--attn-cp-size > 1", several, _CP, _TP),
     Refusal("enable_prefill_cp", "--enable-prefill-cp", is_set, _CP, _TP),
     Refusal("enable_prefill_context_parallel", "--enable-prefill-context-parallel", is_set, _CP, _TP),
     Refusal("enable_dsa_prefill_context_parallel", "--enable-dsa-prefill-context-parallel", is_set, _CP, _TP),
@@ -117,7 +82,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "dcp_size",
         "--dcp-size > 1",
-        _several,
+        several,
         "the last layer's attention over some rows has not been tested with decode context parallelism",
         _TP,
     ),
@@ -136,7 +101,7 @@ REFUSALS: tuple[Refusal, ...] = (
         _LEAVE_OUT,
     ),
     Refusal("moe_dense_tp_size", "--moe-dense-tp-size", is_set, _RANKS, _LEAVE_OUT),
-    Refusal("moe_dp_size", "--moe-dp-size > 1", _several, _RANKS, _LEAVE_OUT),
+    Refusal("moe_dp_size", "--moe-dp-size > 1", several, _RANKS, _LEAVE_OUT),
     Refusal("moe_a2a_backend", "--moe-a2a-backend", is_set, _RANKS, "use --ep-size without it"),
     Refusal(
         "moe_runner_backend",
@@ -155,7 +120,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "enable_paged_experts", "--enable-paged-experts", is_set, "it moves experts' weights while serving", _LEAVE_OUT
     ),
-    Refusal("dwdp_size", "--dwdp-size > 1", _several, "it has not been tested", _LEAVE_OUT),
+    Refusal("dwdp_size", "--dwdp-size > 1", several, "it has not been tested", _LEAVE_OUT),
     Refusal(
         "enable_two_batch_overlap", "--enable-two-batch-overlap", is_set, "it splits the rows of a pass", _LEAVE_OUT
     ),
@@ -277,7 +242,13 @@ REFUSALS: tuple[Refusal, ...] = (
     # what replaces the forward pass
     Refusal("enable_nvidia_megakernel", "--enable-nvidia-megakernel", is_set, _FORWARD, _LEAVE_OUT),
     Refusal("enable_amd_monokernel", "--enable-amd-monokernel", is_set, _FORWARD, _LEAVE_OUT),
-    Refusal("cuda_graph_backend_prefill", "--cuda-graph-backend-prefill full", _whole_graph, _GRAPHS, _BREAKABLE),
+    Refusal(
+        "cuda_graph_backend_prefill",
+        "--cuda-graph-backend-prefill full or tc_piecewise",
+        _whole_graph,
+        _GRAPHS,
+        _BREAKABLE,
+    ),
     Refusal(
         "cuda_graph_config.prefill.backend",
         "a prefill CUDA graph backend full or tc_piecewise (--cuda-graph-config, or the model's default)",

@@ -12,19 +12,27 @@ from typing import Any
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
+from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import NEVER, OUTSIDE, why_bf16
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.text import some
+from mixquant_sglang.versions.dialect import dialect
+from mixquant_sglang.weights.incoming import Known
 
 logger = logging.getLogger(__name__)
 
 NOT_OFFERED = "SGLang gives it no quantization config"
 MULTIPLIED = "SGLang multiplies by its weight itself"
+GATHERED = "DP attention: it may be given the rows of all ranks, and a rank knows the protected ones of its own alone"
+
+ATTENTION = (RadixAttention, RadixLinearAttention)
 
 # Where models of several modalities keep the one of text, and what all models call their blocks.
 _TEXT_PARTS = ("thinker", "language_model", "llm", "language", "model")
@@ -77,6 +85,24 @@ def keep_outside_bf16(model: torch.nn.Module) -> None:
             method.stay_bf16(reason)
 
 
+def keep_gathered_bf16(model: torch.nn.Module, ranks: int) -> None:
+    """With DP attention, makes BF16 what does not stand beside an operator of attention, in the same module: SGLang
+    gathers the rows of all ranks between the blocks of a layer.  Nor are rows of one batch what is sharded over more
+    ``ranks`` than attention.  That the others see rows of their rank alone is seen by running them (``probe.py``)."""
+    beside = {
+        id(linear)
+        for block in model.modules()
+        if any(isinstance(part, ATTENTION) for part in block.children())
+        for linear in block.children()
+    }
+    for _, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if not isinstance(method, (MixQuantLinearMethod, MixQuantExpertsMethod)) or not method.low:
+            continue
+        if id(module) not in beside or dialect().tensor_parallel(module)[1] > ranks:
+            method.stay_bf16(GATHERED)
+
+
 def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Module, str]) -> int:
     """Counts into ``run`` what the modules are; returns the bytes of BF16 weights of linears and experts.
 
@@ -111,6 +137,14 @@ def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Modul
     return total
 
 
+def note_wholes(model: torch.nn.Module, known: Known, matcher: RuleMatcher | None) -> None:
+    """Tells ``known`` which tensors of the checkpoint make the weight of a linear that keeps no BF16 one."""
+    for name, method in linears(model):
+        if method.masterless and matcher is not None:
+            parts = [f"{part}.weight" for part in matcher.shards(name) or (name,)]
+            known.wholes[name] = frozenset(part for part in parts if part in known.tensors)
+
+
 def log_precisions(run: Runtime, total: int) -> None:
     if any(layer.masterless for layer in run.layers):
         log_one_copy(run, total)
@@ -141,6 +175,8 @@ def log_one_copy(run: Runtime, total: int) -> None:
     )
     logger.info("mixquant: rows by role: %s", run.schedule.table.describe())
     logger.info("mixquant: generated tokens come from %s; no BF16 weights are kept for them", run.generated_from)
+    if run.recipe.verify and run.selection.kernels.get("nvfp4") == "native":
+        logger.info("mixquant: native nvfp4 is not compared with the emulated kernel where no BF16 weights are kept")
 
 
 def _counted(precisions: Mapping[str, int]) -> str:

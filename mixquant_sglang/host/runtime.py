@@ -117,6 +117,8 @@ class Runtime:
 
     def count_prefill(self, scheduled: ScheduledPass) -> None:
         self.counters.add("prefill", scheduled.precision, scheduled.tokens, scheduled.protected_total)
+        if scheduled.short:
+            self.counters.add_short(sum(scheduled.tokens.values()))
 
     def count_decode(self, rows: int, role: Role = Role.DECODE) -> None:
         """Once per decode step, or per verification of a draft, so it does as little as it can."""
@@ -173,6 +175,8 @@ class Runtime:
             "generated_from": self.generated_from,
             "tokens": {name: self.counters.by_phase(name) for name in self.phases},
             "protected_rows": self.counters.protected_rows,
+            "min_tokens": self.schedule.min_tokens,
+            "below_min_tokens": {"passes": self.counters.short_passes, "rows": self.counters.short_rows},
             "passes": {name: self.counters.passes_of(name) for name in self.phases},
         }
         if self.pair is not None:

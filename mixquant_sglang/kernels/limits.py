@@ -2,9 +2,10 @@
 
 from mixquant_sglang import formats
 
-# Rows that the kernel of few BF16 rows (``triton/few_rows.py``) takes at most, and captured prefill
-# graphs with it.
+# Protected rows for which the kernels of few BF16 rows (``triton/few_rows.py``, ``triton/expert_rows.py``) are meant:
+# beyond, cuBLAS is faster. In a captured graph, where the number is known when it runs, that of linears takes more.
 FEW_ROWS = 64
+MANY_ROWS = 256
 
 # Rows up to which packed weights are multiplied as they are (``triton/packed_rows.py``); for more they are unpacked to
 # BF16 just in time.

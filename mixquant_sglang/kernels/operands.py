@@ -108,7 +108,7 @@ def _gather(matrix: torch.Tensor, rows: Rows) -> torch.Tensor:
 def _kept(x: torch.Tensor, k: int, rows: Rows | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if rows is None:
         return None, None
-    return rows.slots, x.new_empty(len(rows.index), k)
+    return rows.slots, x.new_empty(rows.index.shape[0], k)
 
 
 def _reference(x: torch.Tensor, fmt: str) -> tuple[torch.Tensor, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -25,6 +25,10 @@ class Rows(Protocol):
 
     @property
     def tokens(self) -> int: ...
+
+    @property
+    def captured(self) -> bool:
+        """Whether how many there are is known only when the kernels run."""
 
     @property
     def index(self) -> torch.Tensor:
@@ -49,10 +53,16 @@ class EagerRows:
     """Rows ``ranges`` of one pass of ``tokens`` rows that runs eagerly: none unused; the tensors are made when the
     first layer asks."""
 
+    captured = False
+
     def __init__(self, tokens: int, ranges: tuple[tuple[int, int], ...], device: torch.device) -> None:
         self.tokens = tokens
         self._ranges = ranges
         self._device = device
+
+    def padded(self, tokens: int) -> EagerRows:
+        """The same rows of a pass that has ``tokens`` rows."""
+        return EagerRows(tokens, self._ranges, self._device)
 
     @cached_property
     def index(self) -> torch.Tensor:
@@ -123,6 +133,7 @@ class CapturedRows:
     index: torch.Tensor
     places: torch.Tensor
     slots: torch.Tensor
+    captured: ClassVar[bool] = True
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         from mixquant_sglang.kernels.triton.rows import gather_rows

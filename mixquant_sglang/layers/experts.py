@@ -9,6 +9,7 @@ their own BF16 hidden states.  Both are partial sums of this rank: the reduction
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -270,13 +271,14 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
                 f"mixquant: {self.name} got {len(x)} rows in a pass of {rows.tokens}, so it cannot tell "
                 f"which are protected; keep it in BF16 with a recipe rule '{{match: {self.name}, prefill: bf16}}'"
             )
-        out = self._run(running.role, layer, x, topk)
         if x.is_cuda and self.precision[Role.PROTECTED] == "bf16" and len(rows.index) <= FEW_ROWS:
-            from mixquant_sglang.kernels.triton.expert_rows import expert_rows_
+            from mixquant_sglang.kernels.triton.expert_rows import with_rows
 
             assert self._form is not None
-            expert_rows_(out, rows.index, x.contiguous(), *_routing(topk), self.masters, self._form)
-            return StandardCombineInput(out)
+            low = partial(self._run, running.role, layer, x, topk)
+            given = (rows.index, x.contiguous(), *_routing(topk), self.masters, self._form)
+            return StandardCombineInput(with_rows(low, *given))
+        out = self._run(running.role, layer, x, topk)
         high = self._run(Role.PROTECTED, layer, *pick(x, topk, rows))
         rows.scatter(out, high[: len(rows.index)])
         return StandardCombineInput(out)
@@ -292,6 +294,14 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         assert self._padded_runner is not None
         out: torch.Tensor = self._padded_runner.run(dispatched, self.get_triton_quant_info(layer)).hidden_states
         return out
+
+    def run_by_itself(self, role: Role, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        """As a pass of ``role`` does: x BF16 [T, H], ``weights`` float32 and ``ids`` int32 [T, experts a token]."""
+        topk = StandardTopKOutput(weights, ids, weights.new_empty(0))
+        if self.precision[role] == "bf16":
+            self._run(role, self._layer, x, topk)  # what SGLang runs, but never in place of x
+        else:
+            self.apply(self._layer, StandardDispatchOutput(x, None, topk))
 
     def warm_up(self, tokens: list[int]) -> None:
         """Runs every product once, so that nothing is compiled while a request waits; CUDA only."""

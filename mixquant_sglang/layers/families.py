@@ -129,9 +129,10 @@ FAMILIES = (
     Family(
         "Qwen3-MoE",
         "LayerCommunicator (0.5.17) and the stage's boundary (0.5.23) call input_layernorm as a module and hand its "
-        "result to self_attn alone; what could gather or scatter it (DP attention, context parallelism, all-to-all of "
-        "experts) is refused.  The second norm's result goes to gate and experts, so it stays BF16.  Where "
-        "--enable-fused-qk-norm-rope reads qkv whole, q is not apart.  The MoE block picks experts for each row.",
+        "result to self_attn alone; what could gather or scatter it (context parallelism, all-to-all of experts) is "
+        "refused, and with DP attention nothing is fused.  The second norm's result goes to gate and experts, so it "
+        "stays BF16.  Where --enable-fused-qk-norm-rope reads qkv whole, q is not apart.  The MoE block picks "
+        "experts for each row.",
         decoder="sglang.srt.models.qwen3_moe.Qwen3MoeDecoderLayer",
         mlp="sglang.srt.models.qwen2_moe.Qwen2MoeMLP",  # of dense layers; Qwen3MoeMLP is another name for it
         attention="sglang.srt.models.qwen3_moe.Qwen3MoeAttention",

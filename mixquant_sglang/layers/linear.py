@@ -49,16 +49,18 @@ class MixQuantLinearMethod(PackedLinearMethod):
         running = current()
         precision = self.precision[running.role]
         rows = running.rows if self.split else None
+        if running.tokens is not None:
+            self._check_rows(x.shape[:-1].numel(), running.tokens)
         if self.read_rows is not None and running.read is not None:
             assert not isinstance(x, QuantizedActivations), "of few rows, norms and activations hand over BF16"
             if rows is not None:
-                self._check_rows(x.shape[:-1].numel(), rows)
+                self._check_rows(x.shape[:-1].numel(), rows.tokens)
             return self.read_rows(self, layer, x, running.read, rows, bias)
         if isinstance(x, torch.Tensor):
             shape = x.shape[:-1]
             x = x.reshape(-1, x.shape[-1])
             if rows is not None:
-                self._check_rows(x.shape[0], rows)
+                self._check_rows(x.shape[0], rows.tokens)
             packed = self._packed.get(precision)
             if packed is None or packed.activation_format is None:
                 out = self.product(running.role, layer, x, bias)
@@ -92,13 +94,13 @@ class MixQuantLinearMethod(PackedLinearMethod):
             return None
         rows = running.rows if self.split else None
         if rows is not None:
-            self._check_rows(tokens, rows)
+            self._check_rows(tokens, rows.tokens)
         return fmt, rows
 
-    def _check_rows(self, tokens: int, rows: Rows) -> None:
-        if tokens != rows.tokens:
+    def _check_rows(self, tokens: int, expected: int) -> None:
+        if tokens != expected:
             raise RuntimeError(
-                f"mixquant: {self.name} got {tokens} rows in a pass of {rows.tokens}, so it cannot tell "
+                f"mixquant: {self.name} got {tokens} rows in a pass of {expected}, so it cannot tell "
                 f"which are protected; keep it in BF16 with a recipe rule '{{match: {self.name}, prefill: bf16}}'"
             )
 

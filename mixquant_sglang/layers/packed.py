@@ -16,7 +16,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 from mixquant_sglang.errors import MixQuantError, refusing
 from mixquant_sglang.kernels import registry
-from mixquant_sglang.kernels.limits import FEW_ROWS
+from mixquant_sglang.kernels.limits import FEW_ROWS, MANY_ROWS
 from mixquant_sglang.kernels.linear.weight_only import WeightOnly
 from mixquant_sglang.kernels.registry import packed_linear
 from mixquant_sglang.kernels.verify import Pair
@@ -79,6 +79,11 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def masterless(self) -> bool:
         """Whether no BF16 weight is kept."""
         return not keeps_master(self.precision[Role.PROMPT], self.precision[Role.DECODE])
+
+    @property
+    def layer(self) -> torch.nn.Module:
+        assert self._layer is not None
+        return self._layer
 
     @property
     def master(self) -> torch.Tensor:
@@ -285,10 +290,11 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             return super().apply(layer, x, bias)  # type: ignore[no-any-return]
         return self._packed[precision].matmul(x.contiguous(), bias)
 
-    def takes_few(self, kept: torch.Tensor) -> bool:
+    def takes_few(self, kept: torch.Tensor, rows: Rows) -> bool:
         """Whether the protected rows ``kept`` are for a kernel of few BF16 rows."""
         precision = self.precision[Role.PROTECTED]
-        return kept.is_cuda and len(kept) <= FEW_ROWS and (precision == "bf16" or self._packed[precision].places)
+        most = MANY_ROWS if rows.captured else FEW_ROWS
+        return kept.is_cuda and kept.shape[0] <= most and (precision == "bf16" or self._packed[precision].places)
 
     def place_few(
         self,
@@ -316,7 +322,7 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The result for the protected rows ``kept`` [R, K]: [R, N], or in the places of ``rows`` in ``out``."""
-        if self.takes_few(kept):
+        if self.takes_few(kept, rows):
             index = rows.index
             if out is None:
                 out, index = kept.new_empty(len(kept), self.shape[0]), rows.places

@@ -56,7 +56,7 @@ class SplitProduct:
         rest = self.rest.multiply(x.operand, rest_bias)
         if rows is not None:
             assert x.kept is not None
-            if linear.takes_few(x.kept):
+            if linear.takes_few(x.kept, rows):
                 linear.place_few(first, rows.index, x.kept, bias, rest)
             else:
                 whole = linear.product(Role.PROTECTED, layer, x.kept, bias)

@@ -29,6 +29,7 @@ class PassCounters:
         self.tokens: Counter[tuple[str, str]] = Counter()
         self.passes: Counter[tuple[str, str]] = Counter()
         self.protected_rows = 0
+        self.short_passes = self.short_rows = 0  # that stayed BF16 because they were below min_tokens
         self._series: Series | None = None
 
     def add(self, phase: str, precision: str, tokens: Mapping[tuple[str, str], int], protected: int = 0) -> None:
@@ -40,6 +41,11 @@ class PassCounters:
                 self.tokens[key] += rows
         if self._series:
             self._series.add(phase, precision, tokens, protected)
+
+    def add_short(self, rows: int) -> None:
+        """Of a pass that ``add`` counts too."""
+        self.short_passes += 1
+        self.short_rows += rows
 
     def add_rows(self, phase: str, precision: str, rows: int) -> None:
         """Counts one pass of rows that are all alike: ``add`` without its generality, since decode steps are short."""

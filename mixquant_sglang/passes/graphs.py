@@ -8,11 +8,12 @@ from typing import Protocol
 
 import torch
 
+from mixquant_sglang.kernels.limits import FEW_ROWS
 from mixquant_sglang.kernels.rows import GraphRows
 from mixquant_sglang.passes import limits
 from mixquant_sglang.passes.running import PROTECTED_PASS, Pass
 from mixquant_sglang.passes.schedule import Copies, Packed, Schedule, ScheduledPass
-from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.recipe.roles import Kind, Role
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,14 @@ class Graphs:
     @property
     def most_bf16_rows(self) -> int:
         """Rows of the largest prefill graph that no low pass fits into: each has ``min_tokens`` rows or more."""
-        return self._schedule.recipe.min_tokens - 1 if self._schedule.split else 0
+        return self._schedule.min_tokens - 1 if self._schedule.split else 0
+
+    @property
+    def slots(self) -> int:
+        """Rows that a captured low pass can protect."""
+        experts = (layer.precision for layer in self._copies.layers if layer.kind is Kind.EXPERTS)
+        protecting = any(precision[Role.PROMPT] != precision[Role.PROTECTED] for precision in experts)
+        return limits.EXPERT_GRAPH_ROWS if protecting else limits.GRAPH_ROWS
 
     def captured_pass(self, tokens: int, most: int, device: torch.device) -> Pass:
         """The pass that a prefill graph of ``tokens`` rows, at most ``most``, is captured with."""
@@ -52,9 +60,9 @@ class Graphs:
             return PROTECTED_PASS
         if not self._captured and schedule.split:
             if schedule.recipe.protect_last_prompt_token:
-                self.protected = GraphRows(limits.GRAPH_ROWS, most, device)
+                self.protected = GraphRows(self.slots, most, device)
             elif schedule.prunes:
-                self.read = GraphRows(limits.GRAPH_ROWS, most, device, inverse=False)
+                self.read = GraphRows(self.slots, most, device, inverse=False)
         self._captured = True
         rows = self.protected.of(tokens) if self.protected else None
         read = None
@@ -89,6 +97,8 @@ class Graphs:
         if schedule.prunes and scheduled.read is None:
             return False
         if self.read and scheduled.read is not None and len(scheduled.read) > self.read.capacity:
+            return False
+        if scheduled.protected_total > FEW_ROWS and rows >= limits.EAGER_TOKENS:
             return False
         # Without protection of the last prompt token most passes protect nothing, so graphs are captured without slots.
         return scheduled.protected_total <= (self.protected.capacity if self.protected else 0)

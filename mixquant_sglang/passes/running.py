@@ -53,13 +53,15 @@ class Pass:
     """One forward pass: every row has ``role``, save ``rows``, which are protected.
 
     Of the last layer's results only the rows ``read`` are looked at; None: all.  ``queries`` are these rows, if its
-    attention is to compute them alone.  ``from_masters``: BF16 in every operator and for all rows, because packed
-    copies are not those of their masters (``weights/refresh.py``)."""
+    attention is to compute them alone.  ``tokens``: how many rows there are, where some layers are given others, so
+    that each linear of low precision has to look.  ``from_masters``: BF16 in every operator and for all rows, because
+    packed copies are not those of their masters (``weights/refresh.py``)."""
 
     role: Role
     rows: Rows | None = None
     read: Rows | None = None
     queries: Queries | None = None
+    tokens: int | None = None
     from_masters: bool = False
 
 
@@ -85,6 +87,14 @@ def scope(running: Pass) -> Iterator[None]:
         yield
     finally:
         _running = None
+
+
+def replace_current(running: Pass) -> None:
+    """Publishes ``running`` in place of the running pass, until that ends."""
+    global _running
+    if _running is None:
+        raise RuntimeError(f"mixquant: no pass runs that a {running.role.value} pass could take the place of")
+    _running = running
 
 
 @contextmanager

@@ -27,6 +27,7 @@ class ScheduledPass:
     tokens: dict[tuple[str, str], int]
     protected: tuple[tuple[int, int], ...] = ()
     read: tuple[tuple[int, int], ...] | None = None  # the rows whose hidden states are looked at; None: all
+    short: bool = False  # whether it is BF16 because it is below ``min_tokens``
 
     @property
     def protected_total(self) -> int:
@@ -62,11 +63,13 @@ class Schedule:
     def __init__(self, recipe: Recipe, selection: Selection, copies: Copies) -> None:
         self.recipe = recipe
         self.selection = selection
+        self.min_tokens = recipe.min_tokens or 1  # passes of fewer stay BF16; "auto" is 1 until it was measured
         self.table = PrecisionTable(by_role(selection.prefill, selection.decode))
         self.words = by_role(selection.prefill, selection.decode)  # role -> what passes and tokens count under
         self.split = selection.prefill != selection.decode  # whether rows can need protection
         self.prunes = False  # whether the last layer leaves out rows that nobody reads
         self.prunes_attention = False  # whether its attention does so too
+        self.local = False  # whether layers between attention are given the rows of all ranks (DP attention)
         self._copies = copies
         self._name_roles()
 
@@ -107,18 +110,25 @@ class Schedule:
             return ScheduledPass(MASTER_PASS, fallback, counted)
         if not self.split:
             return self._scheduled(rows, Pass(Role.PROMPT), protected=())
-        if rows.prefill < self.recipe.min_tokens:
-            return self._scheduled(rows, PROTECTED_PASS, protected=())
+        if rows.prefill < self.min_tokens:
+            return replace(self._scheduled(rows, PROTECTED_PASS, protected=()), short=True)
         if rows.protected_total == rows.total:
             return self._scheduled(rows, PROTECTED_PASS, protected=rows.protected)
         eager = EagerRows(rows.total, rows.protected, device)
-        running = Pass(Role.PROMPT, eager if rows.protected else None)
+        running = Pass(Role.PROMPT, eager if rows.protected else None, tokens=rows.total if self.local else None)
         if reads_all or not self.prunes:
             return self._scheduled(rows, running, protected=rows.protected)
         # The last row of a middle chunk is sampled from too, but the token is thrown away.
         read = eager if protects else EagerRows(rows.total, rows.last, device)
         running = replace(running, read=read, queries=self._queries(requests, rows, device))
         return self._scheduled(rows, running, protected=rows.protected, read=rows.protected if protects else rows.last)
+
+    @staticmethod
+    def padded(running: Pass, tokens: int) -> Pass:
+        """``running`` with ``tokens`` rows: those that SGLang added at its end belong to no request."""
+        rows = running.rows
+        assert rows is None or isinstance(rows, EagerRows), "a captured pass has its rows"
+        return replace(running, tokens=tokens, rows=None if rows is None else rows.padded(tokens))
 
     def _queries(self, requests: Sequence[RequestRows], rows: RowSplit, device: torch.device) -> Queries | None:
         pairs = sum(request.new * (request.prefix + request.new // 2) for request in requests)

@@ -1,10 +1,11 @@
 """What is asked of a server: which precision each kind of row and each layer gets.  No torch, no SGLang."""
 
-from mixquant_sglang.recipe.parse import load, requested, shipped
+from mixquant_sglang.recipe.parse import load, load_requested, requested, shipped, with_min_tokens
 from mixquant_sglang.recipe.schema import (
     DEFAULT,
     KERNELS,
     KEYS,
+    MIN_TOKENS_ENV,
     PRECISIONS,
     PREFILL_PRECISIONS,
     RECIPE_ENV,
@@ -20,6 +21,7 @@ __all__ = [
     "DEFAULT",
     "KERNELS",
     "KEYS",
+    "MIN_TOKENS_ENV",
     "PRECISIONS",
     "PREFILL_PRECISIONS",
     "RECIPE_ENV",
@@ -29,9 +31,11 @@ __all__ = [
     "Recipe",
     "did_you_mean",
     "load",
+    "load_requested",
     "nearest",
     "requested",
     "shipped",
     "show",
     "takes_ready_made",
+    "with_min_tokens",
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -21,6 +22,7 @@ from mixquant_sglang.recipe.schema import (
     DEFAULT,
     KERNELS,
     KEYS,
+    MIN_TOKENS_ENV,
     PRECISIONS,
     PREFILL_PRECISIONS,
     RECIPE_ENV,
@@ -37,6 +39,22 @@ from mixquant_sglang.recipe.yaml_map import YamlMap
 def requested() -> str:
     """The recipe that the environment asks for, else the default; an empty variable counts as unset."""
     return os.environ.get(RECIPE_ENV) or DEFAULT
+
+
+def load_requested() -> Recipe:
+    """The recipe that the environment asks for, with the ``min_tokens`` that it asks for; raises ``MixQuantError``."""
+    return with_min_tokens(load(requested()), os.environ.get(MIN_TOKENS_ENV, ""))
+
+
+def with_min_tokens(asked: Recipe, text: str) -> Recipe:
+    """``asked`` with another ``min_tokens``: an integer of at least 1, or ``auto``; as it is for ""."""
+    if not text:
+        return asked
+    if text != "auto" and not re.fullmatch(r"[1-9][0-9]{0,17}", text):
+        raise MixQuantError(
+            f"{MIN_TOKENS_ENV} (--mixquant-min-tokens) is {show(text)}; allowed: an integer of at least 1 or auto"
+        )
+    return replace(asked, min_tokens=None if text == "auto" else int(text))
 
 
 def shipped() -> dict[str, Path]:
@@ -96,7 +114,7 @@ def _parse(name: str, file: str, text: str) -> Recipe:
         name=name,
         source=file,
         prefill=precision,
-        min_tokens=prefill.integer("min_tokens", 1, least=1),
+        min_tokens=prefill.auto_or_integer("min_tokens", 1),
         fuse=prefill.boolean("fuse", True),
         decode=root.section("decode", ("precision",)).choice("precision", PRECISIONS, "bf16"),
         protect_last_prompt_token=protect.boolean("last_prompt_token", True),

@@ -10,6 +10,7 @@ import yaml
 from mixquant_sglang.recipe.capabilities import NATIVE_FROM
 
 RECIPE_ENV = "MIXQUANT_RECIPE"
+MIN_TOKENS_ENV = "MIXQUANT_MIN_TOKENS"  # goes before what a recipe says
 DEFAULT = "auto"
 REGEX = "re:"
 
@@ -45,7 +46,7 @@ class Recipe:
     name: str
     source: str
     prefill: str
-    min_tokens: int
+    min_tokens: int | None  # None: "auto", what is measured at start
     fuse: bool  # quantise activations inside the norms and activations before the linears
     decode: str
     protect_last_prompt_token: bool
@@ -66,7 +67,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """A file that ``load`` reads as this recipe again, but for where it stands: name, source and lines."""
-        prefill = {"precision": self.prefill, "min_tokens": self.min_tokens, "fuse": self.fuse}
+        prefill = {"precision": self.prefill, "min_tokens": self.min_tokens or "auto", "fuse": self.fuse}
         tail = {"last_prompt_tokens": self.protected_tail} if self.protect_last_prompt_token else {}
         made = {
             "version": 1,

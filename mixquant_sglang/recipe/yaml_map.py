@@ -97,8 +97,16 @@ class YamlMap:
             raise self.error(key, f"{show(value)} is not one of them; allowed: true, false")
         return default if value is None else value == "true"
 
-    def integer(self, key: str, default: int, least: int | None = None) -> int:
-        allowed = "; allowed: an integer" + (f" of at least {least}" if least is not None else "")
+    def auto_or_integer(self, key: str, least: int) -> int | None:
+        """None for ``auto``, which it is when it is not given."""
+        node = self.nodes.get(key)
+        text = isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str"
+        if node is None or (text and node.value == "auto"):
+            return None
+        return self.integer(key, least, least, " or auto")
+
+    def integer(self, key: str, default: int, least: int | None = None, other: str = "") -> int:
+        allowed = "; allowed: an integer" + (f" of at least {least}" if least is not None else "") + other
         value = self._scalar(key, "int", "an integer", allowed)
         if value is None:
             return default

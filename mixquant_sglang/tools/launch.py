@@ -181,7 +181,7 @@ def _check_recipe(noted: list[str]) -> None:
     from mixquant_sglang.versions import machine
 
     try:
-        loaded = recipe.load(recipe.requested())
+        loaded = recipe.load_requested()
         refusals.check_recipe(loaded, select(loaded, machine.device()))
     except MixQuantError as error:
         noted.append(str(error))

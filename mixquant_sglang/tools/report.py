@@ -117,7 +117,7 @@ def _recipe(asked: str, hidden: Hidden) -> tuple[list[str], bool]:
         for r in loaded.layers
     ]
     fields = {"prefill": loaded.prefill, "decode": loaded.decode, "kernel": loaded.kernel, "fuse": loaded.fuse}
-    fields |= {"min_tokens": loaded.min_tokens, "ready-made weights": bool(loaded.prefill_weights)}
+    fields |= {"min_tokens": loaded.min_tokens or "auto", "ready-made weights": bool(loaded.prefill_weights)}
     lines = [f"recipe: {name} ({', '.join(f'{key} {value}' for key, value in fields.items())})", *rules]
     lines.append(f"selection: {hidden.out_of(selection.describe())}; because {hidden.out_of(selection.reason)}")
     return [*lines, f"fingerprint: {fingerprint(loaded, selection)}"], True
@@ -144,7 +144,10 @@ def flags_of_sglang() -> dict[str, Takes]:
 
     parser = argparse.ArgumentParser(add_help=False)
     ServerArgs.add_cli_args(parser)
-    known = {"--mixquant-recipe": Takes(tuple(recipe.shipped()))}
+    known = {
+        "--mixquant-recipe": Takes(tuple(recipe.shipped())),
+        "--mixquant-min-tokens": Takes(("auto",), True),
+    }
     for action in parser._actions:
         words = tuple(map(str, action.choices or ()))
         number = action.type in (int, float) or getattr(action.type, "__name__", "").endswith("_int")

@@ -19,9 +19,10 @@ def most_prefill_rows(model_runner: Any) -> int:
 def prefill_batch(prompts: list[tuple[Any, int]], model_runner: Any) -> tuple[Any, Any]:
     """(ScheduleBatch, ForwardBatch) of an extend pass over the first rows of each prompt: (token ids, rows).
 
-    As ``sglang.benchmark.one_batch.extend`` builds it, whose stand-in for the radix cache it takes.
+    As ``sglang.benchmark.one_batch.extend`` builds it, whose stand-in for the radix cache it takes.  With DP attention
+    a collective of all ranks, each of which comes with a batch.
     """
-    from sglang.benchmark.one_batch import TreeCacheNamespace
+    from sglang.benchmark.one_batch import TreeCacheNamespace, _maybe_prepare_mlp_sync_batch
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.sampling.sampling_params import SamplingParams
@@ -48,6 +49,7 @@ def prefill_batch(prompts: list[tuple[Any, int]], model_runner: Any) -> tuple[An
         spec_algorithm=SpeculativeAlgorithm.NONE,
     )
     batch.prepare_for_extend()
+    _maybe_prepare_mlp_sync_batch(batch, model_runner)
     if batch.input_ids is None and getattr(batch, "prefill_input_ids_cpu", None) is not None:
         batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
         batch.prefill_input_ids_cpu = None
@@ -57,10 +59,12 @@ def prefill_batch(prompts: list[tuple[Any, int]], model_runner: Any) -> tuple[An
 def decode_batch(batch: Any, model_runner: Any) -> Any:
     """The ForwardBatch of a decode step after ``batch``: token 1 for each request, nothing sampled."""
     import torch
+    from sglang.benchmark.one_batch import _maybe_prepare_mlp_sync_batch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     batch.input_ids = torch.ones(len(batch.reqs), dtype=torch.int64, device=batch.device)
     batch.prepare_for_decode()
+    _maybe_prepare_mlp_sync_batch(batch, model_runner)
     return ForwardBatch.init_new(batch, model_runner, return_hidden_states_before_norm=False)
 
 

@@ -20,6 +20,33 @@ def tensor_parallel_ranks() -> int:
     return int(get_tp_group().world_size) if torch.distributed.is_initialized() else 1
 
 
+def gathers_rows() -> bool:
+    """Whether ranks attend to batches of their own, and gather the rows of all for the layers in between (DP
+    attention)."""
+    from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+
+    return bool(is_dp_attention_enabled())
+
+
+def attention_ranks() -> int:
+    """Over how many ranks the linears of attention are sharded."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().attn_tp_size)
+
+
+def over_ranks(value: Any) -> list[Any]:
+    """``value`` of each rank that runs a part of the model, in their order: a collective."""
+    import torch.distributed
+
+    group = rank_group()
+    if group is None or torch.distributed.get_world_size(group) == 1:
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(found, value, group=group)
+    return found
+
+
 def stage_group() -> Any | None:
     """SGLang's GroupCoordinator of the pipeline's stages; None where the model has one."""
     from sglang.srt.distributed import parallel_state

@@ -21,7 +21,11 @@ _ARGS = "sglang.srt.server_args.ServerArgs"
 
 SURFACE: tuple[Row, ...] = (
     # -- server arguments ----------------------------------------------------------------------------------------------
-    Row(_ARGS, ("quantization", "dtype", "moe_runner_backend"), "host/hooks/launcher.py"),
+    Row(
+        _ARGS,
+        ("quantization", "dtype", "moe_runner_backend", "disable_prefill_cuda_graph"),
+        "host/hooks/launcher.py",
+    ),
     Row(_ARGS, ("enable_lora", "lora_paths", "lora_target_modules"), "versions/lora.py"),
     Row("sglang.srt.lora.layers.BaseLayerWithLoRA", ("base_layer",), "versions/lora.py"),
     Row("sglang.srt.arg_groups.overrides", ("_declarations_materialized",), "versions/v0_5_17.py", OLD),
@@ -45,7 +49,8 @@ SURFACE: tuple[Row, ...] = (
         _ARGS,
         (
             *("tokenizer_worker_num", "port", "grpc_port", "grpc_mode", "smg_grpc_mode", "device"),
-            *("enable_dp_attention", "attn_cp_size", "enable_prefill_cp", "dcp_size"),
+            *("enable_dp_attention", "enable_dp_attention_local_control_broadcast", "pp_size"),
+            *("attn_cp_size", "enable_prefill_cp", "dcp_size"),
             *("enable_attn_tp_input_scattered", "moe_dense_tp_size", "moe_dp_size", "moe_a2a_backend", "dwdp_size"),
             *("enable_two_batch_overlap", "enable_single_batch_overlap", "enable_pdmux"),
             *("speculative_algorithm", "speculative_draft_model_quantization", "enable_multi_layer_eagle"),

@@ -19,12 +19,15 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 
+from mixquant_sglang.kernels.limits import MANY_ROWS
 from mixquant_sglang.kernels.triton import activations
+from mixquant_sglang.kernels.triton.few_rows import linear_rows_
 from scripts.bench.servers import machine
 
 EPS = 1e-6
@@ -175,6 +178,40 @@ def copy_bandwidth(working_set: int, replays: int) -> float:
     return max(best, arm.m * arm.k * arm.bytes_per_element / microseconds(arm, working_set, replays) / 1e3)
 
 
+LAYER = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))  # the linears of Qwen3-8B
+
+
+def protected_rows(counts: list[int], working_set: int, replays: int) -> list[dict[str, Any]]:
+    """Microseconds of a layer's BF16 linears for so many protected rows, as a captured graph of 256 slots has them, and
+    as cuBLAS and a copy have them, which know how many there are."""
+    tokens, found = 512, []
+    print(
+        f"{'protected rows':>14}{'few_rows':>10}{'GB/s':>7}{'cuBLAS':>9}   us of a layer, by linear: few_rows (cuBLAS)"
+    )
+    for count in counts:
+        index = torch.full((MANY_ROWS,), -1, device="cuda")
+        index[:count] = torch.randperm(tokens, device="cuda")[:count]
+
+        def few(n: int, k: int, index: torch.Tensor = index) -> Call:
+            out, rows, weight = randn(tokens, n), randn(MANY_ROWS, k), randn(n, k)
+            return lambda: linear_rows_(out, index, rows, weight)
+
+        def cublas(n: int, k: int, used: torch.Tensor = index[:count]) -> Call:
+            out, rows, weight = randn(tokens, n), randn(len(used), k), randn(n, k)
+            return lambda: out.index_copy_(0, used, torch.nn.functional.linear(rows, weight))
+
+        us = [
+            [microseconds(Arm(name, n, k, 2, partial(make, n, k)), working_set, replays) for n, k in LAYER]
+            for name, make in (("few_rows", few), ("cublas", cublas))
+        ]
+        total, other = sum(us[0]), sum(us[1])
+        each = "  ".join(f"{a:.1f} ({b:.1f})" for a, b in zip(*us, strict=True))
+        gbs = sum(2 * n * k for n, k in LAYER) / total / 1e3
+        print(f"{count:>14}{total:>10.1f}{gbs:>7.0f}{other:>9.1f}   {each}", flush=True)
+        found.append({"rows": count, "few_rows_us": us[0], "cublas_us": us[1]})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=[512, 2048, 8192])
@@ -186,7 +223,13 @@ def main() -> None:
     parser.add_argument(
         "--working-set", type=int, default=256 << 20, help="bytes that the sets of an arm have at least"
     )
+    parser.add_argument("--protected", nargs="+", type=int, help="numbers of protected rows: their BF16 linears alone")
     args = parser.parse_args()
+    if args.protected:
+        torch.manual_seed(0)
+        found = protected_rows(args.protected, args.working_set, args.replays)
+        print(json.dumps({**machine(), "protected": found}))
+        return
     import sgl_kernel  # noqa: F401 - registers its operators
 
     torch.manual_seed(0)

@@ -23,8 +23,9 @@ import triton
 
 from mixquant_sglang.formats import fp8, nvfp4
 from mixquant_sglang.kernels.packing import quantize_nvfp4
-from mixquant_sglang.kernels.triton import packed_rows
-from mixquant_sglang.kernels.triton.packed_rows import Packed, Tiles
+from mixquant_sglang.kernels.triton import packed_rows, packed_tiles
+from mixquant_sglang.kernels.triton.packed_rows import Packed
+from mixquant_sglang.kernels.triton.packed_tiles import Tiles
 from mixquant_sglang.kernels.triton.unpack import unscaled
 
 SHAPES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))  # Qwen3-8B
@@ -56,7 +57,7 @@ SWEEP[32] = SWEEP[64]
 
 
 def packed(fmt: str, weight: torch.Tensor) -> Packed:
-    locks = torch.zeros(packed_rows.LOCKS, dtype=torch.int32, device="cuda")
+    locks = torch.zeros(packed_tiles.LOCKS, dtype=torch.int32, device="cuda")
     if fmt == "w8a16":
         q = fp8.quantize(weight)
         return Packed(q.data, q.scales, locks)
@@ -174,7 +175,7 @@ def measure(n: int, k: int, rows: tuple[int, ...], args: Any, gbs: float) -> Ite
             if m >= 32:
                 row["widened"] = microseconds([partial(widened, x, w) for w in weights], args.replays)
             if args.sweep:
-                bucket = next((b for b in packed_rows.BUCKETS if b >= m), packed_rows.BUCKETS[-1])
+                bucket = next((b for b in packed_tiles.BUCKETS if b >= m), packed_tiles.BUCKETS[-1])
                 tried: dict[Tiles, float] = {}
                 for tiles in SWEEP[bucket]:
                     try:

@@ -6,7 +6,8 @@ round takes them in another order, so that a slow moment of the machine hits eve
 rests: an arm's place in the order was worth up to 5% without.  Prompts are random token ids, new for every request, so
 that nothing is cached.  Medians over the rounds:
 
-    prefill  client: seconds until the first token of a prompt of L tokens, batch 1, HTTP included
+    prefill  client: seconds until the first token of a prompt of L tokens, batch 1, HTTP included; L@P: of L new tokens
+             behind P that a request just before left in the cache
     pass     server: seconds of the forward passes (chunks) of that same prompt, without HTTP and scheduling; taken by
              CUDA events around the model runner, see passes.py
     decode   client: (time of 136 tokens - time of 8 tokens) / 128 after the same prompt, batch B
@@ -38,13 +39,20 @@ def measure(arms: list[Arm], args: argparse.Namespace) -> dict[str, dict[str, fl
         order = in_turn(arms, round_number)
         for length in args.lengths:
             for arm in order:
-                time.sleep(args.rest)
-                mark = arm.mark()
-                spent, (meta,) = arm.generate([prompt(length)], 1)
-                passes = arm.pass_seconds(mark, meta["prompt_tokens"] - meta["cached_tokens"])
-                if round_number:
-                    times[arm.name].setdefault(f"prefill_{length}", []).append(spent)
-                    times[arm.name].setdefault(f"pass_{length}", []).append(passes)
+                for prefix in args.prefixes:
+                    cached = prompt(prefix) if prefix else []
+                    if cached:
+                        arm.generate([cached], 1)
+                    time.sleep(args.rest)
+                    mark = arm.mark()
+                    spent, (meta,) = arm.generate([cached + prompt(length)], 1)
+                    if meta["cached_tokens"] != prefix:
+                        raise SystemExit(f"{arm.name} had {meta['cached_tokens']} of {prefix} tokens in its cache")
+                    passes = arm.pass_seconds(mark, length)
+                    if round_number:
+                        behind = f"@{prefix}" if prefix else ""
+                        times[arm.name].setdefault(f"prefill_{length}{behind}", []).append(spent)
+                        times[arm.name].setdefault(f"pass_{length}{behind}", []).append(passes)
         for batch in args.batches:
             prompts = [prompt(args.decode_context) for _ in range(batch)]
             for arm in order:
@@ -61,7 +69,14 @@ def main() -> None:
     parser.add_argument(
         "--lengths", nargs="+", type=int, default=[2048, 8192, 32768], help="prompts (default: %(default)s)"
     )
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="for decode (default: %(default)s)")
+    parser.add_argument(
+        "--prefixes",
+        nargs="+",
+        type=int,
+        default=[0],
+        help="tokens that are in the cache before the prompt comes (default: %(default)s)",
+    )
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 64], help="for decode (default: %(default)s)")
     parser.add_argument("--decode-context", type=int, default=512, help="tokens before decode (default: %(default)s)")
     parser.add_argument(
         "--rest", type=float, default=0.2, help="seconds without work before each prompt (default: %(default)s)"

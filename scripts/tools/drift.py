@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 import mixquant_sglang
-from mixquant_sglang.host.hooks.table import HOOKS, Hook
+from mixquant_sglang.host.hooks.hook import Hook
+from mixquant_sglang.host.hooks.table import HOOKS
 from mixquant_sglang.versions.lookup import Package, Source, gone
 
 ROOT = Path(__file__).resolve().parents[2]

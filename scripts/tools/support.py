@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from mixquant_sglang.host.refused import REFUSALS, Refusal
+from mixquant_sglang.host.refusal import Refusal
+from mixquant_sglang.host.refused import REFUSALS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, DATA = ROOT / "docs" / "support.md", ROOT / "docs" / "support.yaml"

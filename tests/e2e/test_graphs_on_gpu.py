@@ -32,7 +32,7 @@ def pair(tiny_model: Path, logs: Path) -> Iterator[tuple[Server, Server]]:
     shim, env = plugins.write(folder, "cpu_shim", plugins.CPU_SHIM), {"SGLANG_PLUGINS": "cpu_shim"}
     flags = ["--quantization", "mixquant", "--mixquant-recipe", str(recipe)]
     spy = plugins.write(folder, "compiler_spy", plugins.COMPILER_SPY)
-    spy_env = {"COMPILED_FILE": str(folder / "compiled.txt")}
+    spy_env = {"COMPILED_FILE": str(folder / "compiled.txt"), "MIXQUANT_MIN_TOKENS": ""}
     with ExitStack() as running:
         servers = (
             Server(tiny_model, folder, "stock", *FLAGS, env=env, pythonpath=[shim]),

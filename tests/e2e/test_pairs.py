@@ -1,7 +1,8 @@
 """A prefill and a decode server behind SGLang's router, on the CPU over TCP: one pair for all tests of this file.
 
 What a pair computes is held against the servers that the other end-to-end tests share: same prompt, same cached tokens,
-same answer to the last bit.  The last tests kill one half after the other, and put a stock decode server in its place.
+same answer to the last bit.  The last tests kill one half after the other; the prefill server comes back, and a stock
+decode server takes the other's place.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,12 @@ def counted(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[d
     return found
 
 
+def fits(pair: Played) -> int:
+    """How often the decode server said so of the prefill server."""
+    text = pair.processes["decode"].log.read_text()
+    return len(re.findall(r"mixquant: the prefill server at \S+ fits", text))
+
+
 # -- what each half is ---
 
 
@@ -127,7 +133,7 @@ def test_the_decode_server_keeps_no_packed_copies_and_says_so(pair: Played) -> N
     assert prefill["fingerprint"] == decode["fingerprint"], "keys and values have one name on both"
     text = pair.processes["decode"].log.read_text()
     assert "because a decode server keeps the copies that it decodes with, and no others" in text
-    assert len(re.findall(r"mixquant: the prefill server at \S+ fits", text)) == 1, "asked once for all requests"
+    assert fits(pair) == 1, "asked once for all requests"
 
 
 # -- what a pair computes is what one server computes ---
@@ -386,6 +392,30 @@ def served_again(pair: Played) -> None:
         time.sleep(1)
 
 
+def test_the_prefill_server_dies_and_comes_back(pair: Played) -> None:
+    """The decode server, which lives on, asks what it is once more, and both count on."""
+    thread, ended = in_flight(pair, ids(random.Random(42), 6000), 4)
+    marked, asked = len(pair.batches("prefill")), fits(pair)
+    while len(pair.batches("prefill")) < marked + 2:
+        assert thread.is_alive()
+        time.sleep(0.05)
+    pair.processes["prefill"].signal(signal.SIGKILL)
+    thread.join(timeout=200)
+    assert ended and ended[0][0] != 200, ended
+    assert requests.get(pair.plan.url("decode") + "/health", timeout=60).status_code == 200
+    pair.processes["prefill"].kill()
+    pair.start("prefill")
+    pair.wait("prefill")
+    served_again(pair)
+    assert fits(pair) > asked, "asked anew in its second life"
+    before = pair.states()
+    pair.generate(ids(random.Random(43), 200), 4)
+    time.sleep(0.5)
+    prefill, decode = counted(before, pair.states())
+    assert prefill == {f"prefill {before[0]['precision']['prefill']}": 199, "prefill bf16": 1, "protected": 1}
+    assert decode.keys() == {"decode bf16"} and 3 <= decode["decode bf16"] <= 4
+
+
 def test_the_decode_server_dies_and_a_stock_one_takes_its_place(pair: Played, tiny_model: Path) -> None:
     thread, ended = in_flight(pair, ids(random.Random(40), 50), 4000)
     decoded = pair.states()[1]["tokens"]["decode"]["bf16"]
@@ -409,21 +439,3 @@ def test_the_decode_server_dies_and_a_stock_one_takes_its_place(pair: Played, ti
     low = before["precision"]["prefill"]
     prefill = counted([before], [pair.states()[0]])[0]
     assert prefill == {f"prefill {low}": 199, "prefill bf16": 1, "protected": 1}
-
-
-def test_the_prefill_server_dies_and_comes_back(pair: Played) -> None:
-    thread, ended = in_flight(pair, ids(random.Random(42), 6000), 4)
-    marked = len(pair.batches("prefill"))
-    while len(pair.batches("prefill")) < marked + 2:
-        assert thread.is_alive()
-        time.sleep(0.05)
-    pair.processes["prefill"].signal(signal.SIGKILL)
-    thread.join(timeout=200)
-    assert ended and ended[0][0] != 200, ended
-    assert requests.get(pair.plan.url("decode") + "/health", timeout=60).status_code == 200
-    if version("sglang").startswith("0.5.17"):
-        return  # a start more; what follows is SGLang's, and shown with 0.5.23
-    pair.processes["prefill"].kill()
-    pair.start("prefill")
-    pair.wait("prefill")
-    served_again(pair)

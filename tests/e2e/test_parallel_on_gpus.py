@@ -1,8 +1,8 @@
-"""One model on two GPUs: tensor parallel, experts parallel, replicas, pipeline stages; three servers of each.
+"""One model on two GPUs: tensor and experts parallel, replicas, DP attention, pipeline stages; three servers of each.
 
 With the same flags recipe bf16 answers as stock SGLang does, token for token and logprob for logprob.  With the default
 recipe each rank, not the one that answers alone, counts what it ran: prompt rows low but the protected ones, decode
-BF16.  All servers of a wave start at once, of models of a few MB; the whole takes about five minutes.  A table at the
+BF16.  All servers of a wave start at once, of models of a few MB; the whole takes about seven minutes.  A table at the
 end says what was seen.
 """
 
@@ -36,8 +36,9 @@ KINDS: dict[str, list[str]] = {
     "--pp-size 2": ["--pp-size", "2"],
     "--dp-size 2": ["--dp-size", "2"],
     "--tp 2 --ep-size 2": ["--tp-size", "2", "--ep-size", "2"],
+    "--dp-size 2 --enable-dp-attention": ["--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"],
 }
-WAVES = (("--tp 2", "--pp-size 2"), ("--dp-size 2", "--tp 2 --ep-size 2"))
+WAVES = (("--tp 2", "--pp-size 2"), ("--dp-size 2", "--tp 2 --ep-size 2"), ("--dp-size 2 --enable-dp-attention",))
 RECIPES = ("stock", "bf16", "auto")
 PROMPTS = (300, 7, 129, 640)
 NEW = 24
@@ -128,7 +129,7 @@ def ask(kind: str, wanted: str, server: Server, ranks: Ranks) -> dict[str, Any]:
         out["states"] = [state["mixquant"] for state in states]
     low = out["states"][0]["precision"]["prefill"] if "states" in out else "bf16"
     before = ranks.read()
-    out["answers"] = answers(server, replicas=kind == "--dp-size 2")
+    out["answers"] = answers(server, replicas="--dp-size" in kind)
     after = ranks.read()
     out["ranks"] = {
         pid: {
@@ -203,6 +204,13 @@ def test_each_rank_counts_what_it_ran(kind: str, ran: dict[str, dict[str, Any]])
         assert rank["extend rows"] == rows
         assert rank["low decode"] == 0 and rank["bf16 decode"] == rank["decode rows"] >= prompts * (NEW - 1)
     assert auto["answers"] != ran[kind]["stock"]["answers"]  # another computation
+
+
+def test_with_dp_attention_low_are_the_linears_of_attention(ran: dict[str, dict[str, Any]]) -> None:
+    for state in ran["--dp-size 2 --enable-dp-attention"]["auto"]["states"]:
+        assert state["layers"]["bf16"] >= sum(n for precision, n in state["layers"].items() if precision != "bf16") > 0
+        (reason,) = (why for why in state["stays_bf16"] if why.startswith("DP attention: "))
+        assert "mlp." in state["stays_bf16"][reason] and "self_attn" not in state["stays_bf16"][reason]
 
 
 def test_replicas_and_stages_say_what_they_hold(ran: dict[str, dict[str, Any]]) -> None:

@@ -53,8 +53,8 @@ CASES: dict[str, dict[str, Any]] = {
         "config": {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}},
     },
     "DP attention": {
-        "says": ["does not go with --enable-dp-attention"],
-        "flags": ["--enable-dp-attention", "--dp-size", "2", "--tp-size", "2"],
+        "says": ["does not go with --speculative-algorithm with DP attention"],
+        "flags": ["--enable-dp-attention", "--dp-size", "2", "--tp-size", "2", "--speculative-algorithm", "NGRAM"],
     },
     "a launcher hook target is gone": {
         "says": ["has no", "ServerArgs.add_cli_args", "Tested with SGLang"],

@@ -12,6 +12,7 @@ pytestmark = [
 
 SHAPES = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (1024, 3584), (96, 64), (40, 48), (3072, 1536)]
 TOKENS = 300
+USED = [(0, 64), (1, 1), (1, 256), (5, 7), (16, 64), (17, 64), (33, 256), (64, 64), (65, 256), (129, 256), (256, 256)]
 
 
 def operands(n: int, k: int, slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,7 +28,7 @@ def index_of(used: list[int], slots: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-@pytest.mark.parametrize(("used", "slots"), [(0, 64), (1, 1), (1, 64), (5, 7), (16, 64), (17, 64), (64, 64)])
+@pytest.mark.parametrize(("used", "slots"), USED)
 def test_against_float64(n: int, k: int, used: int, slots: int, bias: bool) -> None:
     from mixquant_sglang.kernels.triton.few_rows import linear_rows_
 
@@ -44,13 +45,13 @@ def test_against_float64(n: int, k: int, used: int, slots: int, bias: bool) -> N
 
 
 @pytest.mark.parametrize(("n", "k", "cut"), [(6144, 4096, 4096), (512, 256, 256), (320, 64, 192)])
-@pytest.mark.parametrize("used", [1, 30])
+@pytest.mark.parametrize("used", [1, 30, 90])
 def test_in_two_matrices(n: int, k: int, cut: int, used: int) -> None:
     from mixquant_sglang.kernels.triton.few_rows import linear_rows_
 
-    weight, rows, out = operands(n, k, 64)
+    weight, rows, out = operands(n, k, 256)
     bias = torch.randn(n, dtype=torch.bfloat16, device="cuda")
-    index = index_of(list(range(5, 5 + used)), 64)
+    index = index_of(list(range(5, 5 + used)), 256)
     linear_rows_(out, index, rows, weight, bias)
     first, rest = (torch.full((TOKENS, size), math.nan, dtype=torch.bfloat16, device="cuda") for size in (cut, n - cut))
     linear_rows_(first, index, rows, weight, bias, rest=rest)
@@ -62,12 +63,14 @@ def test_in_two_matrices(n: int, k: int, cut: int, used: int) -> None:
 def test_a_row_does_not_depend_on_how_many_there_are() -> None:
     from mixquant_sglang.kernels.triton.few_rows import linear_rows_
 
-    weight, rows, out = operands(4096, 4096, 64)
-    linear_rows_(out, index_of(list(range(64)), 64), rows, weight)
-    for i in (0, 15, 16, 63):
-        alone = torch.full_like(out, math.nan)
-        linear_rows_(alone, index_of([7], 1), rows[i : i + 1], weight)
-        assert torch.equal(alone[7], out[i])
+    for n in (4096, 6144, 24576):  # of each kind of tile
+        weight, rows, out = operands(n, 4096, 256)
+        for used in (20, 40, 64, 100, 256):  # by each of its loops
+            linear_rows_(out, index_of(list(range(used)), 256), rows, weight)
+            for i in {0, 15, 16, used - 1}:
+                alone = torch.full_like(out, math.nan)
+                linear_rows_(alone, index_of([7], 1), rows[i : i + 1], weight)
+                assert torch.equal(alone[7], out[i])
 
 
 def test_in_a_graph_whose_rows_change() -> None:

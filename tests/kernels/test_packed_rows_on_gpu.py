@@ -16,11 +16,11 @@ SHAPES = [(6144, 4096), (4096, 12288), (1024, 3584), (96, 64), (40, 48), (3072, 
 
 
 def packed(fmt: str, n: int, k: int):  # type: ignore[no-untyped-def]
-    from mixquant_sglang.kernels.triton import packed_rows
+    from mixquant_sglang.kernels.triton import packed_rows, packed_tiles
 
     torch.manual_seed(n + k)
     weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda")
-    locks = torch.zeros(packed_rows.LOCKS, dtype=torch.int32, device="cuda")
+    locks = torch.zeros(packed_tiles.LOCKS, dtype=torch.int32, device="cuda")
     if fmt == "w8a16":
         q = fp8.quantize(weight)
         return packed_rows.Packed(q.data, q.scales, locks), q.data.double() * q.scales[:, None].double()
@@ -63,13 +63,13 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_call(fmt: str, m: int) -
 
 
 @pytest.mark.parametrize("fmt", ["w8a16", "w4a16"])
-@pytest.mark.parametrize("used", [0, 1, 16, 40])
-def test_in_a_graph_in_the_places_of_rows(fmt: str, used: int) -> None:
+@pytest.mark.parametrize(("used", "slots"), [(0, 64), (1, 64), (16, 64), (40, 64), (1, 256), (100, 256), (256, 256)])
+def test_in_a_graph_in_the_places_of_rows(fmt: str, used: int, slots: int) -> None:
     from mixquant_sglang.kernels.triton.packed_rows import linear_rows
 
     weight, _ = packed(fmt, 6144, 4096)
-    rows = torch.randn(64, 4096, dtype=torch.bfloat16, device="cuda")
-    index = torch.full((64,), -1, device="cuda")
+    rows = torch.randn(slots, 4096, dtype=torch.bfloat16, device="cuda")
+    index = torch.full((slots,), -1, device="cuda")
     first, rest = (torch.full((300, size), math.nan, dtype=torch.bfloat16, device="cuda") for size in (4096, 2048))
     linear_rows(rows, weight, out=first, index=index, rest=rest)
     graph = torch.cuda.CUDAGraph()
@@ -79,6 +79,7 @@ def test_in_a_graph_in_the_places_of_rows(fmt: str, used: int) -> None:
     index[:used] = chosen
     graph.replay()
     together = torch.cat([first, rest], dim=1)
-    assert torch.equal(together[chosen], linear_rows(rows, weight)[:used])
+    want = linear_rows(rows, weight)[:used]  # more than 64 in other tiles, and so in another order of sums
+    assert torch.equal(together[chosen], want) or (slots > 64 and torch.allclose(together[chosen], want, 2**-7, 0.1))
     together[chosen] = math.nan
     assert bool(together.isnan().all())

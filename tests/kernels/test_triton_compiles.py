@@ -26,6 +26,7 @@ from mixquant_sglang.kernels.triton import (  # noqa: E402
     grouped,
     launch,
     packed_rows,
+    packed_tiles,
     row_kernels,
     rows,
     scale_search,
@@ -113,7 +114,7 @@ def expert_rows_case(kernel: str, act: str = "", interleaved: bool = False) -> C
     return expert_rows._down, pointers, constants | {"BN": 64}, 4
 
 
-def packed_rows_case(fp4: bool, tiles: packed_rows.Tiles, rows: int, placed: bool = False) -> Case:
+def packed_rows_case(fp4: bool, tiles: packed_tiles.Tiles, rows: int, placed: bool = False) -> Case:
     types = {
         **dict.fromkeys(("out_ptr", "rest_ptr"), "*bf16"),
         "index_ptr": "*i64" if placed else None,
@@ -131,6 +132,8 @@ def packed_rows_case(fp4: bool, tiles: packed_rows.Tiles, rows: int, placed: boo
     kept = {name: kind for name, kind in types.items() if kind}
     return packed_rows._packed_rows, kept, constants, tiles.warps
 
+
+DEEP = {"SOME_K": 128, "MANY_K": 64}
 
 # kernel, types of its arguments, constants, warps: what the launches in the package pass
 CASES: dict[str, Case] = {
@@ -205,18 +208,19 @@ CASES: dict[str, Case] = {
         dict.fromkeys(("out_ptr", "rest_ptr", "rows_ptr", "weight_ptr", "bias_ptr"), "*bf16")
         | {"index_ptr": "*i64"}
         | dict.fromkeys(("slots", "N", "cut", "out_stride", "rest_stride", "rows_stride", "weight_stride"), "i32"),
-        {"FEW": 16, "HAS_BIAS": 1, "PREFETCH": True, **constants},
+        {"FEW": 16, "GROUP": 128, "HAS_BIAS": 1, "PREFETCH": True, **constants},
         4,
     )
     for name, constants in {
-        "4096_of_4096": {"K": 4096, "MANY": 64, "BLOCK_N": 32, "FEW_K": 256, "MANY_K": 64, "WHOLE": True},
-        "6144_of_4096": {"K": 4096, "MANY": 64, "BLOCK_N": 32, "FEW_K": 128, "MANY_K": 64, "WHOLE": True},
-        "one_of_48": {"K": 48, "MANY": 16, "BLOCK_N": 32, "FEW_K": 16, "MANY_K": 16, "WHOLE": False},
+        "4096_of_4096": {"K": 4096, "MANY": 256, "BLOCK_N": 32, "FEW_K": 256, **DEEP, "WHOLE": True},
+        "6144_of_4096": {"K": 4096, "MANY": 64, "BLOCK_N": 32, "FEW_K": 128, **DEEP, "WHOLE": True},
+        "24576_of_4096": {"K": 4096, "MANY": 256, "BLOCK_N": 64, "FEW_K": 128, **DEEP, "WHOLE": True},
+        "one_of_48": {"K": 48, "MANY": 16, "BLOCK_N": 32, "FEW_K": 16, "SOME_K": 16, "MANY_K": 16, "WHOLE": False},
     }.items()
 }
 CASES |= {
     f"packed_rows_{rows}_of_{'w4' if fp4 else 'w8'}{'_placed' if placed else ''}": packed_rows_case(
-        fp4, packed_rows.choose(n, 4096, rows, fp4), rows, placed
+        fp4, packed_tiles.choose(n, 4096, rows, fp4), rows, placed
     )
     for fp4 in (False, True)
     for n, rows, placed in ((4096, 16, False), (4096, 64, True), (24576, 128, False))
@@ -496,37 +500,36 @@ from mixquant_sglang.kernels.triton import few_rows
 
 few_rows._shared_memory = lambda device: 232448
 
-for (n, k), slots, used in itertools.product([(96, 64), (200, 48)], [5, 16, 64], [0, 1, 5, 16, 20, 64]):
-    if used > slots:
-        continue
+few = [(5, 0), (5, 5), (16, 1), (16, 16), (64, 1), (64, 20), (64, 40), (256, 64), (256, 200)]
+for (n, k), (slots, used) in itertools.product([(96, 64), (200, 48)], few):
     index = torch.full((slots,), -1)
-    index[:used] = torch.randperm(100)[:used]
+    index[:used] = torch.randperm(300)[:used]
     rows, weight, bias = torch.randn(slots, k).bfloat16(), torch.randn(n, k).bfloat16(), torch.randn(n).bfloat16()
     for b in (None, bias):
-        out = torch.full((100, n), 7.0).bfloat16()
+        out = torch.full((300, n), 7.0).bfloat16()
         few_rows.linear_rows_(out, index, rows, weight, b)
         exact = rows[:used].double() @ weight.double().t() + (0 if b is None else b.double())
         assert torch.allclose(out[index[:used]].double(), exact, rtol=2**-8, atol=1e-5)
         out[index[:used]] = 7
         assert (out == 7).all()
-    out, rest = torch.zeros(100, 64).bfloat16(), torch.zeros(100, n - 64).bfloat16()
+    out, rest = torch.zeros(300, 64).bfloat16(), torch.zeros(300, n - 64).bfloat16()
     few_rows.linear_rows_(out, index, rows, weight, rest=rest)
     together = torch.cat([out, rest], dim=1)
-    whole = torch.zeros(100, n).bfloat16()
+    whole = torch.zeros(300, n).bfloat16()
     few_rows.linear_rows_(whole, index, rows, weight)
     same(together, whole)
 """
 
 
 PACKED_ROWS = """
-from mixquant_sglang.kernels.triton import packed_rows, widen
+from mixquant_sglang.kernels.triton import packed_rows, packed_tiles, widen
 
 codes = torch.arange(256).to(torch.uint8)
 values = codes.view(torch.float8_e4m3fn).float()
 torch.manual_seed(1)
 for (n, k), m, split in itertools.product([(96, 64), (40, 48), (256, 256)], [1, 16, 33, 130], [1, 2]):
     weight, rows, bias = torch.randn(n, k).bfloat16(), torch.randn(m, k).bfloat16(), torch.randn(n).bfloat16()
-    locks = torch.zeros(packed_rows.LOCKS, dtype=torch.int32)
+    locks = torch.zeros(packed_tiles.LOCKS, dtype=torch.int32)
     q8, q4 = fp8.quantize(weight), reference.quantize(weight)
     if n == 256:  # all codes, save those of NaN
         q8.data.view(torch.uint8)[:] = torch.where(codes & 0x7F == 0x7F, 0, codes)
@@ -538,7 +541,7 @@ for (n, k), m, split in itertools.product([(96, 64), (40, 48), (256, 256)], [1, 
             q4.unscaled(torch.float64) * q4.tensor_scale.double(),
         ),
     ):
-        tiles = packed_rows.Tiles(32, 64, split, 2, 4)
+        tiles = packed_tiles.Tiles(32, 64, split, 2, 4)
         want = rows.double() @ exact.t()
         size = 2**-22 * (rows.double().abs() @ exact.t().abs())  # of what FP32 sums may be off
         for b in (None, bias):
@@ -549,8 +552,6 @@ for (n, k), m, split in itertools.product([(96, 64), (40, 48), (256, 256)], [1, 
         one = packed_rows.linear_rows(rows[:1].contiguous(), packed, bias, tiles=tiles)
         if m <= 16:
             same(one, out[:1])
-        if m > 64:
-            continue
         used = (m + 1) // 2
         index = torch.full((m,), -1)
         index[:used] = torch.randperm(100)[:used]

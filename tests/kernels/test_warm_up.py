@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from mixquant_sglang.kernels.limits import FEW_ROWS, WIDE  # noqa: E402
+from mixquant_sglang.kernels.limits import MANY_ROWS, WIDE  # noqa: E402
 from mixquant_sglang.kernels.linear.w4a16 import NativeW4A16  # noqa: E402
 from mixquant_sglang.kernels.linear.w8a16 import NativeW8A16  # noqa: E402
 from mixquant_sglang.kernels.triton import activations, few_rows, launch, packed_rows, unpack, warm_up  # noqa: E402
@@ -69,18 +69,18 @@ def test_few_rows(keys: set[str], n: int, k: int, cut: int, with_bias: bool) -> 
     weight, bias = bf16(n, k), bf16(n) if with_bias else None
     warm_up.few(weight, bias, cut)
     warmed = {*keys}
-    for slots in range(1, FEW_ROWS + 1):
+    for slots in range(1, MANY_ROWS + 1, 3):
         for tokens in (1, 16, 17):
             for given in {None, bias} if bias is None else (None, bias):  # ranks but the first give no bias
                 for index in (
                     torch.full((slots,), -1),
-                    torch.full((2, 64), -1)[0, :slots],
-                    torch.full((2, 64), -1)[1, :slots],
+                    torch.full((2, MANY_ROWS), -1)[0, :slots],
+                    torch.full((2, MANY_ROWS), -1)[1, :slots],
                 ):
                     rest = bf16(tokens, n - cut) if cut else None
                     few_rows.linear_rows_(bf16(tokens, cut or n), index, bf16(slots, k), weight, given, rest=rest)
     assert keys == warmed
-    assert len(warmed) == 3 * (1 + with_bias)  # a set for each bucket of rows
+    assert len(warmed) == 4 * (1 + with_bias)  # a set for each bucket of rows
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -99,7 +99,7 @@ def test_packed_rows(
     for m in (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, WIDE):
         for given in {None, bias} if bias is None else (None, bias):
             linear.matmul(bf16(m, k), given)
-            for index in (torch.full((m,), -1), torch.full((2, 64), -1)[1, :m]) if m <= FEW_ROWS else ():
+            for index in (torch.full((m,), -1), torch.full((2, MANY_ROWS), -1)[1, :m]):
                 for tokens in (1, 16, 17):
                     linear.place(bf16(tokens, n), index, bf16(m, k), given)
                     if cut:

@@ -46,6 +46,7 @@ NOT_SGLANG = {
     ),
     "ours": (
         *(
+            "MIN_TOKENS_ENV",
             "RECIPE_ENV",
             "_mixquant",
             "activation_format",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import torch
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host.hooks import forward, launcher, registry, requests, table
+from mixquant_sglang.host.hooks.hook import Hook
 from mixquant_sglang.passes.rows import RequestRows
 from mixquant_sglang.versions import machine, v0_5_23
 from mixquant_sglang.versions.dialect import dialect
@@ -42,7 +43,7 @@ def test_a_hook_is_left_out_only_where_there_is_nothing_to_hook(monkeypatch: pyt
         else:
             assert hook in registry.hooks_of()
     there, nowhere = (
-        table.Hook("schedule_batch", "after", "scheduler", ("sglang.gone",), "is a test", only_with=module)
+        Hook("schedule_batch", "after", "scheduler", ("sglang.gone",), "is a test", only_with=module)
         for module in ("sglang.srt.server_args", "sglang.not_a_package.module")
     )
     monkeypatch.setattr(registry, "HOOKS", (there, nowhere))
@@ -78,7 +79,7 @@ def test_every_handler_exists_and_nothing_else_is_one() -> None:
 
 
 @pytest.mark.parametrize("hook", table.HOOKS, ids=lambda hook: hook.handler)
-def test_a_missing_target_is_named_with_its_purpose(hook: table.Hook, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_target_is_named_with_its_purpose(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
     import pkgutil
 
     resolve = pkgutil.resolve_name
@@ -106,9 +107,9 @@ def test_a_hook_that_did_not_take_effect_is_found(monkeypatch: pytest.MonkeyPatc
 
     def other(result: Any, *args: Any) -> None: ...
 
-    hook = table.Hook("schedule_batch", "after", "scheduler", ("here.made",), "is a test")
+    hook = Hook("schedule_batch", "after", "scheduler", ("here.made",), "is a test")
     monkeypatch.setattr(registry, "target_of", lambda hook: "here.made")
-    monkeypatch.setattr(table.pkgutil, "resolve_name", lambda name: Target.made)
+    monkeypatch.setattr(pkgutil, "resolve_name", lambda name: Target.made)
     assert not registry.took_effect(hook)
     wrapped = _wrap_fn(Target.__dict__["made"].__func__, forward.schedule_batch, HookType.AFTER)
     Target.made = classmethod(_wrap_fn(wrapped, other, HookType.AFTER))  # somebody else's hook on top of ours
@@ -166,5 +167,5 @@ def test_a_batch_without_a_plan_replays_no_prefill_graph(monkeypatch: pytest.Mon
     batch._mixquant_pass = run.schedule.prefill([RequestRows(5, 0, 90)], torch.device("cpu"))
     assert graphs.can_replay_prefill(lambda *_: True, runner, batch)
     assert not graphs.can_replay_prefill(lambda *_: False, runner, batch)
-    run.schedule.recipe = replace(asked, min_tokens=9)  # the graph of 8 rows is BF16 then
+    run.schedule.min_tokens = 9  # the graph of 8 rows is BF16 then
     assert not graphs.can_replay_prefill(lambda *_: True, runner, batch)

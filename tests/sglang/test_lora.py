@@ -138,7 +138,7 @@ def test_what_is_left_to_adapters(named: Any, whole: list[bool], monkeypatch: py
     experts = [("a", SimpleNamespace(low=("fp8",), stay_bf16=said.append)), ("b", SimpleNamespace(low=()))]
     monkeypatch.setattr(lifecycle.report, "linears", lambda _: zip(names, linears, strict=True))
     monkeypatch.setattr(lifecycle.report, "experts", lambda _: experts)
-    schedule = SimpleNamespace(split=True, prunes=False)
+    schedule = SimpleNamespace(split=True, prunes=False, local=False)
     steps = LoadSteps(
         SimpleNamespace(schedule=schedule, recipe=SimpleNamespace(fuse=True)), SimpleNamespace(ready=None)
     )

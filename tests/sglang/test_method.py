@@ -81,6 +81,29 @@ def test_protected_rows_are_bf16_and_the_others_are_not_touched(name: str, devic
     assert not torch.equal(out[protected], low[protected])
 
 
+@pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
+def test_rows_that_were_added_behind_a_pass_change_no_row_of_it(name: str) -> None:
+    """As DP attention does, which gives a rank's linears rows of no request."""
+    run, layer, x = make(name, "cpu")
+    run.schedule.local = True
+    scheduled = run.schedule.prefill([RequestRows(3, 0, 3), RequestRows(4, 0, 90)], x.device).running
+    out = apply(layer, x, scheduled)
+    more = torch.cat([x, 100 * torch.ones(2, K, dtype=x.dtype)])
+    assert torch.equal(apply(layer, more, run.schedule.padded(scheduled, 9))[:7], out)
+    assert torch.equal(out[2:3], F.linear(x[2:3], layer.weight))
+
+
+@pytest.mark.parametrize("requests", [[RequestRows(7, 0, 7)], [RequestRows(7, 0, 90)]], ids=["protected", "none"])
+def test_rows_of_other_ranks_end_a_pass(requests: list[RequestRows]) -> None:
+    """A chunk without protected rows too, of which nothing else would tell that the linear sees more."""
+    run, layer, x = make("fp8", "cpu")
+    run.schedule.local = True
+    scheduled = run.schedule.prefill(requests, x.device).running
+    apply(layer, x, scheduled)
+    with pytest.raises(RuntimeError, match=r"model\.layers\.0\.x got 14 rows in a pass of 7"):
+        apply(layer, torch.cat([x, x]), scheduled)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["nvfp4-emulated", "fp8"])
 def test_a_captured_graph_protects_the_rows_of_each_replay(name: str) -> None:

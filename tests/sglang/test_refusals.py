@@ -30,6 +30,10 @@ REFUSED_VALUES: dict[str, Any] = {
     "speculative_draft_model_quantization": "mixquant",
     "disable_radix_cache": False,
 }
+GATHERED_VALUES: dict[str, Any] = {
+    "cuda_graph_config": {"prefill": {"backend": "breakable"}},
+    "speculative_algorithm": "NGRAM",
+}
 
 
 def fields() -> set[str]:
@@ -67,6 +71,10 @@ def test_each_is_refused_with_reason_and_way_out(refusal: refused.Refusal, monke
     monkeypatch.setattr(environment, "has_own_http_app", lambda: True)
     bad, field = plain(), refusal.field.partition(".")[0]
     setattr(bad, field, REFUSED_VALUES.get(field, 2))
+    if refusal.gathered:
+        setattr(bad, field, GATHERED_VALUES.get(field, 2))
+        refusals.check_server_args(bad)
+        bad.enable_dp_attention = True
     with pytest.raises(MixQuantError) as error:
         refusals.check_server_args(bad)
     assert f"does not go with {refusal.flag}: {refusal.why}; {refusal.instead}" in str(error.value)
@@ -194,8 +202,26 @@ def test_as_given_counts_too() -> None:
     """0.5.23 resolves --enable-dp-attention to False, and says so in --attn-dp-size."""
     args = plain()
     args.enable_dp_attention, args._resolved_overrides = True, [("a hook", {"enable_dp_attention": False})]
-    with pytest.raises(MixQuantError, match="--enable-dp-attention"):
+    refusals.check_server_args(args)
+    args.pp_size = 2
+    with pytest.raises(MixQuantError, match="--pp-size > 1 with DP attention"):
         refusals.check_server_args(args)
+    args.enable_dp_attention, args.attn_dp_size = False, 2  # 0.5.23
+    with pytest.raises(MixQuantError, match="--pp-size > 1 with DP attention"):
+        refusals.check_server_args(args)
+    args.attn_dp_size = 1
+    refusals.check_server_args(args)
+
+
+def test_dp_attention_is_stocks_where_all_is_bf16() -> None:
+    """But in a pair, of which halves compare what they are."""
+    args = plain()
+    args.enable_dp_attention, args.pp_size, args.speculative_algorithm = True, 2, "NGRAM"
+    args.cuda_graph_config = {"prefill": {"backend": "breakable"}}
+    refusals.check_server_args(args, recipe.load("bf16"))
+    args.disaggregation_mode = "prefill"
+    with pytest.raises(MixQuantError, match="--disaggregation-mode with DP attention"):
+        refusals.check_server_args(args, recipe.load("bf16"))
 
 
 def test_the_resolved_value_counts_and_the_last_one_wins() -> None:
@@ -228,7 +254,7 @@ def test_nothing_is_fused_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, 
     from mixquant_sglang.host import lifecycle
 
     called: list[object] = []
-    schedule = SimpleNamespace(split=True, prunes=False)
+    schedule = SimpleNamespace(split=True, prunes=False, local=False)
     run = SimpleNamespace(schedule=schedule, recipe=SimpleNamespace(fuse=True))
     made = lifecycle.LoadSteps(run, SimpleNamespace(ready=None))
     monkeypatch.setattr(lifecycle.fused, "fuse", lambda model: called.append(model) or Counter())

@@ -228,7 +228,7 @@ def test_an_update_of_a_draft_is_sglangs(run: runtime.Runtime) -> None:
 def test_rows_that_a_draft_reads_are_not_left_out(
     algorithm: str, prunes: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    schedule = SimpleNamespace(split=True, prunes=False)
+    schedule = SimpleNamespace(split=True, prunes=False, local=False)
     made = lifecycle.LoadSteps(
         SimpleNamespace(schedule=schedule, recipe=SimpleNamespace(fuse=True)), SimpleNamespace(ready=None)
     )

@@ -120,7 +120,7 @@ EXPECTED: dict[str, Expected] = {
         _attention(),
         _mlp("feed_forward", 1) | _mlp("feed_forward.shared_expert", 1),
         prefix="language_model.model.layers.N.",
-        reasons=(*IMAGES, NOT_OFFERED),
+        reasons=IMAGES,
         experts=1,
         args=MULTIMODAL,
         image=PIXELS_OF_ONE,

@@ -240,7 +240,7 @@ def load(folder: Path, scenario: Scenario) -> Any:
         from mixquant_sglang.host import plugin
 
         asked = dataclasses.replace(recipe.load(scenario.recipe), **scenario.changes)
-        recipe.load = lambda _name: asked
+        recipe.load_requested = lambda: asked
         os.environ["MIXQUANT_ACTIVE"] = "1"
         plugin.register()
         HookRegistry.apply_hooks()

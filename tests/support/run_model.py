@@ -35,6 +35,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 from tests.support.processes import free_port
@@ -289,6 +290,18 @@ def _end_groups() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def take_part(rank: int, first_port: int) -> None:
+    """This process is one of several that run the model together, the first of which listens on the port of a case."""
+    global RANK, free_port
+    from sglang.srt import server_args
+
+    RANK = rank
+    ports = count(first_port)  # another one for each case: the last one may not be free yet
+    free_port = lambda: next(ports)  # noqa: E731
+    if rank and hasattr(server_args, "wait_port_available"):  # until nobody listens
+        server_args.wait_port_available = lambda *_args, **_kwargs: True
 
 
 def main() -> None:

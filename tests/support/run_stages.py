@@ -9,9 +9,8 @@ zeros.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,9 +51,7 @@ def _loaded(load: Callable[..., Any], *args: Any) -> Any:
 
 def main() -> None:
     rank, port = int(sys.argv[2]), int(sys.argv[3])
-    ports: Iterator[int] = count(port)  # another one for each case: the last one may not be free yet
-    run_model.RANK = rank
-    run_model.free_port = lambda: next(ports)
+    run_model.take_part(rank, port)
     from sglang.benchmark import one_batch
     from sglang.srt.distributed import parallel_state
 

@@ -84,7 +84,7 @@ def test_defaults(tmp_path: Path, rest: str) -> None:
         name=str(file),
         source=str(file),
         prefill="auto",
-        min_tokens=1,
+        min_tokens=None,
         fuse=True,
         decode="bf16",
         protect_last_prompt_token=True,
@@ -169,7 +169,7 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for() -> None:
 def test_shipped_contents(name: str, expected: tuple[str, str, bool, str]) -> None:
     loaded = recipe.load(name)
     assert (loaded.prefill, loaded.decode, loaded.protect_last_prompt_token, loaded.kernel) == expected
-    assert (loaded.min_tokens, loaded.scales) == (1, "search")
+    assert (loaded.min_tokens, loaded.scales) == (None, "search")
     assert bool(loaded.layers) == (name in ("auto", "nvfp4-fp8"))
 
 
@@ -643,7 +643,7 @@ def drawn(field: dataclasses.Field[Any], draw: random.Random) -> Any:
         "name": ["a name"],
         "source": ["a file"],
         "prefill": recipe.PREFILL_PRECISIONS,
-        "min_tokens": range(1, 5000),
+        "min_tokens": (None, *range(1, 5000)),
         "fuse": (False, True),
         "decode": recipe.PRECISIONS,
         "protect_last_prompt_token": (False, True),

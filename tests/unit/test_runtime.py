@@ -76,12 +76,16 @@ def test_decode_only_low_precision() -> None:
 def test_which_passes_a_captured_graph_computes() -> None:
     run = make()
     many = [RequestRows(2, 0, 2) for _ in range(GRAPH_ROWS + 1)]
+    assert GRAPH_ROWS == 256
     fits, too_many = run.schedule.prefill(many[:-1], CPU), run.schedule.prefill(many, CPU)
     whole = run.schedule.prefill([RequestRows(1, 299, 300)], CPU)
     assert not run.graphs.can_replay(fits)  # no graphs were captured with an index buffer
     assert run.graphs.can_replay(run.schedule.prefill([RequestRows(128, 0, 300)], CPU))
     run.graphs.protected = GraphRows(GRAPH_ROWS, 8192, CPU)
     assert run.graphs.can_replay(fits) and not run.graphs.can_replay(too_many) and not run.graphs.can_replay(whole)
+    for count, new, replays in ((64, 64, True), (65, 63, True), (65, 64, False)):  # 4096, 4095 and 4160 rows
+        long = run.schedule.prefill([RequestRows(new, 0, new) for _ in range(count)], CPU)
+        assert run.graphs.can_replay(long) == replays and long.protected_total == count
     run.graphs.captured_pass(8, 8192, CPU)
     run.weights.hold("an update is open")
     assert not run.graphs.can_replay(run.schedule.prefill(many[:-1], CPU))
@@ -244,3 +248,18 @@ def test_counters_and_state() -> None:
     assert state["tokens"] == {"prefill": {"bf16": 1, "nvfp4": 99}, "decode": {"bf16": 4}}
     assert state["passes"] == {"prefill": 1, "decode": 1} and state["protected_rows"] == 2
     assert state["kernel"] == {"nvfp4": "emulated"} and state["precision"] == {"prefill": "nvfp4", "decode": "bf16"}
+
+
+def test_graphs_of_experts_have_fewer_slots() -> None:
+    from types import SimpleNamespace
+
+    from mixquant_sglang.recipe.roles import Kind, by_role
+
+    run = make()
+    for kind, precision, slots in (
+        (Kind.LINEAR, "nvfp4", 256),
+        (Kind.EXPERTS, "bf16", 256),
+        (Kind.EXPERTS, "nvfp4", 64),
+    ):
+        run.weights.layers[:] = [SimpleNamespace(kind=kind, precision=by_role(precision, "bf16"))]  # type: ignore[list-item]
+        assert run.graphs.slots == slots

@@ -31,7 +31,7 @@ def stage(rank: int, match: str, folder: Path) -> None:
     from mixquant_sglang.versions import groups
 
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    parallel_state._PP = SimpleNamespace(world_size=2, cpu_group=dist.group.WORLD)
+    parallel_state._PP = parallel_state._WORLD = SimpleNamespace(world_size=2, cpu_group=dist.group.WORLD)
     asked = recipe.load(str(folder / "recipe.yaml"))
     selection = select(asked, Device("a GPU", (9, 0)))
     run = Runtime(asked, selection)

@@ -22,7 +22,7 @@ from mixquant_sglang.versions import machine
 from mixquant_sglang.versions.dialect import dialect
 
 # A Ray actor inherits nothing of the launcher.
-_OURS = (machine.ACTIVE_ENV, machine.DISAGGREGATION_ENV, machine.ASKED_ENV, recipe.RECIPE_ENV)
+_OURS = (machine.ACTIVE_ENV, machine.DISAGGREGATION_ENV, machine.ASKED_ENV, recipe.RECIPE_ENV, recipe.MIN_TOKENS_ENV)
 _CARRIED = (*_OURS, "SGLANG_PLUGINS")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks.registry import handler
-from mixquant_sglang.passes.running import MASTER_PASS, Pass, role_of, scope
+from mixquant_sglang.passes.running import MASTER_PASS, Pass, current, replace_current, role_of, scope
 from mixquant_sglang.passes.schedule import ScheduledPass
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.versions.requests import reads_all_rows, request_rows
@@ -73,3 +73,11 @@ def run_pass(original: Callable[..., Any], model_runner: Any, forward_batch: Any
         run.count_prefill(scheduled)
     with scope(scheduled.running):
         return original(model_runner, forward_batch, *args, **kwargs)
+
+
+@handler
+def pad_rows(_result: None, forward_batch: Any, model_runner: Any) -> None:
+    """With DP attention SGLang adds rows, so that those of all ranks can be gathered, once the pass has begun."""
+    run, running = runtime.serving(model_runner), current()
+    if run is not None and running.tokens is not None:
+        replace_current(run.schedule.padded(running, len(forward_batch.input_ids)))

@@ -35,6 +35,8 @@ def capture_prefill(
             f"mixquant: the prefill CUDA graph backend is {backend}; row protection is tested with breakable graphs "
             "and without: pass --cuda-graph-backend-prefill breakable (or disabled)"
         )
+    if run.schedule.local:
+        raise SystemExit("mixquant: prefill CUDA graphs do not go with DP attention: pass --disable-prefill-cuda-graph")
     run.graphs.log(runner.capture_num_tokens)
     device = torch.device(runner.model_runner.device)
     with scope(run.graphs.captured_pass(num_tokens, runner.max_num_tokens, device)):
@@ -47,6 +49,8 @@ def can_replay_prefill(original: Callable[..., bool], runner: Any, forward_batch
         return False
     run = runtime.serving(runner.model_runner)
     if run is None:
+        return True
+    if not run.selection.kernels:  # all is SGLang's, and ranks with rows of their own must come to one answer
         return True
     scheduled = scheduled_of(forward_batch)
     # SGLang also asks for modes that are no prefill to us and were not scheduled: none of them was captured.
@@ -66,7 +70,7 @@ def can_replay_decode(original: Callable[..., bool], runner: Any, forward_batch:
 @handler
 def load_prefill_rows(runner: Any, forward_batch: Any, **_kwargs: Any) -> None:
     run = runtime.serving(runner.model_runner)
-    if run is not None:
+    if run is not None and run.selection.kernels:
         scheduled = scheduled_of(forward_batch)
         assert scheduled is not None, "a prefill graph is replayed for a batch without the facts of its requests"
         run.graphs.load(scheduled)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from mixquant_sglang.errors import MixQuantError, refusing
 from mixquant_sglang.host import stock
 from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.hooks.registry import handler
+from mixquant_sglang.host.refusal import gathers
 from mixquant_sglang.host.refusals import check_server_args, refused_lines
 from mixquant_sglang.recipe import Recipe, fingerprint, pairs
 from mixquant_sglang.versions import machine
@@ -28,7 +29,7 @@ class Asked:
     """What this process was asked for, as far as it parsed server arguments."""
 
     command_line: bool = False  # the arguments came from one, so a refusal ends the process with one line
-    recipe_flag: bool = False
+    flags: dict[str, None] = field(default_factory=dict)  # those of ours that it had, in their order
     dtype: str | None = None
     moe_backend: str | None = None
     recipe: Recipe | None = None
@@ -36,6 +37,7 @@ class Asked:
 
 
 asked = Asked()
+FLAGS = {"--mixquant-recipe": recipe.RECIPE_ENV, "--mixquant-min-tokens": recipe.MIN_TOKENS_ENV}
 
 
 def note(lines: list[str]) -> None:
@@ -44,10 +46,10 @@ def note(lines: list[str]) -> None:
     asked = Asked(noted=lines)
 
 
-class _RecipeFlag(argparse._StoreAction):  # of another kind SGLang takes nothing out of a --config file
+class _Flag(argparse._StoreAction):  # of another kind SGLang takes nothing out of a --config file
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-        asked.recipe_flag = True
-        os.environ[recipe.RECIPE_ENV] = values
+        asked.flags = {**asked.flags, self.option_strings[0]: None}
+        os.environ[FLAGS[self.option_strings[0]]] = values
         setattr(namespace, self.dest, values)
 
 
@@ -56,10 +58,18 @@ def add_recipe_flag(_result: None, parser: argparse.ArgumentParser) -> None:
     asked.command_line = True
     parser.add_argument(
         "--mixquant-recipe",
-        action=_RecipeFlag,
+        action=_Flag,
         metavar="NAME|FILE",
         help="Recipe for --quantization mixquant: a shipped name (mixquant recipes lists them) or a YAML file. "
         f"Default: the environment variable {recipe.RECIPE_ENV}, else 'auto'.",
+    )
+    parser.add_argument(
+        "--mixquant-min-tokens",
+        action=_Flag,
+        metavar="N|auto",
+        help="Prefill passes of fewer new tokens stay BF16, whatever the recipe says; auto: those for which that is "
+        f"faster, by what is timed at the first start. Default: the environment variable {recipe.MIN_TOKENS_ENV}, else "
+        "the recipe's min_tokens.",
     )
 
 
@@ -75,11 +85,11 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
     for name in (machine.ACTIVE_ENV, machine.DISAGGREGATION_ENV, machine.ASKED_ENV):
         os.environ.pop(name, None)
     with _refusing():
-        if asked.recipe_flag and not ours:
-            raise MixQuantError(f"--mixquant-recipe needs --quantization {machine.NAME}")
+        if asked.flags and not ours:
+            raise MixQuantError(f"{next(iter(asked.flags))} needs --quantization {machine.NAME}")
         if ours:
             with _noting():
-                asked.recipe = recipe.load(recipe.requested())
+                asked.recipe = recipe.load_requested()
             _check(server_args)
             for hook in registry.hooks_of():
                 if hook.process != "http":
@@ -88,6 +98,8 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
             asked.moe_backend = getattr(server_args, "moe_runner_backend", None)
             if server_args.speculative_draft_model_quantization is None:  # SGLang would take ours for the draft too
                 server_args.speculative_draft_model_quantization = "unquant"
+            if gathers(server_args) and (asked.recipe is None or not asked.recipe.bf16_throughout):
+                server_args.disable_prefill_cuda_graph = True  # of which a rank cannot do without alone
             _prepare_launcher()
         original(server_args, *args, **kwargs)
         if ours:

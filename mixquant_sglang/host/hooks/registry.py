@@ -8,7 +8,8 @@ from typing import Any
 
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.host.hooks.table import HOOKS, Hook
+from mixquant_sglang.host.hooks.hook import Hook
+from mixquant_sglang.host.hooks.table import HOOKS
 from mixquant_sglang.versions import machine
 
 _handlers: dict[str, Callable[..., Any]] = {}

@@ -6,45 +6,8 @@ and what they are for.  ``patches/README.md`` is the ledger of these hooks, ``re
 
 from __future__ import annotations
 
-import pkgutil
-from dataclasses import dataclass
-from importlib.util import find_spec
-
+from mixquant_sglang.host.hooks.hook import Hook
 from mixquant_sglang.versions.dialect import hook_targets
-
-
-@dataclass(frozen=True)
-class Hook:
-    """``handler`` names a function of this package.  ``process``: "launcher" hooks are set in every process that
-    may parse server arguments, "asked" hooks once it asked for mixquant, "http" hooks there too if it will serve HTTP,
-    "scheduler" hooks in the schedulers.  ``only_with``: a dotted name; an SGLang without it has nothing to hook, one
-    with it must have a target."""
-
-    handler: str
-    kind: str
-    process: str
-    targets: tuple[str, ...]
-    why: str
-    only_with: str = ""
-
-    @property
-    def needed(self) -> bool:
-        return not self.only_with or _exists(self.only_with)
-
-
-def _exists(name: str) -> bool:
-    """Whether there is such a module, which is not imported, or such a name in one."""
-    try:
-        if find_spec(name) is not None:
-            return True
-    except ModuleNotFoundError:  # a package that it would be in
-        pass
-    try:
-        pkgutil.resolve_name(name)
-    except (ImportError, AttributeError):
-        return False
-    return True
-
 
 HOOKS = (
     Hook("add_recipe_flag", "after", "launcher", ("sglang.srt.server_args.ServerArgs.add_cli_args",), "adds our flag"),
@@ -152,6 +115,13 @@ HOOKS = (
         "scheduler",
         ("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",),
         "finds the protected rows of a batch while its requests are at hand",
+    ),
+    Hook(
+        "pad_rows",
+        "after",
+        "scheduler",
+        ("sglang.srt.model_executor.forward_batch_info.ForwardBatch.prepare_mlp_sync_batch",),
+        "knows the rows that DP attention adds to a pass",
     ),
     Hook(
         "run_pass",

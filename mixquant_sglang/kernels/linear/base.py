@@ -65,7 +65,7 @@ class PackedLinear(ABC):
         bias: torch.Tensor | None,
         rest: torch.Tensor | None = None,
     ) -> None:
-        """``rows`` BF16 [R, K], R <= ``limits.FEW_ROWS``, into the rows ``index`` of ``out``, as
+        """``rows`` BF16 [R, K], R <= ``limits.MANY_ROWS``, into the rows ``index`` of ``out``, as
         ``triton/few_rows.py`` says of ``linear_rows_``.  CUDA only."""
         raise TypeError(f"{type(self).__name__} puts no rows in their places: call matmul")
 

@@ -58,7 +58,7 @@ class WeightOnly(PackedLinear):
 
 def locks(device: torch.device) -> torch.Tensor:
     """Those that one linear needs."""
-    from mixquant_sglang.kernels.triton.packed_rows import LOCKS
+    from mixquant_sglang.kernels.triton.packed_tiles import LOCKS
 
     return torch.zeros(LOCKS, dtype=torch.int32, device=device)
 

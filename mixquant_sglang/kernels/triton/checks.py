@@ -12,10 +12,13 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def require(tensor: torch.Tensor, name: str, shape: tuple[int | str, ...], dtype: torch.dtype = torch.bfloat16) -> None:
     """Sizes that are names (``"M"``) may be anything."""
-    fits = tensor.ndim == len(shape) and all(
-        isinstance(want, str) or want == size for want, size in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits or tensor.dtype != dtype or not tensor.is_contiguous():
+    found = tensor.shape
+    fits = tensor.dtype is dtype and len(found) == len(shape) and tensor.is_contiguous()
+    if fits:
+        for want, size in zip(shape, found, strict=True):
+            if want != size and not isinstance(want, str):
+                fits = False
+    if not fits:
         wanted = f"{dtype} [{', '.join(map(str, shape))}]"
-        found = f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
-        raise ValueError(f"{name} must be contiguous {wanted}, got {found}")
+        given = f"{tensor.dtype} {list(found)} with strides {tensor.stride()}"
+        raise ValueError(f"{name} must be contiguous {wanted}, got {given}")

@@ -15,10 +15,13 @@ Refused (ValueError): more than 64 slots, sizes that are not multiples of 16.  C
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
+from mixquant_sglang.kernels.beside import Beside
 from mixquant_sglang.kernels.experts.base import Form, Masters
 from mixquant_sglang.kernels.limits import BLOCK, FEW_ROWS
 from mixquant_sglang.kernels.triton.grouped import activated
@@ -41,14 +44,54 @@ def expert_rows_(
     float32 and ids int32 [T, k] (-1: another rank's), all contiguous.  Row numbers are not checked against T.
 
     No synchronisation, fit for CUDA graphs."""
+    combine_(out, multiply(index, x, weights, ids, masters, form, scratch(index, ids, masters)), index, ids, form)
+
+
+def with_rows(
+    low: Callable[[], torch.Tensor],
+    index: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    masters: Masters,
+    form: Form,
+) -> torch.Tensor:
+    """The result of ``low``, [T, H], with the rows of ``index`` as ``expert_rows_`` has them; their weights are read
+    meanwhile, where a CUDA graph is captured."""
+    room, branch = scratch(index, ids, masters), Beside(x.device)
+    with branch.run():
+        parts = multiply(index, x, weights, ids, masters, form, room)
+    out = low()
+    branch.join()
+    combine_(out, parts, index, ids, form)
+    return out
+
+
+def scratch(index: torch.Tensor, ids: torch.Tensor, masters: Masters) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations bfloat16 [R k, I] and results bfloat16 [R k, H] of all pairs, for ``multiply``."""
+    pairs = len(index) * ids.shape[1]
+    _, h, i = masters.w2.shape
+    hidden = torch.empty((pairs, i), dtype=torch.bfloat16, device=ids.device)
+    return hidden, torch.empty((pairs, h), dtype=torch.bfloat16, device=ids.device)
+
+
+def multiply(
+    index: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    masters: Masters,
+    form: Form,
+    room: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """The first two of the three kernels: results of all pairs, in ``room``; arguments as of ``expert_rows_``."""
     (slots,), (_, k) = index.shape, ids.shape
     _, n, h = masters.w13.shape
     i = n // 2
     if slots > FEW_ROWS or i % BLOCK or h % BLOCK:
         raise ValueError(f"at most {FEW_ROWS} rows and sizes of multiples of {BLOCK}, got {slots} rows, [{i}, {h}]")
     pairs, most = slots * k, next(bucket for bucket in BUCKETS if slots <= bucket)
-    hidden = torch.empty((pairs, i), dtype=torch.bfloat16, device=x.device)
-    parts = torch.empty((pairs, h), dtype=torch.bfloat16, device=x.device)
+    hidden, parts = room
     common = {"TOP_K": k, "PAIRS": max(triton.next_power_of_2(most * k), MEMBERS), "SLOTS": most}
     common |= {"MEMBERS": MEMBERS, "LANES": LANES}
     lanes = min(LANES, pairs)
@@ -75,6 +118,12 @@ def expert_rows_(
         num_warps=4,
         num_stages=4,
     )
+    return parts
+
+
+def combine_(out: torch.Tensor, parts: torch.Tensor, index: torch.Tensor, ids: torch.Tensor, form: Form) -> None:
+    """The third: each row's sum over its pairs in ``parts``, into its row of ``out``."""
+    (slots,), (_, k), h = index.shape, ids.shape, out.shape[1]
     _combine[(slots, triton.cdiv(h, 1024))](parts, out, index, ids, form.scaling, H=h, TOP_K=k, BN=1024, num_warps=4)
 
 

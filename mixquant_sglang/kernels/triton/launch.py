@@ -1,10 +1,13 @@
 """Launches the kernels of ``row_kernels.py``: results, grid, warps."""
 
+import functools
+
 import torch
 import triton
 
 from mixquant_sglang.kernels.limits import BLOCK
 from mixquant_sglang.kernels.triton.checks import capability, require
+from mixquant_sglang.kernels.triton.compiled import Compiled
 from mixquant_sglang.kernels.triton.row_kernels import quantize_pairs, quantize_rows
 
 FORMATS = ("fp8", "nvfp4", "qdq")
@@ -30,47 +33,37 @@ def launch(
         require(kept, "kept", ("R", k))
     elif slots is not None or kept is not None:
         raise ValueError("slots and kept must be given together")
-    results = empty_results(fmt, m, k, x.device)
+    device = x.device
+    results = empty_results(fmt, m, k, device)
     programs, words = m, results
     if fmt == "nvfp4":  # the programs beyond M zero the padding; eight codes are one word
         programs, words = results[1].shape[0], (results[0].view(torch.int32), results[1].view(torch.uint8), results[2])
-    if m and source == "rows" and fmt == "nvfp4":
-        warps = warps_of_pairs(k)
-        quantize_pairs[(programs // 2,)](
-            x,
-            slots,
-            kept,
-            *words,
-            m,
-            K=k,
-            THREADS=32 * warps,
-            SM=sm(x.device),
-            num_warps=warps,
-            enable_fp_fusion=False,
-        )
-    elif m:
-        warps, split = shape_of(source, fmt, k)
-        quantize_rows[(programs,)](
-            x,
-            weight,
-            residual,
-            slots,
-            kept,
-            *(*words, None, None)[:3],
-            m,
-            eps,
-            K=k,
-            THREADS=32 * warps,
-            SPLIT=split,
-            SOURCE=source,
-            FORMAT=fmt,
-            SM=sm(x.device),
-            num_warps=warps,
-            enable_fp_fusion=False,
-        )
+    if m == 0:
+        return results
+    pairs = source == "rows" and fmt == "nvfp4"
+    warps, split = (warps_of_pairs(k), True) if pairs else shape_of(source, fmt, k)
+    pointers = x.data_ptr()
+    for tensor in (weight, residual, slots, kept, *words):
+        if tensor is not None:
+            pointers |= tensor.data_ptr()
+    kind = (device.index, source, fmt, k, weight is None, residual is None, slots is None)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    if pairs:
+        arguments: tuple[object, ...] = (x, slots, kept, *words, m)
+        grid, constants = (programs // 2, 1, 1), (k, 32 * warps, sm(device))
+        _pairs.launch(quantize_pairs, kind, pointers, grid, arguments, constants, options)
+    else:
+        outputs = (*words, None, None)[:3]
+        arguments = (x, weight, residual, slots, kept, *outputs, m, eps)
+        of_row = (k, 32 * warps, split, source, fmt, sm(device))
+        _rows.launch(quantize_rows, kind, pointers, (programs, 1, 1), arguments, of_row, options)
     return results
 
 
+_rows, _pairs = Compiled(), Compiled()
+
+
+@functools.cache
 def shape_of(source: str, fmt: str, k: int) -> tuple[int, bool]:
     """Warps of a program, and whether its rows are SPLIT: the fastest on an H200 for 8192 rows of 4096 and 12288."""
     split = fmt == "nvfp4" and source in ("silu", "gelu")
@@ -78,6 +71,7 @@ def shape_of(source: str, fmt: str, k: int) -> tuple[int, bool]:
     return min(warps, 32), split
 
 
+@functools.cache
 def warps_of_pairs(k: int) -> int:
     """The fastest on an H200 for 8192 rows of 4096 and 12288."""
     least, most = (int(triton.next_power_of_2(triton.cdiv(k, 32 * elements))) for elements in (96, 32))

@@ -14,7 +14,7 @@ launches that run at the same time may share them.
 SGLang's Marlin for FP8 and FP4 weights wants them in a layout of its own, a second copy: ``docs/kernels.md``.
 
 Refused (ValueError): shapes and dtypes that do not fit together, K not a multiple of 16, tensors that are not row
-major, ``index`` with more than 64 slots. CUDA only.
+major, ``index`` with more than ``MANY_ROWS`` slots. CUDA only.
 """
 
 from __future__ import annotations
@@ -25,22 +25,11 @@ import torch
 import triton
 import triton.language as tl
 
-from mixquant_sglang.kernels.limits import BLOCK, FEW_ROWS
+from mixquant_sglang.kernels.limits import BLOCK, MANY_ROWS
 from mixquant_sglang.kernels.triton.grid import e4m3_value
 from mixquant_sglang.kernels.triton.launch import sm
+from mixquant_sglang.kernels.triton.packed_tiles import BUCKETS, LOCKS, PLACED, Tiles, choose, fitting, shared_memory
 from mixquant_sglang.kernels.triton.widen import e2m1_to_bf16, e4m3_to_bf16
-
-BUCKETS = (16, 32, 64, 128)  # rows: what a kernel is compiled for; more take several tiles of the last
-
-
-class Tiles(NamedTuple):
-    """Weight rows and weights along K of a tile, programs along K, tiles in flight, warps."""
-
-    n: int
-    k: int
-    split: int
-    stages: int
-    warps: int
 
 
 class Packed(NamedTuple):
@@ -58,11 +47,6 @@ class Packed(NamedTuple):
     def shape(self) -> tuple[int, int]:
         n, width = self.codes.shape
         return n, width if self.block_scales is None else 2 * width
-
-
-_PROGRAMS = 200  # of a launch at least, where a weight is large enough: GPUs have 100 to 200 SMs
-_STEPS = 4  # along K that a program has at least
-LOCKS = 4096  # tiles of which a split launch has at most as many
 
 
 def linear_rows(
@@ -88,9 +72,11 @@ def linear_rows(
     _check(rows, weight, bias, out, index, rest)
     if m == 0 or n == 0:
         return out
-    bucket = next((bucket for bucket in BUCKETS if bucket >= m), BUCKETS[-1])
+    # Of rows to be placed most may be unused slots: those of a smaller tile cost less.
+    most = BUCKETS[-1] if index is None else PLACED
+    bucket = next((bucket for bucket in BUCKETS if bucket >= min(m, most)), most)
     fp4 = weight.block_scales is not None
-    tiles = fitting(tiles or choose(n, k, m, fp4), n, k, m, fp4, shared_memory(rows.device))
+    tiles = fitting(tiles or choose(n, k, bucket, fp4), n, k, m, bucket, fp4, shared_memory(rows.device))
     over_n, over_m = triton.cdiv(n, tiles.n), triton.cdiv(m, bucket)
     partial = None
     if tiles.split > 1:
@@ -156,8 +142,8 @@ def _check(
         wanted.append(("bias", bias, torch.bfloat16, (n,)))
     if index is not None:
         wanted.append(("index", index, torch.int64, (m,)))
-        if m > FEW_ROWS:
-            raise ValueError(f"index must have at most {FEW_ROWS} slots, got {m}")
+        if m > MANY_ROWS:
+            raise ValueError(f"index must have at most {MANY_ROWS} slots, got {m}")
     for name, tensor, dtype, shape in wanted:
         dense = tensor.is_contiguous() if name not in ("rows", "out", "rest") else tensor.stride(1) == 1
         if tensor.dtype != dtype or tensor.shape != shape or not dense:
@@ -167,45 +153,6 @@ def _check(
             )
     if fp4 and rows.stride(0) % 2:
         raise ValueError(f"rows must start at even places, got a stride of {rows.stride(0)}")
-
-
-def choose(n: int, k: int, m: int, fp4: bool) -> Tiles:
-    """The tiles for a weight [n, k] and m rows; reckoned, not measured (``scripts/bench_packed --sweep`` does).
-
-    64 weight rows are what a warp group multiplies without turning a weight into BF16 twice; with more rows, wider
-    tiles read these less often from the L2 cache.  Programs share tiles until there are a few for each SM.  A bucket
-    of rows has one choice: it is compiled at load."""
-    if m <= 32:
-        tiles = Tiles(64, 256 if fp4 else 128, 1, 5 if m <= 16 else 4, 4)
-    elif m <= 64:
-        tiles = Tiles(128, 128, 1, 3, 8)
-    else:
-        tiles = Tiles(128, 64, 1, 4, 8)
-    over, split = triton.cdiv(n, tiles.n), 1
-    while over * split < _PROGRAMS and k // tiles.k >= 2 * split * _STEPS and split < 8:
-        split *= 2
-    return tiles._replace(split=split)
-
-
-def fitting(tiles: Tiles, n: int, k: int, m: int, fp4: bool, shared: int) -> Tiles:
-    """``tiles`` with no more along K than divides it, in no more programs than there are such tiles, and no more of
-    them in flight than ``shared`` bytes of memory take."""
-    block_k = tiles.k
-    while block_k > BLOCK and k % block_k:
-        block_k //= 2
-    split = min(tiles.split, k // block_k)
-    over = triton.cdiv(n, tiles.n) * triton.cdiv(m, BUCKETS[-1])
-    bucket = next((bucket for bucket in BUCKETS if bucket >= m), BUCKETS[-1])
-    each = block_k * (2 * bucket + (tiles.n * 9 // 16 if fp4 else tiles.n))
-    stages = max(2, min(tiles.stages, shared // each))
-    return tiles._replace(k=block_k, split=split if over <= LOCKS else 1, stages=stages)
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a program can have; without a GPU (Triton's interpreter) any."""
-    if device.type != "cuda":
-        return 2**20
-    return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
 
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
@@ -244,7 +191,7 @@ def _packed_rows(
     row = slot
     if index_ptr is not None:
         row = tl.load(index_ptr + slot, mask=slot < rows, other=-1, eviction_policy="evict_last")
-        if tl.load(index_ptr) < 0:
+        if tl.load(index_ptr + tile % over_m * ROWS) < 0:
             return
     used = (slot < rows) & (row >= 0)
     steps = tl.cdiv(K // BLOCK_K, SPLIT)

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from mixquant_sglang.kernels.limits import FEW_ROWS, WIDE
+from mixquant_sglang.kernels.limits import WIDE
 from mixquant_sglang.kernels.triton import (
     activations,
     expert_rows,
     few_rows,
     grouped,
     packed_rows,
+    packed_tiles,
     row_kernels,
     rows,
     scale_search,
@@ -62,11 +63,11 @@ def few(weight: torch.Tensor, bias: torch.Tensor | None, cut: int) -> None:
 def weight_only(packed: Any, n: int, k: int, bias: torch.Tensor | None, cut: int, device: torch.device) -> None:
     """A ``WeightOnly`` linear for every number of rows, and ``place`` where it has that, with ``bias`` and without;
     ``cut``: columns of out there."""
-    for m in (*packed_rows.BUCKETS, WIDE + 1):
+    for m in (*packed_tiles.BUCKETS, WIDE + 1):
         x = torch.zeros(m, k, dtype=torch.bfloat16, device=device)
         for each in (None, bias) if bias is not None else (None,):
             packed.matmul(x, each)
-            if packed.places and m <= FEW_ROWS:
+            if packed.places and m <= packed_tiles.PLACED:
                 index = torch.full((m,), -1, dtype=torch.int64, device=device)
                 rest = x.new_empty(ROWS, n - cut) if cut else None
                 packed.place(x.new_empty(ROWS, cut or n), index, x, each, rest)

@@ -27,14 +27,15 @@ Cells = dict[Sizes, Cell]
 
 @dataclass(frozen=True)
 class CacheFile:
-    """``fields``: the names of the sizes of an entry, rows last; ``candidates``: all that a cell may speak of, and
-    whether it must speak of all."""
+    """``fields``: the names of the sizes of an entry, rows last, and whether these are buckets (``fp8_gemm.bucket``);
+    ``candidates``: all that a cell may speak of, and whether it must speak of all."""
 
     prefix: str
     format: int
     fields: Sequence[str]
     candidates: Sequence[str]
     whole: bool = True
+    buckets: bool = True
 
     def complete(
         self,
@@ -96,7 +97,7 @@ class CacheFile:
             names = [*cell.ms, *cell.out]
             if not (
                 all(type(size) is int and size > 0 for size in where)
-                and where[-1] == bucket(where[-1])
+                and (not self.buckets or where[-1] == bucket(where[-1]))
                 and cell.ms
                 and len({*names}) == len(names)
                 and (sorted(names) == sorted(self.candidates) if self.whole else {*names} <= {*self.candidates})

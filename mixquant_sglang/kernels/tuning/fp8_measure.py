@@ -88,7 +88,7 @@ def _random(rows: int, columns: int, seed: torch.Generator) -> Tensor:
     return data
 
 
-def medians(calls: Sequence[Callable[[], Tensor]], seconds: float) -> list[float]:
+def medians(calls: Sequence[Callable[[], object]], seconds: float) -> list[float]:
     """Milliseconds of each call on the GPU, over up to 20 rounds through all of them, fewer when time is up."""
     # Written before each call.  It is more than twice any L2, so weights come from memory as they do between layers; it
     # takes tens of microseconds, in which the host gets ahead of the GPU.

@@ -31,7 +31,7 @@ def make_plan(name: str, model: Decoder, gpu: Gpu, tp: int = 1, protect: bool | 
         selection.describe(),
         tuple(place(model, loaded, selection, tp, ep)),
         loaded.protect_last_prompt_token if protect is None else protect,
-        loaded.min_tokens,
+        loaded.min_tokens or 1,
         keeps_bf16=True,
         emulated=frozenset(precision for precision, kernel in selection.kernels.items() if kernel == "emulated"),
         fused=loaded.fuse and model.is_plain,

@@ -114,7 +114,7 @@ class Prices:
             "",
             tuple(together((self._bf16 | low).values())),
             recipe.protect_last_prompt_token,
-            recipe.min_tokens,
+            recipe.min_tokens or 1,
             keeps_bf16=True,
             emulated=frozenset(precision for precision in kernels if kernels[precision] == "emulated"),
             fused=recipe.fuse and self._model.is_plain,
