@@ -16,6 +16,7 @@ COMMANDS = {
     "bench_agent": "bench.agent",
     "bench_attention": "bench.attention",
     "bench_kernels": "bench.kernels",
+    "bench_packed": "bench.packed",
     "bench_prefill": "bench.prefill",
     "bench_trace": "bench.trace",
     "demo": "tools.demo",

@@ -121,6 +121,7 @@ class LoadSteps:
         check_same(run.fingerprint, words, rank_group())
         run.weights.agree = agree
         run.known.add_parameters(model, ranks=tensor_parallel_ranks())
+        report.note_wholes(model, run.known, self._assignment.matcher)
         run.weights.keep(module.quant_method for module in model.modules() if hasattr(module, "quant_method"))
         try:
             run.weights.finish_load()
@@ -277,10 +278,7 @@ class LoadSteps:
         """Compares the native NVFP4 kernels with the emulated ones, on one linear and one MoE layer of each shape."""
         if not self._run.recipe.verify or self._run.selection.kernels.get("nvfp4") != "native":
             return
-        first: dict[tuple[int, int], MixQuantLinearMethod] = {}
-        for m in packed:
-            if m.runs("nvfp4", "native"):
-                first.setdefault(m.shape, m)
+        first = {m.shape: m for m in reversed(packed) if m.runs("nvfp4", "native") and not m.masterless}
         with refusing():
             count, worst = verify((m.verification() for m in first.values()), device)
         logger.info(

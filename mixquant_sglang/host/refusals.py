@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.host import compact
 from mixquant_sglang.host.refusal import Refusal, gathers, is_set
 from mixquant_sglang.host.refused import REFUSALS
 from mixquant_sglang.recipe import Recipe, takes_ready_made
@@ -41,7 +42,8 @@ def refused_lines(server_args: Any, recipe: Recipe | None = None) -> Iterator[st
     low = recipe is None or not recipe.bf16_throughout
     resolved = dialect().resolved(server_args)
     device = str(getattr(resolved, "device", None) or "").partition(":")[0]
-    for refusal in REFUSALS:
+    more = compact.REFUSALS if recipe is not None and compact.precisions(recipe) else ()
+    for refusal in (*REFUSALS, *more):
         if (refusal.devices and device not in refusal.devices) or (refusal.low and not low):
             continue
         if refusal.gathered and not (gathers(server_args) or gathers(resolved)):
@@ -79,6 +81,7 @@ def check_recipe(recipe: Recipe, selection: Selection) -> None:
             f"{recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs decode in bf16 for all layers; "
             f"the recipe decodes {which} in {' and '.join(sorted(low_decode))}"
         )
+    compact.check(recipe)
     if recipe.prefill_weights and not takes_ready_made(selection.prefill, recipe.layers):
         raise MixQuantError(
             f"{recipe.prefill_weights_at}: holds NVFP4 weights, but prefill is {selection.prefill} "

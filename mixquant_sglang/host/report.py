@@ -19,10 +19,12 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
+from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import NEVER, OUTSIDE, why_bf16
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.text import some
 from mixquant_sglang.versions.dialect import dialect
+from mixquant_sglang.weights.incoming import Known
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +111,13 @@ def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Modul
     run.precisions.clear()
     run.experts.clear()
     run.stays_bf16.clear()
+    dropped = 0
     for name, module in model.named_modules():
         method, reason = getattr(module, "quant_method", None), None
         if isinstance(method, MixQuantLinearMethod):
             run.precisions[method.precision[Role.PROMPT]] += 1
             total += module.weight.nbytes
+            dropped += module.weight.nbytes if method.masterless else 0
             reason = method.refusal
         elif isinstance(module, LinearBase):
             run.precisions["bf16"] += 1
@@ -129,10 +133,22 @@ def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Modul
         if reason is not None:
             run.stays_bf16.setdefault(reason, []).append(name)
     run.schedule.label(run.layers)
+    run.bf16_linear_bytes, run.dropped_bytes = total, dropped
     return total
 
 
+def note_wholes(model: torch.nn.Module, known: Known, matcher: RuleMatcher | None) -> None:
+    """Tells ``known`` which tensors of the checkpoint make the weight of a linear that keeps no BF16 one."""
+    for name, method in linears(model):
+        if method.masterless and matcher is not None:
+            parts = [f"{part}.weight" for part in matcher.shards(name) or (name,)]
+            known.wholes[name] = frozenset(part for part in parts if part in known.tensors)
+
+
 def log_precisions(run: Runtime, total: int) -> None:
+    if any(layer.masterless for layer in run.layers):
+        log_one_copy(run, total)
+        return
     logger.info(
         "mixquant: %s by prefill precision: %s%s; packed weights add %.1f MiB (%.0f%% of %s %.1f MiB)",
         "linears and experts" if run.experts else "linears",
@@ -144,6 +160,23 @@ def log_precisions(run: Runtime, total: int) -> None:
         total / 2**20,
     )
     logger.info("mixquant: rows by role: %s", run.schedule.table.describe())
+
+
+def log_one_copy(run: Runtime, total: int) -> None:
+    """Of a recipe that keeps no BF16 weights of some linears."""
+    logger.info(
+        "mixquant: %s by prefill precision: %s%s; their weights take %.1f MiB, %.0f%% of %.1f MiB in BF16",
+        "linears and experts" if run.experts else "linears",
+        _counted(run.precisions),
+        f"; MoE layers: {_counted(run.experts)}" if run.experts else "",
+        run.linear_weight_bytes / 2**20,
+        100 * run.linear_weight_bytes / max(total, 1),
+        total / 2**20,
+    )
+    logger.info("mixquant: rows by role: %s", run.schedule.table.describe())
+    logger.info("mixquant: generated tokens come from %s; no BF16 weights are kept for them", run.generated_from)
+    if run.recipe.verify and run.selection.kernels.get("nvfp4") == "native":
+        logger.info("mixquant: native nvfp4 is not compared with the emulated kernel where no BF16 weights are kept")
 
 
 def _counted(precisions: Mapping[str, int]) -> str:

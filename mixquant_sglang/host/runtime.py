@@ -18,6 +18,7 @@ from mixquant_sglang.passes.counters import PassCounters
 from mixquant_sglang.passes.graphs import Graphs
 from mixquant_sglang.passes.schedule import Schedule, ScheduledPass
 from mixquant_sglang.recipe import pairs
+from mixquant_sglang.recipe.capabilities import in_words
 from mixquant_sglang.recipe.fingerprint import fingerprint
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.schema import Recipe
@@ -107,6 +108,8 @@ class Runtime:
         self.shortage: Callable[[], str] | None = None  # for a server that has too little memory, once it is loaded
         self.unproven: str | None = None  # why the probe could not run
         self.stays_bf16: dict[str, list[str]] = {}  # reason -> modules
+        self.bf16_linear_bytes = 0  # of linears and experts on this rank, in BF16
+        self.dropped_bytes = 0  # of those, what is not kept
         self.phases: tuple[str, ...] = ("prefill", "decode")  # and "verify", where the server speculates
         self.stages: list[Stage] = []  # of all ranks of the pipeline, once the model is loaded
 
@@ -121,7 +124,8 @@ class Runtime:
 
     def count_decode(self, rows: int, role: Role = Role.DECODE) -> None:
         """Once per decode step, or per verification of a draft, so it does as little as it can."""
-        self.counters.add_rows(role.value, self.schedule.words[role] if self.weights.current else "bf16", rows)
+        word = self.schedule.words[role] if self.weights.current else self.weights.fallback
+        self.counters.add_rows(role.value, word, rows)
 
     @property
     def layers(self) -> list[Layer]:
@@ -130,6 +134,16 @@ class Runtime:
     @property
     def extra_weight_bytes(self) -> int:
         return sum(layer.extra_bytes for layer in self.layers)
+
+    @property
+    def linear_weight_bytes(self) -> int:
+        """Of linears and experts on this rank, as they are held."""
+        return self.bf16_linear_bytes - self.dropped_bytes + self.extra_weight_bytes
+
+    @property
+    def generated_from(self) -> str:
+        """In words: what linears compute generated tokens from."""
+        return " and ".join(in_words(precision) for precision in self.schedule.words[Role.DECODE].split("+"))
 
     def stage(self) -> Stage:
         """Of this rank."""
@@ -158,6 +172,9 @@ class Runtime:
             "experts": self.counted("experts"),
             "stays_bf16": {reason: some(names) for reason, names in kept.items()},
             "extra_weight_bytes": self.extra_weight_bytes,
+            "linear_weight_bytes": self.linear_weight_bytes,
+            "bf16_linear_bytes": self.bf16_linear_bytes,
+            "generated_from": self.generated_from,
             "tokens": {name: self.counters.by_phase(name) for name in self.phases},
             "protected_rows": self.counters.protected_rows,
             "min_tokens": self.schedule.min_tokens,

@@ -7,6 +7,10 @@ from mixquant_sglang import formats
 FEW_ROWS = 64
 MANY_ROWS = 256
 
+# Rows up to which packed weights are multiplied as they are (``triton/packed_rows.py``); for more they are unpacked to
+# BF16 just in time.
+WIDE = 256
+
 # Prefill attention of keys and values gathered out of their pages: new rows of a request and tokens before them, of
 # which it is timed at start; how many times as long attention over pages takes where it is left; bytes of the scratch,
 # keys and values together, at most.

@@ -74,6 +74,26 @@ KERNELS = (
         f"{_HERE}.emulated_fp8.EmulatedFP8",
     ),
     Kernel(
+        *("w8a16", Kind.LINEAR, "native", NATIVE_FROM["w8a16"]),
+        *(1, BLOCK, f"K = {{k}} is not a multiple of {BLOCK}"),
+        f"{_HERE}.w8a16.NativeW8A16",
+    ),
+    Kernel(
+        *("w8a16", Kind.LINEAR, "emulated", None),
+        *(1, BLOCK, f"K = {{k}} is not a multiple of {BLOCK}"),
+        f"{_HERE}.w8a16.EmulatedW8A16",
+    ),
+    Kernel(
+        *("w4a16", Kind.LINEAR, "native", NATIVE_FROM["w4a16"]),
+        *(1, BLOCK, f"K = {{k}} is not a multiple of the block size {BLOCK}"),
+        f"{_HERE}.w4a16.NativeW4A16",
+    ),
+    Kernel(
+        *("w4a16", Kind.LINEAR, "emulated", None),
+        *(1, BLOCK, f"K = {{k}} is not a multiple of the block size {BLOCK}"),
+        f"{_HERE}.w4a16.EmulatedW4A16",
+    ),
+    Kernel(
         *("fp8", Kind.EXPERTS, "native", NATIVE_FROM["fp8"]),
         *(BLOCK, BLOCK, _BOTH),
         f"{_EXPERTS}.native_fp8.NativeFP8Experts",

@@ -168,6 +168,14 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         """The low precisions that some role takes."""
         return {*self.precision.values()} - {"bf16"}
 
+    masterless = False  # experts keep their BF16 weights
+
+    def pack_arrived(self, weight: torch.Tensor) -> None:
+        raise RuntimeError(f"mixquant: {self.name} keeps BF16 weights, which are packed when all of them are there")
+
+    def forget_arrived(self) -> None:
+        pass
+
     @property
     def decodes_low(self) -> bool:
         return self.precision[Role.DECODE] != "bf16"

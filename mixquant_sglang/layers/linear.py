@@ -30,10 +30,12 @@ class MixQuantLinearMethod(PackedLinearMethod):
         self.split_product = self.read_rows = None
 
     def takes_stock_now(self) -> bool:
-        """Whether the running pass takes what SGLang would run without us: BF16 for all rows."""
+        """Whether the running pass takes what SGLang would run without us: BF16 for all rows.
+
+        A pass from masters is a decode pass where there is none."""
         running = current()
         if running.from_masters:
-            return True
+            return not self.masterless
         return self.precision[running.role] == "bf16" and (running.rows is None or not self.split)
 
     def apply(

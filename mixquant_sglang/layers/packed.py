@@ -2,6 +2,9 @@
 
 It subclasses ``UnquantizedLinearMethod`` so that SGLang treats the layer as the BF16 layer that it is: same parameter,
 same loaders, same fused BF16 kernels in decode.  ``layer.weight`` is never repacked.
+
+Where decode reads packed weights in BF16 activations (``w8a16``, ``w4a16``), there is no master: ``layer.weight`` has
+no memory, and what SGLang loads into it is packed as soon as it is whole (``weights/staging.py``).
 """
 
 from __future__ import annotations
@@ -14,12 +17,16 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from mixquant_sglang.errors import MixQuantError, refusing
 from mixquant_sglang.kernels import registry
 from mixquant_sglang.kernels.limits import FEW_ROWS, MANY_ROWS
+from mixquant_sglang.kernels.linear.weight_only import WeightOnly
 from mixquant_sglang.kernels.registry import packed_linear
 from mixquant_sglang.kernels.verify import Pair
+from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY, keeps_master, stored
 from mixquant_sglang.recipe.roles import Kind, Role, by_role
 from mixquant_sglang.versions.dialect import dialect
+from mixquant_sglang.versions.loading import loads_dummy
 from mixquant_sglang.weights.ready_made_linear import ReadyMadeLinear, Share
 from mixquant_sglang.weights.refresh import fingerprint
+from mixquant_sglang.weights.staging import Staging
 
 if TYPE_CHECKING:
     from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
@@ -56,6 +63,8 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self._layer: torch.nn.Module | None = None
         self._ready = ready
         self._packed: dict[str, PackedLinear] = {}
+        self._staging: Staging | None = None  # where there is no master
+        self._failed: str | None = None  # why the weights that came last to where there is no master are not packed
         self._print: tuple[int, int] | None = None  # of the master that the copies were packed from
         self._ready_print: tuple[int, int] | None = None  # of the master that the ready-made weights belong to
 
@@ -67,14 +76,19 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         return n, k
 
     @property
+    def masterless(self) -> bool:
+        """Whether no BF16 weight is kept."""
+        return not keeps_master(self.precision[Role.PROMPT], self.precision[Role.DECODE])
+
+    @property
     def layer(self) -> torch.nn.Module:
         assert self._layer is not None
         return self._layer
 
     @property
     def master(self) -> torch.Tensor:
-        """The BF16 weight [N, K]."""
-        assert self._layer is not None
+        """The BF16 weight [N, K], where it is kept."""
+        assert self._layer is not None and not self.masterless
         weight: torch.Tensor = self._layer.weight.data  # type: ignore[assignment]
         return weight
 
@@ -85,7 +99,7 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     def runs(self, precision: str, kernel: str) -> bool:
         """Whether some phase runs this linear in ``precision`` with ``kernel``."""
-        return precision in self._packed and self._runtime.selection.kernels[precision] == kernel
+        return precision in self.low and self._runtime.selection.kernels[precision] == kernel
 
     def copy_in(self, precision: str) -> PackedLinear:
         """The packed copy of the weight, where some phase runs this linear in ``precision``."""
@@ -93,7 +107,8 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     @property
     def extra_bytes(self) -> int:
-        return sum(packed.nbytes for packed in self._packed.values())
+        kept = {t.data_ptr(): t.nbytes for packed in self._packed.values() for t in packed.tensors()}
+        return sum(kept.values())
 
     def create_weights(
         self,
@@ -105,15 +120,6 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        super().create_weights(
-            layer,
-            input_size_per_partition,
-            output_partition_sizes,
-            input_size,
-            output_size,
-            params_dtype,
-            **extra_weight_attrs,
-        )
         self._layer = layer
         n, k = sum(output_partition_sizes), input_size_per_partition
         for precision in self.low:
@@ -122,21 +128,50 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                 self.refusal = refusal
                 self.precision = by_role("bf16", "bf16")
                 self.split = False
+        if self.masterless and not loads_dummy():
+            self._stage(layer, (n, k), params_dtype, extra_weight_attrs)
+        else:
+            super().create_weights(
+                layer,
+                input_size_per_partition,
+                output_partition_sizes,
+                input_size,
+                output_size,
+                params_dtype,
+                **extra_weight_attrs,
+            )
         if self._ready is not None and self.refusal is None:
             sizes, replicas = tuple(output_partition_sizes), getattr(layer, "num_kv_head_replicas", 1)
             with refusing():
                 self._ready.place(Share(sizes, k, input_size, *dialect().tensor_parallel(layer), replicas))
         self._runtime.weights.layers.append(self)
 
+    def _stage(
+        self, layer: torch.nn.Module, shape: tuple[int, int], dtype: torch.dtype, attributes: dict[str, Any]
+    ) -> None:
+        known = {"input_dim": 1, "output_dim": 0, **attributes}
+        self._staging = Staging(shape, dtype, torch.empty(0).device, known, self._arrived)
+        layer.register_parameter("weight", self._staging.parameter)
+
+    def _arrived(self, weight: torch.Tensor) -> None:
+        self._runtime.weights.arrived(self, weight)
+
     def stay_bf16(self, reason: str) -> None:
         """Makes the layer an ordinary BF16 one for good: its packed copies go, ``refusal`` says why."""
+        if self.masterless:
+            with refusing():
+                raise MixQuantError(
+                    f"{self.name} has to stay BF16 ({reason}), but recipe {self._runtime.recipe.name} keeps no BF16 "
+                    f"weight of it; add the rule '{{match: {self.name}, prefill: bf16, decode: bf16}}'"
+                )
         self.refusal = reason
         self.precision = by_role("bf16", "bf16")
         self.split = False
         self._packed, self._ready = {}, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        super().process_weights_after_loading(layer)
+        if not self.masterless:
+            super().process_weights_after_loading(layer)
         if layer is not self._layer:
             with refusing():
                 raise MixQuantError(
@@ -144,11 +179,19 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                     f"a linear beside it; keep both in BF16 with recipe rules like '{{match: {self.name}, prefill: "
                     "bf16, decode: bf16}'"
                 )
+        if self.masterless and self._staging is None:  # SGLang filled it with random numbers
+            weight: torch.nn.Parameter = layer.weight  # type: ignore[assignment]
+            self._arrived(weight.data)
+            with weight.device:
+                self._stage(layer, self.shape, weight.dtype, vars(weight))
+            return
         self._runtime.weights.loaded(self)
 
     @property
     def stale(self) -> bool:
         """Whether the copies were never packed, or from other numbers than the master holds now."""
+        if self.masterless:
+            return not self._packed
         return bool(self.low) and (self._print is None or self._print != fingerprint(self.master))
 
     @property
@@ -170,12 +213,42 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         Raises ValueError for NaN or infinity."""
         if not self.low:
             return
+        if self.masterless:
+            self._check_arrived()
+            return
         self._print = None
         weight, now = self.master, fingerprint(self.master)
-        for precision in sorted(self.low):
+        self._pack(weight, now)
+        self._print = now
+
+    def pack_arrived(self, weight: torch.Tensor) -> None:
+        """Where there is no master: packs ``weight`` BF16 [N, K], which is not kept.  Raises as ``pack``."""
+        self._failed = "what arrived last was not packed"
+        try:
+            self._pack(weight, None)
+        except ValueError as error:
+            self._failed = str(error)
+            raise
+        self._failed = None
+
+    def forget_arrived(self) -> None:
+        """Where there is no master: drops parts of a weight that is not whole."""
+        if self._staging is not None and self._staging.begun:
+            self._staging.forget()
+            self._failed = "only parts of its new weight arrived"
+
+    def _check_arrived(self) -> None:
+        if self._staging is not None and self._staging.begun:
+            raise MixQuantError("only parts of its weight arrived, and no BF16 weight is kept to put them into")
+        if self._failed is not None or not self._packed:
+            raise MixQuantError(self._failed or "its weight did not arrive")
+
+    def _pack(self, weight: torch.Tensor, now: tuple[int, int] | None) -> None:
+        for precision in sorted({stored(precision) for precision in self.low}):
             packed = self._packed.get(precision)
             if packed is None:
-                kernel = packed_linear(precision, self._runtime.selection.kernels[precision])
+                # Of a recipe without W8A8, W8A16 packs: by the kernel that runs anywhere.
+                kernel = packed_linear(precision, self._runtime.selection.kernels.get(precision, "emulated"))
                 ready = self._load_ready(precision, check=True)
                 self._packed[precision] = self._copy(kernel, weight, ready)
                 self._ready_print = now
@@ -185,7 +258,10 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                 packed.refresh(weight)
                 if self._ready is not None and precision == "nvfp4":
                     self._ready.warn_updated()
-        self._print = now
+        for precision in self.low & WEIGHT_ONLY.keys() - self._packed.keys():
+            reader = packed_linear(precision, self._runtime.selection.kernels[precision])
+            assert issubclass(reader, WeightOnly)
+            self._packed[precision] = reader.of(self._packed[stored(precision)])
 
     def verification(self) -> Pair:
         """The packed NVFP4 copy, and the emulated kernel with the same numbers."""
@@ -215,9 +291,27 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         return self._packed[precision].matmul(x.contiguous(), bias)
 
     def takes_few(self, kept: torch.Tensor, rows: Rows) -> bool:
-        """Whether the protected rows ``kept`` are for the kernel of few BF16 rows."""
+        """Whether the protected rows ``kept`` are for a kernel of few BF16 rows."""
+        precision = self.precision[Role.PROTECTED]
         most = MANY_ROWS if rows.captured else FEW_ROWS
-        return kept.is_cuda and self.precision[Role.PROTECTED] == "bf16" and kept.shape[0] <= most
+        return kept.is_cuda and kept.shape[0] <= most and (precision == "bf16" or self._packed[precision].places)
+
+    def place_few(
+        self,
+        out: torch.Tensor,
+        index: torch.Tensor,
+        kept: torch.Tensor,
+        bias: torch.Tensor | None,
+        rest: torch.Tensor | None = None,
+    ) -> None:
+        """Where it ``takes_few``: as ``triton/few_rows.py`` says of ``linear_rows_``."""
+        precision = self.precision[Role.PROTECTED]
+        if precision != "bf16":
+            self._packed[precision].place(out, index, kept, bias, rest)
+            return
+        from mixquant_sglang.kernels.triton.few_rows import linear_rows_
+
+        linear_rows_(out, index, kept, self.master, bias, rest=rest)
 
     def protected(
         self,
@@ -229,12 +323,10 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     ) -> torch.Tensor:
         """The result for the protected rows ``kept`` [R, K]: [R, N], or in the places of ``rows`` in ``out``."""
         if self.takes_few(kept, rows):
-            from mixquant_sglang.kernels.triton.few_rows import linear_rows_
-
             index = rows.index
             if out is None:
                 out, index = kept.new_empty(len(kept), self.shape[0]), rows.places
-            linear_rows_(out, index, kept, layer.weight, bias)  # type: ignore[arg-type]
+            self.place_few(out, index, kept, bias)
             return out
         high = self.product(Role.PROTECTED, layer, kept, bias)
         if out is None:

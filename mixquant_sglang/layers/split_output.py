@@ -57,9 +57,7 @@ class SplitProduct:
         if rows is not None:
             assert x.kept is not None
             if linear.takes_few(x.kept, rows):
-                from mixquant_sglang.kernels.triton.few_rows import linear_rows_
-
-                linear_rows_(first, rows.index, x.kept, linear.master, bias, rest=rest)
+                linear.place_few(first, rows.index, x.kept, bias, rest)
             else:
                 whole = linear.product(Role.PROTECTED, layer, x.kept, bias)
                 rows.scatter(first, whole[:, :cut].contiguous())
@@ -75,7 +73,8 @@ class SplitProduct:
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """The first columns in the rows ``read``, save protected ones, and zeros elsewhere."""
-        first = linear.master.new_zeros(x.shape[0], self.columns)
+        device = x.operand[0].device
+        first = torch.zeros(x.shape[0], self.columns, dtype=torch.bfloat16, device=device)
         if read is not rows and len(read.index):
             read.scatter(first, self.first.multiply(operands.gather(x, read), bias))
         return first

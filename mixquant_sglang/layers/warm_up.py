@@ -11,6 +11,7 @@ import torch
 from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.fused import FusedActivation, FusedNorm
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
+from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY
 from mixquant_sglang.recipe.roles import Role
 
 
@@ -44,6 +45,10 @@ def warm_up(
             fmt = packed.activation_format
             if fmt and new("rows", fmt, k, method.split):
                 kernels.quantise("rows", k, fmt, device, protects=method.split)
+        for precision in sorted(WEIGHT_ONLY.keys() & method.low):
+            for cut in {0, method.split_product.columns if method.split_product else 0}:
+                if new("weight only", precision, n, k, cut, bias is not None):
+                    kernels.weight_only(method.copy_in(precision), n, k, bias, cut, device)
         if method.split and method.precision[Role.PROTECTED] == "bf16":
             for cut in {0, method.split_product.columns if method.split_product else 0}:
                 if new("few", n, k, cut, bias is not None):

@@ -53,6 +53,10 @@ class Copies(Protocol):
     def current(self) -> bool:
         """Whether they are those of their masters."""
 
+    @property
+    def fallback(self) -> str:
+        """What rows count under while they are not."""
+
 
 class Schedule:
     """Of one recipe and model; ``table`` says what rows of each role take, and passes count under its words."""
@@ -104,8 +108,9 @@ class Schedule:
         rows = split_rows(requests, last_prompt_token=protects, tail=self.recipe.protected_tail)
         # A recipe that is BF16 throughout has no copies: its passes are SGLang's, graphs too.
         if self.selection.kernels and not self._copies.current:
-            counted = {("prefill", "bf16"): rows.prefill, ("decode", "bf16"): rows.decode}
-            return ScheduledPass(MASTER_PASS, "bf16", counted)
+            fallback = self._copies.fallback
+            counted = {("prefill", fallback): rows.prefill, ("decode", fallback): rows.decode}
+            return ScheduledPass(MASTER_PASS, fallback, counted)
         attention = self._low_rows(requests, rows, device)
         if not self.split:
             return self._scheduled(rows, Pass(Role.PROMPT, attention=attention), protected=())

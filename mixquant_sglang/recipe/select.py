@@ -6,6 +6,8 @@
 | SM89, SM90 | fp8 | emulated | native |
 | older NVIDIA, CPU | nvfp4 (attention: fp8) | emulated | emulated |
 
+w8a16 and w4a16 are native on SM80 and newer; w4a16 beside native nvfp4 is refused.
+
 fp8 in attention's linears is a rule of that recipe, not decided here.
 """
 
@@ -67,6 +69,11 @@ def select(recipe: Recipe, device: Device) -> Selection:
     precisions = {*own.values(), *by_rule["prefill"], *by_rule["decode"]} - {"bf16"}
     # nvfp4 first: where the device can do neither natively, the refusal names what needs the newer GPU.
     kernels = {p: _kernel(p, recipe, device) for p in sorted(precisions, reverse=True)}
+    if "w4a16" in kernels and kernels.get("nvfp4") == "native":
+        raise MixQuantError(
+            f"{recipe.source}: w4a16 reads NVFP4 weights as the emulated kernel has them, not in the layout of the FP4 "
+            f"GEMMs of {device}; use recipe fp8-compact, or 'kernel: emulated' for accuracy work"
+        )
     capability = device.capability if kernels.get("nvfp4") == "native" else None
     return Selection(prefill, recipe.decode, kernels, reason, by_rule, capability)
 

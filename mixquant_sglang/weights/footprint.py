@@ -5,7 +5,8 @@ of ``tp``, of which ``ep`` hold different experts:
 
 - a linear [N, K] takes 2 N K bytes in BF16 and, packed, N K + 4 N in fp8 and 9/16 N K + 4 in nvfp4;
 - experts take the same for each of their two matrices, [2 I, H] and [H, I];
-- the BF16 master stays beside each packed copy, for decode and protected rows read it.
+- the BF16 master stays beside each packed copy, for decode and protected rows read it; not where decode reads packed
+  weights (w8a16, w4a16), which are those of fp8 and nvfp4, so that there is one copy of a linear.
 
 Not counted: norms and biases, padding, CUDA graphs and activations (``MEMORY_SHARE`` leaves room for them),
 shared experts that SGLang fuses into the routed ones (a difference of less than 2%).
@@ -21,6 +22,7 @@ from typing import Any
 from mixquant_sglang import recipe as recipes
 from mixquant_sglang.kernels.registry import refusal
 from mixquant_sglang.recipe import LayerRule, Recipe
+from mixquant_sglang.recipe.capabilities import keeps_master, stored
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import FUSED, why_bf16
 from mixquant_sglang.recipe.roles import Kind
@@ -40,8 +42,10 @@ KEEP_EXPERTS = f"with {{match: '{EXPERTS_BF16.match}', prefill: bf16}}"
 
 
 def packed_bytes(precision: str, n: int, k: int) -> int:
-    """Of a weight [n, k], exactly; nvfp4: codes, a scale for each 16, one FP32; fp8: an FP32 for each output."""
-    return {"bf16": 2 * n * k, "fp8": n * k + 4 * n, "nvfp4": n * k // 2 + n * k // 16 + 4}[precision]
+    """Of a weight [n, k] that ``precision`` reads, exactly; nvfp4: codes, a scale for each 16, one FP32; fp8: an FP32
+    for each output."""
+    sizes = {"bf16": 2 * n * k, "fp8": n * k + 4 * n, "nvfp4": n * k // 2 + n * k // 16 + 4}
+    return sizes[stored(precision)]
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Placed:
     @property
     def extra_bytes(self) -> int:
         """Of the packed copies of all of them."""
-        return self.count * sum(self.bytes_in(precision) for precision in {self.prefill, self.decode} - {"bf16"})
+        kept = {stored(precision) for precision in (self.prefill, self.decode)} - {"bf16"}
+        return self.count * sum(self.bytes_in(precision) for precision in kept)
 
     def bytes_in(self, precision: str) -> int:
         """Of one of them."""
@@ -189,11 +194,11 @@ class Footprint:
 
 
 def footprint_of(decoder: Decoder, placed: Sequence[Placed], tp: int, ep: int, masters: bool = True) -> Footprint:
-    """``placed``: what ``place`` answers. ``masters``: the BF16 weights stay beside packed ones."""
-    gone = 0 if masters else 2  # bytes of a parameter that is packed
+    """``placed``: what ``place`` answers. ``masters``: the BF16 weights stay beside packed ones, save where decode
+    reads these."""
     linears, experts = 2 * decoder.linear_parameters(tp), 2 * decoder.expert_parameters(tp, ep)
     for one in placed:
-        if gone and one.extra_bytes:
+        if one.extra_bytes and not (masters and keeps_master(one.prefill, one.decode)):
             size = one.count * one.bytes_in("bf16")
             linears, experts = (linears, experts - size) if one.experts else (linears - size, experts)
     return Footprint(

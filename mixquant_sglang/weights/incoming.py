@@ -32,6 +32,7 @@ class Known:
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)  # whole shapes, of one rank alone
     same: dict[str, set[str]] = field(default_factory=dict)  # name -> other names of its parameter
+    wholes: dict[str, frozenset[str]] = field(default_factory=dict)  # linear -> tensors that must come together
     blocks: float = math.inf  # of the served model; a checkpoint may have draft blocks after them
 
     def record(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -76,6 +77,18 @@ class Known:
             or not names.isdisjoint(self.same.get(name, ()))
         )
 
+    def torn(self, names: set[str]) -> str | None:
+        """Why an update by ``names`` is refused: of a weight that is not kept in BF16, all parts are needed."""
+        for linear, parts in self.wholes.items():
+            came = sorted(parts & names)
+            if came and len(came) < len(parts):
+                lacking = ", ".join(sorted(parts - names))
+                return (
+                    f"{came[0]} came without {lacking}: this recipe keeps no BF16 weight of {linear} to put it into; "
+                    "send them in one update"
+                )
+        return None
+
     def problem(self, name: str, tensor: torch.Tensor, device: torch.device) -> str | None:
         """Why ``tensor`` is refused, or None; its values are looked at on ``device``."""
         before = self.tensors.get(name)
@@ -96,6 +109,8 @@ class Known:
         if name not in parameters:
             return f"{name} is no parameter of the model"
         parameter = parameters[name]
+        if parameter.is_meta:
+            return f"{name} is not kept in BF16 by this recipe; send the checkpoint's tensors, not SGLang's parameters"
         own = Known({name: (tuple(parameter.shape), parameter.dtype)})
         return own.problem(name, tensor, parameter.device)
 

@@ -51,6 +51,14 @@ class Layer(Protocol):
     @property
     def decodes_low(self) -> bool: ...
 
+    @property
+    def masterless(self) -> bool:
+        """Whether it has no master: new weights are packed as they arrive."""
+
+    def pack_arrived(self, weight: torch.Tensor) -> None: ...
+
+    def forget_arrived(self) -> None: ...
+
     def pack(self) -> None: ...
 
 
@@ -85,6 +93,13 @@ class Weights:
             self.changed()  # a path that we do not hook
         self._pack(layer)
 
+    def arrived(self, layer: Layer, weight: torch.Tensor) -> None:
+        """All of the BF16 ``weight`` [N, K] of a layer that keeps none, at load and in an update."""
+        if not self._loading and self.current:
+            self.hold("new weights arrived")  # by a path that we do not hook
+            self._due = True
+        self._try(layer, lambda: layer.pack_arrived(weight))
+
     def keep(self, methods: Iterable[Any]) -> None:
         """Forgets layers that are not among ``methods``: of a model that SGLang built and threw away."""
         ids = {id(method) for method in methods}
@@ -110,6 +125,10 @@ class Weights:
         """The masters are being written, or their memory is gone; until ``changed`` nothing is packed."""
         self.current, self._due, self._why = False, False, why
         self._packed.clear()
+        if not self._open:  # a session may bring the parts of a weight one by one
+            for layer in self.layers:
+                if layer.masterless:
+                    layer.forget_arrived()
         self._changed()
 
     def changed(self) -> None:
@@ -131,12 +150,13 @@ class Weights:
 
     def begin(self) -> None:
         """A session of several updates begins."""
-        self._open = True
         self.hold(_OPEN)
+        self._open = True
 
     def end(self) -> None:
         self._open = False
-        self.written()
+        if not self._due:
+            self.changed()
         self.refresh()
 
     def broken(self, why: str) -> None:
@@ -170,8 +190,11 @@ class Weights:
         return self._why
 
     def _pack(self, layer: Layer) -> None:
+        self._try(layer, layer.pack)
+
+    def _try(self, layer: Layer, pack: Callable[[], None]) -> None:
         try:
-            layer.pack()
+            pack()
             self._packed.add(id(layer))
         except PACK_ERRORS as error:
             self.out_of_memory |= isinstance(error, torch.OutOfMemoryError)
@@ -181,7 +204,8 @@ class Weights:
     def _warn(self) -> None:
         if self.layers and self._why not in self._warned:
             self._warned.add(self._why)
-            logger.warning("mixquant: passes run in BF16 whole until a weight update succeeds: %s", self._why)
+            how = "in BF16 whole" if self.fallback == "bf16" else f"in {self.fallback} whole, as packed last,"
+            logger.warning("mixquant: passes run %s until a weight update succeeds: %s", how, self._why)
 
     # -- captured graphs -------------------------------------------------------------------------------------------
 
@@ -207,6 +231,16 @@ class Weights:
                 name,
             )
         return False
+
+    @property
+    def in_session(self) -> bool:
+        return self._open
+
+    @property
+    def fallback(self) -> str:
+        """What rows count under while ``current`` is False: what layers without a master decode in, where there are
+        such."""
+        return "+".join(sorted({layer.precision[Role.DECODE] for layer in self.layers if layer.masterless})) or "bf16"
 
     @property
     def decodes_by_value(self) -> bool:

@@ -13,11 +13,11 @@ def sample(model: torch.nn.Module) -> tuple[str, str]:
     """16 hexadecimal digits each: of the parameters' names, and of the first numbers of those with one or two axes.
 
     The first rows and columns are the same on the first of any number of tensor parallel ranks.  Experts, whose layout
-    is their kernel's, are left out."""
+    is their kernel's, are left out, and so are weights that are not kept in BF16."""
     names, numbers = hashlib.sha256(), hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         names.update(f"{name}\n".encode())
-        if parameter.dim() in (1, 2):
+        if parameter.dim() in (1, 2) and not parameter.is_meta:
             first = parameter.detach()[(slice(EDGE),) * parameter.dim()].contiguous().cpu()
             numbers.update(f"{name} {parameter.dtype} {tuple(first.shape)}\n".encode())
             numbers.update(first.view(torch.uint8).numpy().tobytes())

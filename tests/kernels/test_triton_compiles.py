@@ -26,6 +26,8 @@ from mixquant_sglang.kernels.triton import (  # noqa: E402
     few_rows,
     grouped,
     launch,
+    packed_rows,
+    packed_tiles,
     row_kernels,
     rows,
     scale_search,
@@ -111,6 +113,25 @@ def expert_rows_case(kernel: str, act: str = "", interleaved: bool = False) -> C
         constants |= {"ACT": act, "INTERLEAVED": interleaved, "BN": 32}
         return expert_rows._up, pointers | scalars, constants, 4
     return expert_rows._down, pointers, constants | {"BN": 64}, 4
+
+
+def packed_rows_case(fp4: bool, tiles: packed_tiles.Tiles, rows: int, placed: bool = False) -> Case:
+    types = {
+        **dict.fromkeys(("out_ptr", "rest_ptr"), "*bf16"),
+        "index_ptr": "*i64" if placed else None,
+        "rows_ptr": "*i32" if fp4 else "*bf16",
+        "codes_ptr": "*u8",
+        "scale_ptr": "*fp32",
+        "block_scale_ptr": "*u8" if fp4 else None,
+        "bias_ptr": "*bf16" if placed else None,
+        "partial_ptr": "*fp32" if tiles.split > 1 else None,
+        "lock_ptr": "*i32",
+        **dict.fromkeys(("rows", "N", "K", "cut", "out_stride", "rest_stride", "rows_stride"), "i32"),
+    }
+    constants: dict[str, Any] = {"ROWS": rows, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "SPLIT": tiles.split}
+    constants |= {"WHOLE": not placed} | {name: None for name, kind in types.items() if kind is None}
+    kept = {name: kind for name, kind in types.items() if kind}
+    return packed_rows._packed_rows, kept, constants, tiles.warps
 
 
 DEEP = {"SOME_K": 128, "MANY_K": 64}
@@ -226,10 +247,18 @@ CASES: dict[str, Case] = {
         "one_of_48": {"K": 48, "MANY": 16, "BLOCK_N": 32, "FEW_K": 16, "SOME_K": 16, "MANY_K": 16, "WHOLE": False},
     }.items()
 }
+CASES |= {
+    f"packed_rows_{rows}_of_{'w4' if fp4 else 'w8'}{'_placed' if placed else ''}": packed_rows_case(
+        fp4, packed_tiles.choose(n, 4096, rows, fp4), rows, placed
+    )
+    for fp4 in (False, True)
+    for n, rows, placed in ((4096, 16, False), (4096, 64, True), (24576, 128, False))
+}
 
 
 # exp2 and rsqrt of the SiLU and the norm flush subnormals, of which neither has one that matters
-FLUSHING = ("ex2.approx.ftz.f32", "rsqrt.approx.ftz.f32")
+# and a product plus minus zero is the product
+FLUSHING = ("fma.rn.bf16x2", "ex2.approx.ftz.f32", "rsqrt.approx.ftz.f32")
 
 
 def test_every_kernel_is_in_the_table() -> None:
@@ -260,7 +289,7 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         return  # no such instruction: the package passes a pointer there
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, arguments, constants, warps = CASES[case]
-    if case.startswith("activations"):
+    if case.startswith(("activations", "packed_rows")):
         constants = constants | {"SM": capability}
     names = kernel.arg_names
     source = ASTSource(
@@ -478,10 +507,9 @@ for got, want in zip(activations.quantize(x, "nvfp4"), oracle(x, "nvfp4"), stric
 """
 
 
-FEW_ROWS = """
+BF16_DOT = """
 import numpy as np
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-from mixquant_sglang.kernels.triton import few_rows
 
 
 def floats(handle):
@@ -493,6 +521,12 @@ def dot(self, a, b, total, *_):  # Triton's own multiplies the bits of BF16
 
 
 InterpreterBuilder.create_dot = dot
+"""
+
+
+FEW_ROWS = """
+from mixquant_sglang.kernels.triton import few_rows
+
 few_rows._shared_memory = lambda device: 232448
 
 few = [(5, 0), (5, 5), (16, 1), (16, 16), (64, 1), (64, 20), (64, 40), (256, 64), (256, 200)]
@@ -513,6 +547,53 @@ for (n, k), (slots, used) in itertools.product([(96, 64), (200, 48)], few):
     whole = torch.zeros(300, n).bfloat16()
     few_rows.linear_rows_(whole, index, rows, weight)
     same(together, whole)
+"""
+
+
+PACKED_ROWS = """
+from mixquant_sglang.kernels.triton import packed_rows, packed_tiles, widen
+
+codes = torch.arange(256).to(torch.uint8)
+values = codes.view(torch.float8_e4m3fn).float()
+torch.manual_seed(1)
+for (n, k), m, split in itertools.product([(96, 64), (40, 48), (256, 256)], [1, 16, 33, 130], [1, 2]):
+    weight, rows, bias = torch.randn(n, k).bfloat16(), torch.randn(m, k).bfloat16(), torch.randn(n).bfloat16()
+    locks = torch.zeros(packed_tiles.LOCKS, dtype=torch.int32)
+    q8, q4 = fp8.quantize(weight), reference.quantize(weight)
+    if n == 256:  # all codes, save those of NaN
+        q8.data.view(torch.uint8)[:] = torch.where(codes & 0x7F == 0x7F, 0, codes)
+        q4.packed[:, :] = codes[:, None]
+    for packed, exact in (
+        (packed_rows.Packed(q8.data, q8.scales, locks), q8.data.double() * q8.scales[:, None].double()),
+        (
+            packed_rows.Packed(q4.packed, q4.tensor_scale, locks, q4.block_scales),
+            q4.unscaled(torch.float64) * q4.tensor_scale.double(),
+        ),
+    ):
+        tiles = packed_tiles.Tiles(32, 64, split, 2, 4)
+        want = rows.double() @ exact.t()
+        size = 2**-22 * (rows.double().abs() @ exact.t().abs())  # of what FP32 sums may be off
+        for b in (None, bias):
+            out = packed_rows.linear_rows(rows, packed, b, tiles=tiles)
+            wanted = want if b is None else want + b.double()
+            assert ((out.double() - wanted).abs() <= wanted.abs() * 2**-8 + size).all(), (n, k, m, split)
+            assert not locks.any()
+        one = packed_rows.linear_rows(rows[:1].contiguous(), packed, bias, tiles=tiles)
+        if m <= 16:
+            same(one, out[:1])
+        used = (m + 1) // 2
+        index = torch.full((m,), -1)
+        index[:used] = torch.randperm(100)[:used]
+        first, rest = torch.full((100, 64), 7.0).bfloat16(), torch.full((100, max(n - 64, 0)), 7.0).bfloat16()
+        split_in_two = n > 64
+        placed = first if split_in_two else torch.full((100, n), 7.0).bfloat16()
+        packed_rows.linear_rows(
+            rows, packed, bias, out=placed, index=index, rest=rest if split_in_two else None, tiles=tiles
+        )
+        whole = torch.cat([placed, rest], dim=1) if split_in_two else placed
+        same(whole[index[:used]], out[:used])
+        whole[index[:used]] = 7
+        assert (whole == 7).all()
 """
 
 
@@ -589,8 +670,8 @@ for step in range(-6, 7):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
-    [INTERPRETED, ACTIVATIONS, FEW_ROWS, SEARCH],
-    ids=["weights_and_rows", "activations", "few_rows", "scale_search"],
+    [INTERPRETED, ACTIVATIONS, BF16_DOT + FEW_ROWS, BF16_DOT + PACKED_ROWS, SEARCH],
+    ids=["weights_and_rows", "activations", "few_rows", "packed_rows", "scale_search"],
 )
 def test_interpreted_kernels_equal_torch(script: str) -> None:
     """In a process of its own, since Triton reads TRITON_INTERPRET when a kernel is defined."""

@@ -14,8 +14,18 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from mixquant_sglang.kernels.limits import MANY_ROWS  # noqa: E402
-from mixquant_sglang.kernels.triton import activations, attention, few_rows, launch, unpack, warm_up  # noqa: E402
+from mixquant_sglang.kernels.limits import MANY_ROWS, WIDE  # noqa: E402
+from mixquant_sglang.kernels.linear.w4a16 import NativeW4A16  # noqa: E402
+from mixquant_sglang.kernels.linear.w8a16 import NativeW8A16  # noqa: E402
+from mixquant_sglang.kernels.triton import (  # noqa: E402
+    activations,
+    attention,
+    few_rows,
+    launch,
+    packed_rows,
+    unpack,
+    warm_up,
+)
 from mixquant_sglang.layers.gathered_attention import Heads  # noqa: E402
 from mixquant_sglang.layers.low_scratch import LowScratch  # noqa: E402
 
@@ -52,6 +62,13 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return found
 
 
+@pytest.fixture
+def readers(keys: set[str], monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    monkeypatch.setattr(packed_rows, "_packed_rows", Recorder(packed_rows._packed_rows, keys))
+    monkeypatch.setattr(packed_rows, "shared_memory", lambda device: 232448)
+    return keys
+
+
 def bf16(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.bfloat16)
 
@@ -74,6 +91,30 @@ def test_few_rows(keys: set[str], n: int, k: int, cut: int, with_bias: bool) -> 
                     few_rows.linear_rows_(bf16(tokens, cut or n), index, bf16(slots, k), weight, given, rest=rest)
     assert keys == warmed
     assert len(warmed) == 4 * (1 + with_bias)  # a set for each bucket of rows
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("kernel", [NativeW8A16, NativeW4A16])
+@pytest.mark.parametrize(
+    ("n", "k", "cut"), [(192, 48, 64), (100, 16, 0), (100, 64, 64), (2048, 1024, 0), (6144, 64, 4096)]
+)
+def test_packed_rows(
+    readers: set[str], kernel: type[NativeW8A16] | type[NativeW4A16], n: int, k: int, cut: int, with_bias: bool
+) -> None:
+    linear, bias = kernel(torch.ones(n, k).bfloat16()), bf16(n) if with_bias else None
+    for columns in {0, cut}:
+        warm_up.weight_only(linear, n, k, bias, columns, CPU)
+    warmed = {*readers}
+    assert warmed
+    for m in (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, WIDE):
+        for given in {None, bias} if bias is None else (None, bias):
+            linear.matmul(bf16(m, k), given)
+            for index in (torch.full((m,), -1), torch.full((2, MANY_ROWS), -1)[1, :m]):
+                for tokens in (1, 16, 17):
+                    linear.place(bf16(tokens, n), index, bf16(m, k), given)
+                    if cut:
+                        linear.place(bf16(tokens, cut), index, bf16(m, k), given, bf16(tokens, n - cut))
+    assert readers == warmed
 
 
 @pytest.mark.parametrize("protects", [False, True])
@@ -133,7 +174,7 @@ def test_every_kernel_is_warmed_or_only_runs_at_load() -> None:
     launches of the other two, whose sizes are those of the weight.  Those of experts take constants that depend on the
     slots' bucket and on the tiles alone, all of which ``MixQuantExpertsMethod.warm_up`` runs."""
     assert {kernel.fn.__name__ for kernel in warm_up.KERNELS} == {
-        *("_linear_rows", "quantize_rows", "quantize_pairs"),
+        *("_linear_rows", "_packed_rows", "quantize_rows", "quantize_pairs"),
         *("_unpack_weights", "_scale", "_gather", "_scatter", "_search_scales"),
         *("grouped_matmul", "_up", "_down", "_combine"),
         *("_sample", "_quantize_cache", "_quantize_queries", "_merge"),

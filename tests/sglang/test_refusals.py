@@ -12,7 +12,7 @@ from sglang.srt import server_args as sglang_args
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.host import refusals, refused
+from mixquant_sglang.host import compact, refusals, refused
 from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.versions import environment, machine
 from mixquant_sglang.versions.dialect import dialect
@@ -281,3 +281,36 @@ def test_a_cpu_whose_sglang_repacks_weights(monkeypatch: pytest.MonkeyPatch) -> 
     refusals.check_recipe(plain, select(plain, cpu))
     with pytest.raises(MixQuantError, match=r"repacks BF16 weights for AMX.*recipe nvfp4 has nvfp4"):
         refusals.check_recipe(low, select(low, cpu))
+
+
+@pytest.mark.parametrize("refusal", compact.REFUSALS, ids=lambda refusal: refusal.flag)
+def test_what_does_not_go_without_bf16_weights(refusal: refused.Refusal) -> None:
+    """Of such recipes alone, and the page says so."""
+    args = plain()
+    setattr(args, refusal.field, True)
+    lines = [*refusals.refused_lines(args, recipe.load("fp8-compact"))]
+    assert [line for line in lines if refusal.why in line] and refusal.instead in lines[-1]
+    for name in ("fp8", "nvfp4-everywhere"):
+        assert not [line for line in refusals.refused_lines(args, recipe.load(name)) if refusal.why in line]
+    flag = refusal.flag.split()[0]
+    assert f"`{flag}`" in (Path(__file__).parents[2] / "docs" / "compact.md").read_text()
+
+
+def test_recipes_that_need_bf16_weights_and_keep_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "recipe.yaml"
+    device = Device("a GPU", (9, 0))
+
+    def refusal(text: str) -> str:
+        file.write_text("version: 1\n" + text)
+        asked = recipe.load(str(file))
+        with pytest.raises(MixQuantError) as caught:
+            refusals.check_recipe(asked, select(asked, device))
+        return str(caught.value)
+
+    said = refusal("prefill: {precision: fp8, min_tokens: 16}\ndecode: {precision: w8a16}\n")
+    assert "shorter passes stay bf16" in said and said.endswith("the recipe decodes them in w8a16")
+    said = refusal("prefill: {precision: nvfp4, weights: some/model}\ndecode: {precision: w4a16}\n")
+    assert said.endswith("decode: w4a16 packs the model's own weights; leave 'prefill: {weights: ...}' out")
+    monkeypatch.setenv(machine.DISAGGREGATION_ENV, "decode")
+    said = refusal("layers:\n  - {match: 're:.*down_proj', prefill: fp8, decode: w8a16}\n")
+    assert "decode: w8a16 has not been tested in a prefill/decode pair" in said

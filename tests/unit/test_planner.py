@@ -297,6 +297,32 @@ def test_extra_weight_bytes_are_exact(model: Decoder) -> None:
             assert extra == expected
 
 
+def test_one_copy_takes_half_the_memory_and_leaves_more_for_the_cache() -> None:
+    fp8, compact, bf16 = (predict(name, 2048, batch=8) for name in ("fp8", "fp8-compact", "bf16"))
+    linears = 13248.0 * 2**20
+    assert compact.extra_weight_bytes == fp8.extra_weight_bytes - linears
+    assert compact.kv_tokens_displaced < 0 < fp8.kv_tokens_displaced
+    assert 0.281 < 1 + predict("nvfp4-compact", 2048).extra_weight_bytes / linears < 0.29
+    # half the bytes in decode and for protected rows, and prompt rows as in fp8
+    assert compact.decode_ms < 0.75 * bf16.decode_ms and fp8.decode_ms == bf16.decode_ms
+    assert compact.prefill_parts["protected"] < 0.6 * fp8.prefill_parts["protected"]
+    assert compact.prefill_parts["linears"] == fp8.prefill_parts["linears"]
+    both = predict("w8a16", 8192)
+    assert both.prefill_parts["quantise"] == both.prefill_parts["protected"] == 0 < both.prefill_parts["dequantise"]
+
+
+def test_no_min_tokens_is_advised_where_there_is_no_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ("Qwen3-8B", "--gpu", "H100", "--input-len", "2048", "--json", "--recipe", "fp8", "fp8-compact")
+    assert run(*wanted) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fp8"]["faster_from_tokens"] and not found["fp8-compact"].get("faster_from_tokens")
+
+
+def test_nvfp4_compact_is_refused_where_nvfp4_is_native() -> None:
+    said = refusal("Qwen3-8B", "--gpu", "B200", "--input-len", "2048", "--recipe", "nvfp4-compact")
+    assert "w4a16 reads NVFP4 weights as the emulated kernel has them" in said
+
+
 def test_extra_weight_bytes_are_those_of_the_load_report() -> None:
     # README: "packed weights add 6629.3 MiB (50% of the linears' 13248.0 MiB)"
     one = predict("fp8", 512)

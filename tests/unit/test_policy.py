@@ -70,6 +70,8 @@ def test_a_message_shows_a_bounded_part_of_a_clients_value(value: Any) -> None:
 
 
 def test_bf16_prefill_needs_all_layers_to_decode_in_bf16() -> None:
+    with pytest.raises(PolicyError, match="recipe fp8-compact has decode w8a16, so it has no BF16 path"):
+        asks_bf16({"mixquant": {"prefill": "bf16"}}, recipe.load("fp8-compact"))
     everywhere = recipe.load("nvfp4-everywhere")
     with pytest.raises(PolicyError, match="recipe nvfp4-everywhere has decode nvfp4"):
         asks_bf16(BF16, everywhere)

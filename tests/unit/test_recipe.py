@@ -146,6 +146,10 @@ SHIPPED = {
     "nvfp4-emulated": ("nvfp4", "bf16", True, "emulated"),
     "nvfp4-fp8": ("nvfp4", "bf16", True, "auto"),
     "nvfp4-everywhere": ("nvfp4", "nvfp4", False, "auto"),
+    "fp8-compact": ("fp8", "w8a16", True, "auto"),
+    "nvfp4-compact": ("nvfp4", "w4a16", True, "auto"),
+    "w8a16": ("w8a16", "w8a16", False, "auto"),
+    "w4a16": ("w4a16", "w4a16", False, "auto"),
 }
 
 
@@ -379,7 +383,7 @@ MISTAKES = {
         "version: 1\nprefill:\n  precision: nvfp",
         3,
         "prefill.precision",
-        ["'nvfp' is not one of them; allowed: auto, bf16, nvfp4, fp8; did you mean 'nvfp4'?"],
+        ["'nvfp' is not one of them; allowed: auto, bf16, nvfp4, fp8, w8a16, w4a16; did you mean 'nvfp4'?"],
     ),
     "precision in capitals": ("version: 1\nprefill: {precision: FP8}", 2, "prefill.precision", ["did you mean 'fp8'?"]),
     "auto decode": (

@@ -14,6 +14,7 @@ from mixquant_sglang.kernels.linear.emulated_fp8 import EmulatedFP8
 from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
 from mixquant_sglang.passes.rows import RequestRows
 from mixquant_sglang.passes.running import MASTER_PASS
+from mixquant_sglang.recipe.roles import by_role
 from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.weights.refresh import Weights, fingerprint
 
@@ -25,6 +26,7 @@ class Layer:
         self.name, self.shape, self.extra_bytes, self.decodes_low = name, (1, 1), 0, decodes_low
         self.master, self.copy, self.by_value = 1.0, 0.0, ()  # type: tuple[float, float, tuple[float, ...]]
         self.fails: str | None = None
+        self.masterless, self.precision = False, by_role("nvfp4", "nvfp4")
 
     @property
     def stale(self) -> bool:

@@ -37,4 +37,4 @@ def test_in_words() -> None:
 
 
 def test_the_precisions_are_those_that_have_a_capability() -> None:
-    assert recipe.PRECISIONS == ("bf16", "nvfp4", "fp8")
+    assert recipe.PRECISIONS == ("bf16", "nvfp4", "fp8", "w8a16", "w4a16")

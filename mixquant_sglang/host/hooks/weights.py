@@ -124,14 +124,14 @@ def _look_at(
             return None
         seen = set()
         for name, tensor in weights:
-            seen.add(name)
             if keep is not None and not keep(name):
                 continue
+            seen.add(name)
             if name not in run.known.tensors and SKIPPED.fullmatch(name):
                 continue
             if problem := run.known.problem(name, tensor, torch.device(updater.device)):
                 return problem
-        return run.known.missing(seen) if keep is None else None
+        return run.known.missing(seen) if keep is None else run.known.torn(seen)
     except LOAD_ERRORS as error:
         return _said(error)
 
@@ -199,6 +199,8 @@ def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool
         parameters = dict(model.named_parameters()) if direct else {}
         found = [run.known.problem(*named, device) for named in loads]
         found += [run.known.problem_of_parameter(*named, parameters) for _, each in direct for named in each]
+        if not run.weights.in_session:
+            found.append(run.known.torn({name for name, _ in loads}))
         problem = None if done else message
         problem = problem or next(filter(None, found), None)
     except LOAD_ERRORS as error:

@@ -27,6 +27,9 @@ class PackedLinear(ABC):
     # The format that ``multiply`` takes (kernels/operands.py); None where the kernel quantises activations itself.
     activation_format: str | None = None
 
+    # Whether it has ``place``.
+    places: bool = False
+
     @abstractmethod
     def __init__(
         self,
@@ -53,6 +56,18 @@ class PackedLinear(ABC):
         """BF16 [M, K] contiguous, M >= 0, and BF16 [N] -> BF16 [M, N].  Row i depends on ``x[i]`` alone."""
         assert self.activation_format is not None, "a kernel without an activation format has its own matmul"
         return self.multiply(operands.quantize(x, self.activation_format).operand, bias)
+
+    def place(
+        self,
+        out: torch.Tensor,
+        index: torch.Tensor,
+        rows: torch.Tensor,
+        bias: torch.Tensor | None,
+        rest: torch.Tensor | None = None,
+    ) -> None:
+        """``rows`` BF16 [R, K], R <= ``limits.MANY_ROWS``, into the rows ``index`` of ``out``, as
+        ``triton/few_rows.py`` says of ``linear_rows_``.  CUDA only."""
+        raise TypeError(f"{type(self).__name__} puts no rows in their places: call matmul")
 
     def columns(self, start: int, stop: int) -> PackedLinear | None:
         """The linear of output columns ``start`` to ``stop`` alone, on the same memory; None if the kernel has none."""

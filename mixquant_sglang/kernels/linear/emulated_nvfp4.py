@@ -47,6 +47,11 @@ class EmulatedNVFP4(PackedLinear):
         self._n = weight.shape[0]
         self._set_alphas()
 
+    @property
+    def parts(self) -> Sequence[NVFP4Tensor]:
+        """Rows in order, a piece for each tensor scale."""
+        return self._parts
+
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(t for part in self._parts for t in (part.packed, part.block_scales, part.tensor_scale))
 

@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
+from mixquant_sglang.kernels.limits import WIDE
 from mixquant_sglang.kernels.triton import (
     activations,
     attention,
     expert_rows,
     few_rows,
     grouped,
+    packed_rows,
+    packed_tiles,
     row_kernels,
     rows,
     scale_search,
@@ -34,6 +37,7 @@ KERNELS: tuple[Any, ...] = (
     expert_rows._combine,
     few_rows._linear_rows,
     grouped.grouped_matmul,
+    packed_rows._packed_rows,
     row_kernels.quantize_rows,
     row_kernels.quantize_pairs,
     unpack._unpack_weights,
@@ -59,6 +63,19 @@ def few(weight: torch.Tensor, bias: torch.Tensor | None, cut: int) -> None:
         rest = weight.new_empty(ROWS, n - cut) if cut else None
         for each in (None, bias) if bias is not None else (None,):
             few_rows.linear_rows_(out, index, kept, weight, each, rest=rest)
+
+
+def weight_only(packed: Any, n: int, k: int, bias: torch.Tensor | None, cut: int, device: torch.device) -> None:
+    """A ``WeightOnly`` linear for every number of rows, and ``place`` where it has that, with ``bias`` and without;
+    ``cut``: columns of out there."""
+    for m in (*packed_tiles.BUCKETS, WIDE + 1):
+        x = torch.zeros(m, k, dtype=torch.bfloat16, device=device)
+        for each in (None, bias) if bias is not None else (None,):
+            packed.matmul(x, each)
+            if packed.places and m <= packed_tiles.PLACED:
+                index = torch.full((m,), -1, dtype=torch.int64, device=device)
+                rest = x.new_empty(ROWS, n - cut) if cut else None
+                packed.place(x.new_empty(ROWS, cut or n), index, x, each, rest)
 
 
 def quantise(source: str, k: int, fmt: str, device: torch.device, *, protects: bool) -> None:

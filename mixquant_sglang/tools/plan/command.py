@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         plot.save(args.plot, plans, predictions, model, gpu, work)
     memories = [memory_of(plan, model, gpu, work) for plan in plans]
     baseline = make_plan(BASELINE, model, gpu, work.tp, ep=work.ep)
-    low = [plan for plan in plans if any(one.prefill != one.decode for one in plan.placed)]
+    low = [plan for plan in plans if any(one.prefill != one.decode for one in plan.placed) and plan.has_bf16]
     advice = {plan.recipe: break_even(plan, baseline, model, gpu, work.tp) for plan in low}
     if args.json:
         print(as_json(predictions, memories, advice))

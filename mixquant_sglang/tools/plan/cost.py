@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY
 from mixquant_sglang.tools.plan.cost_experts import ExpertCost
 from mixquant_sglang.tools.plan.cost_linear import LinearCost, format_of
 from mixquant_sglang.tools.plan.gathering import attention, gathering_of
@@ -19,6 +20,11 @@ from mixquant_sglang.weights.footprint import Placed, request_bytes
 from mixquant_sglang.weights.mixers import DeltaRule
 
 _PARTS = ("linears", "attention", "gather", "elementwise", "quantise", "dequantise", "protected", "all_reduce", "fixed")
+
+
+def _whole(linear: Placed) -> str:
+    """What a pass takes all of whose rows are protected, or that is short."""
+    return linear.decode if linear.decode in WEIGHT_ONLY else "bf16"
 
 
 class Cost:
@@ -77,9 +83,9 @@ class Cost:
         low, protected = self._is_low(plan, rows, ends)
         for linear in plan.linears:
             cost = LinearCost(self.roof, plan, linear)
-            precision = linear.prefill if low else "bf16"
+            precision = linear.prefill if low else _whole(linear)
             emulated = precision in plan.emulated
-            fused = plan.fused and precision != "bf16" and not (precision == "fp8" and emulated)
+            fused = plan.fused and precision not in ("bf16", *WEIGHT_ONLY) and not (precision == "fp8" and emulated)
             share = 1.0  # of the layers; in the last one, o_proj and the MLP leave out what nobody reads
             if fused and linear.prefill != linear.decode and linear.name != "self_attn.qkv_proj":
                 share -= 1 / self.model.layers
@@ -130,7 +136,9 @@ class Cost:
             time, bytes_ = cost.gemm(*how, self.rates.weights)
             ms, moved = ms + time, moved + bytes_
             flops += 2.0 * batch * linear.n * linear.k * linear.count
-            if linear.decode != "bf16":
+            if linear.decode in WEIGHT_ONLY:
+                ms += sum(cost.conversions(*how, fused=False))
+            elif linear.decode != "bf16":
                 ms += sum(cost.conversions(*how, fused=False))
                 ms += linear.count * self.rates.low_linear_us / 1e3
         for expert, placed in self._experts(plan):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixquant_sglang.kernels.limits import FEW_ROWS
+from mixquant_sglang.kernels.limits import FEW_ROWS, WIDE
+from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY, stored
 from mixquant_sglang.tools.plan.linears import Plan
 from mixquant_sglang.tools.plan.rates import at
 from mixquant_sglang.tools.plan.roofline import Roofline
@@ -35,10 +36,12 @@ class LinearCost:
 
     def gemm(self, precision: str, emulated: bool, rows: int, memory: float) -> tuple[float, float]:
         """(milliseconds, bytes); ``memory``: the fraction of the bandwidth that its operands get."""
-        run = "bf16" if emulated else precision
+        run = "bf16" if emulated or precision in WEIGHT_ONLY else precision
+        # Few rows read weights as they are packed; for others they are unpacked before.
+        read = stored(precision) if precision in WEIGHT_ONLY and not emulated and rows <= WIDE else run
         rates, linear = self.roof.rates, self.linear
         n, k = linear.n, linear.k
-        moved = linear.count * (rows * k * INPUT_BYTES[run] + n * k * WEIGHT_BYTES[run] + rows * n * 2.0)
+        moved = linear.count * (rows * k * INPUT_BYTES[run] + n * k * WEIGHT_BYTES[read] + rows * n * 2.0)
         flops = linear.count * 2.0 * rows * n * k
         curve = rates.gemm[run]
         if emulated and precision == "nvfp4":
@@ -53,6 +56,9 @@ class LinearCost:
         if precision == "bf16":
             return 0.0, 0.0
         roof, rates, linear = self.roof, self.roof.rates, self.linear
+        if precision in WEIGHT_ONLY:
+            unpacked = linear.count * linear.n * linear.k * (WEIGHT_BYTES[stored(precision)] + 2)
+            return 0.0, roof.memory(unpacked, rates.dequantise) if emulated or rows > WIDE else 0.0
         elements = linear.count * rows * linear.k
         form = format_of(precision, emulated)
         fraction = at(rates.quantise["alone"][form], rows)
@@ -92,7 +98,7 @@ class LinearCost:
         roof, rates, linear = self.roof, self.roof.rates, self.linear
         if not rows:
             return linear.count * rates.idle_linear_us / 1e3, 0.0
-        weights = linear.count * linear.n * linear.k * WEIGHT_BYTES[linear.decode]
+        weights = linear.count * linear.n * linear.k * WEIGHT_BYTES[stored(linear.decode)]
         few, fractions = rates.protected
         read = roof.memory(weights, fractions[rows > few])
         if rows <= FEW_ROWS:

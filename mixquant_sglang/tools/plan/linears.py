@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from mixquant_sglang.recipe.capabilities import keeps_master
 from mixquant_sglang.weights.footprint import Placed
 
 
@@ -35,9 +36,17 @@ class Plan:
         return tuple(one for one in self.placed if one.experts)
 
     @property
+    def has_bf16(self) -> bool:
+        """Whether short passes can run in BF16 (``min_tokens``)."""
+        return all(keeps_master(one.prefill, one.decode) for one in self.placed)
+
+    @property
     def extra_weight_bytes(self) -> int:
-        """Bytes per GPU beside the BF16 weights; below zero where they are replaced (stock-fp8)."""
+        """Bytes per GPU beside the BF16 weights; below zero where they are replaced (stock-fp8, fp8-compact)."""
+        replaced = [
+            one
+            for one in self.placed
+            if one.extra_bytes and not (self.keeps_bf16 and keeps_master(one.prefill, one.decode))
+        ]
         extra = sum(one.extra_bytes for one in self.placed)
-        if not self.keeps_bf16:
-            extra -= sum(one.count * one.bytes_in("bf16") for one in self.placed if one.extra_bytes)
-        return extra
+        return extra - sum(one.count * one.bytes_in("bf16") for one in replaced)
