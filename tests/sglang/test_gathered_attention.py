@@ -293,8 +293,8 @@ def batches_of(seed: int, tokens: int, rows: int) -> list[list[tuple[int, int]]]
 
 
 def check_bits(found: Gathering, page: int, kernels: Kernels, device: str, rows: int, least: int = 30) -> None:
-    """Of all batches that would be gathered, ``least`` of them or more; FlashAttention splits the keys of those with few
-    rows, and so do pages and gathered keys part there."""
+    """Of all batches that would be gathered, ``least`` of them or more; FlashAttention splits the keys of those with
+    few rows, where pages and gathered keys part."""
     tokens = len(found.keys)
     given = gathered_attention._Paged(found.heads, tokens // page + 64, torch.device(device), page)
     batches = batches_of(found.heads.queries + page, tokens, rows)

@@ -11,7 +11,6 @@ from mixquant_sglang.kernels.limits import BLOCK, MANY_ROWS
 
 BUCKETS = (16, 32, 64, 128)  # rows: what a kernel is compiled for; more take several tiles of the last
 PLACED = 64  # of rows that are put in their places, the last
-_PROGRAMS = 200  # of a launch at least, where a weight is large enough: GPUs have 100 to 200 SMs
 _STEPS = 4  # along K that a program has at least
 LOCKS = 4096  # tiles of which a split launch has at most as many
 
@@ -27,19 +26,23 @@ class Tiles(NamedTuple):
 
 
 def choose(n: int, k: int, bucket: int, fp4: bool) -> Tiles:
-    """The tiles for a weight [n, k] and a bucket of rows; reckoned, not measured as ``scripts/bench_packed --sweep``
-    does.
+    """The tiles for a weight [n, k] and a bucket of rows: those that were best, or nearly, of the sweep of
+    ``scripts/bench_packed`` over Qwen3-8B's weights on an H200 (``docs/benchmarks.md``).
 
-    64 weight rows are what a warp group multiplies without turning a weight into BF16 twice; with more rows, wider
-    tiles read these less often from the L2 cache.  Programs share tiles until there are a few for each SM."""
-    if bucket <= 32:
-        tiles = Tiles(64, 256 if fp4 else 128, 1, 5 if bucket <= 16 else 4, 4)
+    Few rows are a matter of reading: narrow tiles of two warps, some for each SM.  With more rows wider tiles read
+    these less often from the L2 cache.  Programs share tiles along K until there are ``programs``."""
+    programs = 384
+    if bucket <= 16:
+        tiles = Tiles(32, 256, 1, 4, 2)
     elif bucket <= 64:
-        tiles = Tiles(128, 128, 1, 3, 8)
+        tiles = Tiles(64, 128, 1, 4, 4)
+        programs = 384 if fp4 or bucket <= 32 else 192
+    elif fp4 or n < 96 * 64:
+        tiles, programs = Tiles(128, 128, 1, 3, 8), 96
     else:
-        tiles = Tiles(128, 64, 1, 4, 8)
+        tiles, programs = Tiles(64, 128, 1, 3, 4), 1
     over, split = triton.cdiv(n, tiles.n), 1
-    while over * split < _PROGRAMS and k // tiles.k >= 2 * split * _STEPS and split < 8:
+    while over * split < programs and k // tiles.k >= 2 * split * _STEPS and split < 4:
         split *= 2
     return tiles._replace(split=split)
 
