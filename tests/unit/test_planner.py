@@ -311,9 +311,7 @@ def test_one_copy_takes_half_the_memory_and_leaves_more_for_the_cache() -> None:
     assert both.prefill_parts["quantise"] == both.prefill_parts["protected"] == 0 < both.prefill_parts["dequantise"]
 
 
-def test_auto_min_tokens_is_predicted_as_servers_measure_it(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_auto_min_tokens_is_predicted_as_servers_measure_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A server runs passes in BF16 that low precision does not pay for; a recipe with a number has its way."""
     always = tmp_path / "always.yaml"
     always.write_text("version: 1\nprefill: {precision: fp8, min_tokens: 1}\n")
