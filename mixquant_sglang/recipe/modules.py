@@ -19,7 +19,7 @@ NEVER = "never quantised"
 A_GATE = "never quantised: a gate, whose errors add up or change what is picked"
 OUTSIDE = "never quantised: outside the language model"
 
-# Routers, and MLA's kv_b_proj, whose weight is also read outside of apply.
+# Routers, with all that is below one, and MLA's kv_b_proj, whose weight is also read outside of apply.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "kv_b_proj"})
 
 # Few numbers a token that steer the others: decay and beta of GDN (in_proj_*) and KDA (f_*, b_*, g_*), the step of
@@ -65,7 +65,7 @@ def why_bf16(name: str) -> str | None:
         return OUTSIDE
     if leaf in _GATES or _INDEXER in path:
         return A_GATE
-    return NEVER if leaf in _ROUTERS else None
+    return None if _ROUTERS.isdisjoint((*path, leaf)) else NEVER
 
 
 def is_outside(name: str) -> bool:

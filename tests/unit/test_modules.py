@@ -20,6 +20,8 @@ from mixquant_sglang.tools.quantize.targets import is_target
     ("name", "reason"),
     [
         ("model.layers.0.mlp.gate", NEVER),
+        ("model.layers.0.zaya_block.router.down_proj", NEVER),  # a router of several linears
+        ("model.layers.0.router.proj", NEVER),
         ("model.layers.0.self_attn.kv_b_proj", NEVER),
         ("model.layers.0.linear_attn.in_proj_ba", A_GATE),
         ("model.layers.0.self_attn.f_a_proj", A_GATE),
