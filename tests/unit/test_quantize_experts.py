@@ -227,6 +227,14 @@ def test_fused_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         quantize_checkpoint(model(tmp_path / "model", "qwen3_5_moe", made), tmp_path / "out")
 
 
+def test_fused_tensors_of_other_dimensions_are_refused(tmp_path: Path) -> None:
+    made = moe.tensors("qwen3_5_moe")
+    key = "model.language_model.layers.1.mlp.experts.gate_up_proj"
+    made[key] = made[key].flatten(0, 1)
+    with pytest.raises(MixQuantError, match=r"gate_up_proj is \[384, 64\], which does not fit down_proj \[4, 64, 48\]"):
+        quantize_checkpoint(model(tmp_path / "model", "qwen3_5_moe", made), tmp_path / "out")
+
+
 def test_incomplete_experts_are_refused(tmp_path: Path) -> None:
     at = "model.layers.0.mlp.experts"
     for missing in ("model.layers.1.mlp.experts.2.up_proj", f"{at}.0.down_proj"):

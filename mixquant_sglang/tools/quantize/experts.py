@@ -89,7 +89,7 @@ def split(source: Source, layer: str, leaves: Iterable[str], family: str) -> dic
             f"expert for {', '.join(SPLIT)}, and this is {family or 'a model without model_type'}; {leave}"
         )
     gate_up, down = (source.tensors[f"{layer}.{leaf}"].shape for leaf in _FUSED)
-    (experts, rows, columns), transposed = gate_up, False
+    (experts, rows, columns), transposed = gate_up if len(gate_up) == 3 else (0, 0, 0), False
     if down == (experts, columns, rows // 2) and rows % 2 == 0:
         inner, hidden = rows // 2, columns
     elif down == (experts, columns // 2, rows) and columns % 2 == 0:
