@@ -29,6 +29,7 @@ from mixquant_sglang.tools.quantize.targets import is_target
         ("model.layers.0.self_attn.indexer.wk", A_GATE),
         ("model.layers.0.mixer.dt_proj", A_GATE),
         ("model.language_model.per_layer_model_projection", A_GATE),
+        ("model.language_model.layers.0.altup.modality_router", A_GATE),
         ("model.embed_vision.embedding_projection", OUTSIDE),
         ("vpm.encoder.layers.0.self_attn.qkv_proj", OUTSIDE),
         ("multi_modal_projector", OUTSIDE),
