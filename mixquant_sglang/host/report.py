@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 NOT_OFFERED = "SGLang gives it no quantization config"
 MULTIPLIED = "SGLang multiplies by its weight itself"
+PART_OF_ROWS = "its block has several kinds of experts, each of which may be given a part of the rows"
 GATHERED = "DP attention: it may be given the rows of all ranks, and a rank knows the protected ones of its own alone"
 
 ATTENTION = (RadixAttention, RadixLinearAttention)
@@ -74,15 +75,31 @@ def language_model(model: Any) -> torch.nn.Module:
 
 def keep_outside_bf16(model: torch.nn.Module) -> None:
     """Makes BF16 what the recipe made low by a prefix that does not tell what the module is: towers that are built as
-    if they were the model, and gates."""
+    if they were the model, gates, and in blocks of experts what ``_beside_experts`` names."""
     inside = {id(module) for module in language_model(model).modules()}
+    beside = _beside_experts(model)
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         if not isinstance(method, (MixQuantLinearMethod, MixQuantExpertsMethod)):
             continue
-        reason = why_bf16(name) or (None if id(module) in inside else OUTSIDE)
+        reason = why_bf16(name) or (None if id(module) in inside else OUTSIDE) or beside.get(id(module))
         if reason is not None and method.low:
             method.stay_bf16(reason)
+
+
+def _beside_experts(model: torch.nn.Module) -> dict[int, str]:
+    """By id: routers, which stand beside the experts and have an output for each of them, and experts of several kinds
+    in one block (Ernie 4.5 VL's for texts and for images), whose protected rows nobody knows."""
+    found: dict[int, str] = {}
+    for block in model.modules():
+        layers: list[Any] = [child for child in block.children() if isinstance(child, FusedMoE)]
+        counts = {
+            count for one in layers for count in (one.num_experts, one.num_experts - one.num_fused_shared_experts)
+        }
+        routers: list[Any] = [child for child in block.children() if isinstance(child, LinearBase)]
+        found |= {id(router): NEVER for router in routers if router.output_size in counts}
+        found |= {id(layer): PART_OF_ROWS for layer in layers if len(layers) > 1}
+    return found
 
 
 def keep_gathered_bf16(model: torch.nn.Module, ranks: int) -> None:

@@ -124,6 +124,8 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         n, k = sum(output_partition_sizes), input_size_per_partition
         for precision in self.low:
             refusal = registry.refusal(precision, self._runtime.selection.kernels[precision], n, k)
+            if params_dtype != torch.bfloat16:  # some routers, whose rows are of that dtype too
+                refusal = f"its weight is {str(params_dtype).removeprefix('torch.')}, not bfloat16"
             if refusal:
                 self.refusal = refusal
                 self.precision = by_role("bf16", "bf16")

@@ -19,17 +19,19 @@ NEVER = "never quantised"
 A_GATE = "never quantised: a gate, whose errors add up or change what is picked"
 OUTSIDE = "never quantised: outside the language model"
 
-# Routers, and MLA's kv_b_proj, whose weight is also read outside of apply.
+# Routers, with all that is below one, and MLA's kv_b_proj, whose weight is also read outside of apply.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "kv_b_proj"})
 
 # Few numbers a token that steer the others: decay and beta of GDN (in_proj_*) and KDA (f_*, b_*, g_*), the step of
-# Mamba (x_proj, dt_proj), the per-layer inputs of Gemma (per_layer_*), the scores of sparse attention's indexer.
+# Mamba (x_proj, dt_proj), the per-layer inputs of Gemma (per_layer_*), how Gemma 3n mixes its streams (altup), the
+# scores of sparse attention's indexer.
 _GATES = frozenset(
     {
         *("in_proj_ba", "in_proj_a", "in_proj_b"),
         *("f_a_proj", "f_b_proj", "b_proj", "g_a_proj", "g_b_proj", "fused_qkvbfg_a_proj", "fused_fg_b_proj"),
         *("x_proj", "dt_proj"),
         *("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"),
+        *("modality_router", "prediction_coefs", "correction_coefs"),
         *("weights_proj", "wk_weights_proj"),
     }
 )
@@ -65,7 +67,7 @@ def why_bf16(name: str) -> str | None:
         return OUTSIDE
     if leaf in _GATES or _INDEXER in path:
         return A_GATE
-    return NEVER if leaf in _ROUTERS else None
+    return None if _ROUTERS.isdisjoint((*path, leaf)) else NEVER
 
 
 def is_outside(name: str) -> bool:

@@ -207,7 +207,7 @@ SURFACE: tuple[Row, ...] = (
     Row(f"{_QUANTIZATION}.base_config.QuantizationConfig", ("packed_modules_mapping",), "host/config.py"),
     Row("sglang.srt.models.deepseek_v2.DeepseekV2ForCausalLM", ("post_load_weights",), "versions/updates.py"),
     # -- layers --------------------------------------------------------------------------------------------------------
-    Row("sglang.srt.layers.linear.LinearBase", ("quant_method",), "layers/fused.py, host/report.py"),
+    Row("sglang.srt.layers.linear.LinearBase", ("quant_method", "output_size"), "layers/fused.py, host/report.py"),
     Row("sglang.srt.layers.linear.ColumnParallelLinear", ("tp_rank", "tp_size"), "versions/v0_5_17.py", OLD),
     Row("sglang.srt.layers.linear.RowParallelLinear", ("tp_rank", "tp_size"), "versions/v0_5_17.py", OLD),
     Row("sglang.srt.layers.linear.LinearBase", ("tp_group",), "versions/v0_5_23.py", NEW),

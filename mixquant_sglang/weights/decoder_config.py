@@ -21,6 +21,7 @@ Config = Mapping[str, Any]
 
 _INNER = ("text_config", "llm_config", "language_config")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_k")
 
 # What transformers assumes where a config.json leaves a key out, as far as it is not none or false.
@@ -279,8 +280,8 @@ def _experts(read: _Reader) -> Experts:
         shared, shared_at = inner, f"{at}.shared_expert"
     elif read.get("shared_expert_intermediate_size"):
         shared, shared_at = read.size("shared_expert_intermediate_size"), _SHARED_AT
-    elif read.get("n_shared_experts"):
-        shared = read.size("n_shared_experts") * inner
+    elif counted := next((key for key in _SHARED if read.get(key)), None):
+        shared = read.size(counted) * read.size("moe_shared_expert_intermediate_size", inner)
     count, top_k = read.any_size(_COUNTS), read.any_size(_TOP_K)
     if top_k > count:
         raise MixQuantError(f"{read.where}: {top_k} experts per token are more than the {count} that there are")

@@ -13,6 +13,7 @@ from mixquant_sglang.kernels import registry
 from mixquant_sglang.kernels.experts.base import Form, Masters, Ready, halves
 from mixquant_sglang.kernels.experts.emulated import EmulatedFP8Experts, EmulatedNVFP4Experts
 from mixquant_sglang.kernels.packing import quantize_nvfp4
+from mixquant_sglang.kernels.tuning import expert_cache
 from mixquant_sglang.recipe.roles import Kind
 from tests.support.experts import OAI, dequantised, error, masters, reference, routed
 
@@ -144,3 +145,14 @@ def test_sizes_that_no_kernel_takes_are_refused_by_the_registry() -> None:
             refusal = registry.refusal(precision, kernel, *sizes, Kind.EXPERTS)
             assert refusal == f"experts of [{sizes[0]}, {sizes[1]}] are not a multiple of 16 in both sizes"
         assert registry.packed_experts(precision, kernel).precision == precision
+
+
+def test_routes_for_timing_where_a_rank_has_fewer_experts_than_a_token_takes() -> None:
+    """As a rank of Mixtral's eight experts has with --ep-size 8."""
+    seed = torch.Generator().manual_seed(0)
+    for experts, k in ((1, 2), (4, 8), (8, 2)):
+        weights, ids = expert_cache.routed(5, experts, k, torch.device("cpu"), seed)
+        assert weights.shape == ids.shape == (5, k) and ids.dtype == torch.int32
+        held = min(k, experts)
+        assert all(len({*row}) == held and max(row) < experts for row in ids[:, :held].tolist())
+        assert bool((ids[:, :held] >= 0).all()) and bool((ids[:, held:] == -1).all())

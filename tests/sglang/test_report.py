@@ -16,9 +16,10 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host import probe, report, runtime, stock
 from mixquant_sglang.host.hooks import architecture, launcher, observe, registry
 from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.passes import running
 from mixquant_sglang.recipe import LayerRule
 from mixquant_sglang.recipe.matching import RuleMatcher
-from mixquant_sglang.recipe.modules import A_GATE, OUTSIDE
+from mixquant_sglang.recipe.modules import A_GATE, NEVER, OUTSIDE
 from mixquant_sglang.recipe.roles import Kind, Role, by_role
 from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.versions import batches, machine
@@ -104,6 +105,76 @@ def test_the_language_model_of_a_wrapper() -> None:
     assert report.language_model(plain) is plain
 
 
+def moe_block(config: Any, **linears: int) -> torch.nn.Module:
+    """Linears of as many outputs, as SGLang's MoE blocks hold them."""
+    from sglang.srt.layers.linear import ReplicatedLinear
+
+    block = torch.nn.Module()
+    for name, outputs in linears.items():
+        linear = ReplicatedLinear(
+            64, outputs, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix=f"model.mlp.{name}"
+        )
+        linear.weight.data.normal_()
+        linear.quant_method.process_weights_after_loading(linear)
+        block.add_module(name, linear)
+    return block
+
+
+def experts_of(config: Any, name: str) -> torch.nn.Module:
+    from mixquant_sglang.layers.experts import MixQuantExpertsMethod
+
+    class Experts(report.FusedMoE):  # type: ignore[misc]
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+    layer: Any = Experts()
+    layer.num_experts, layer.num_fused_shared_experts = 48, 0
+    layer.quant_method = MixQuantExpertsMethod(config._runtime, name, "fp8", "bf16", flags=(False, False, False))
+    return layer  # type: ignore[no-any-return]
+
+
+def test_a_router_is_known_by_its_place_whatever_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, root = model(monkeypatch, "fp8")
+    block = moe_block(config, chooser=48, latent_proj=64)
+    block.add_module("experts", experts_of(config, "model.mlp.experts"))
+    root.add_module("mlp", block)
+    assert block.chooser.quant_method.low
+    report.keep_outside_bf16(root)
+    assert not block.chooser.quant_method.low and block.chooser.quant_method.refusal == NEVER
+    assert block.latent_proj.quant_method.low and block.experts.quant_method.low
+
+
+def test_experts_that_share_the_rows_of_a_pass_stay_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ernie 4.5 VL has experts for rows of texts and others for those of images: none knows the protected rows."""
+    config, root = model(monkeypatch, "fp8")
+    block = moe_block(config, up_proj=64)
+    for name in ("text_experts", "vision_experts"):
+        block.add_module(name, experts_of(config, f"model.mlp.{name}"))
+    root.add_module("mlp", block)
+    report.keep_outside_bf16(root)
+    for experts in (block.text_experts, block.vision_experts):
+        assert not experts.quant_method.low and experts.quant_method.refusal == report.PART_OF_ROWS
+    assert block.up_proj.quant_method.low
+
+
+def test_a_weight_that_is_not_bf16_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang builds some routers in float32, and gives them rows of it."""
+    from sglang.srt.layers.linear import ReplicatedLinear
+
+    config, root = model(monkeypatch, "fp8", model__layers__0__fc="model.layers.0.fc")
+    linear = ReplicatedLinear(
+        64, 32, bias=False, params_dtype=torch.float32, quant_config=config, prefix="model.layers.0.text_experts_gate"
+    )
+    linear.weight.data.normal_()
+    linear.quant_method.process_weights_after_loading(linear)
+    root.get_submodule("model.layers.0").add_module("text_experts_gate", linear)
+    run = finish(config, root)
+    assert run.stays_bf16["its weight is float32, not bfloat16"] == ["model.layers.0.text_experts_gate"]
+    x = torch.randn(5, 64)
+    with running.scope(running.Pass(Role.PROMPT)):
+        assert torch.equal(linear(x)[0], x @ linear.weight.t())
+
+
 def test_two_linears_of_one_prefix_cannot_take_ready_made_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     config, root = model(monkeypatch, "nvfp4", model__a__fc="a.fc", model__b__fc="a.fc")
     steps = config._runtime.lifecycle
@@ -163,6 +234,8 @@ def test_subclasses_of_fused_moe_are_in_the_report(monkeypatch: pytest.MonkeyPat
     config, root = model(monkeypatch, "nvfp4", model__layers__0__fc="model.layers.0.fc")
 
     class Special(report.FusedMoE):  # type: ignore[misc]
+        num_experts, num_fused_shared_experts = 8, 0
+
         def __init__(self) -> None:
             torch.nn.Module.__init__(self)
 

@@ -196,6 +196,12 @@ def test_shared_experts() -> None:
 
     assert experts() == Experts("mlp.experts", 4, 2, 32)
     assert experts(n_shared_experts=2) == Experts("mlp.experts", 4, 2, 32, 64, "mlp.shared_experts")
+    ling = Experts("mlp.experts", 4, 2, 32, 64, "mlp.shared_experts")  # EXAONE-MoE too
+    assert experts(num_shared_experts=2) == ling
+    assert experts(num_shared_experts=2, moe_shared_expert_intermediate_size=32) == ling
+    assert experts(num_shared_experts=1, moe_shared_expert_intermediate_size=64) == ling
+    assert experts(num_shared_experts=0) == Experts("mlp.experts", 4, 2, 32, 0, "mlp.shared_experts")
+    assert experts(moe_num_shared_experts=2) == ling  # ERNIE 4.5
     qwen = experts(shared_expert_intermediate_size=48)
     assert qwen == Experts("mlp.experts", 4, 2, 32, 48, "mlp.shared_expert")
     mixtral = experts(model_type="mixtral", moe_intermediate_size=None, num_experts=None, num_local_experts=8)

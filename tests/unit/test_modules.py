@@ -20,6 +20,8 @@ from mixquant_sglang.tools.quantize.targets import is_target
     ("name", "reason"),
     [
         ("model.layers.0.mlp.gate", NEVER),
+        ("model.layers.0.zaya_block.router.down_proj", NEVER),  # a router of several linears
+        ("model.layers.0.router.proj", NEVER),
         ("model.layers.0.self_attn.kv_b_proj", NEVER),
         ("model.layers.0.linear_attn.in_proj_ba", A_GATE),
         ("model.layers.0.self_attn.f_a_proj", A_GATE),
@@ -27,6 +29,7 @@ from mixquant_sglang.tools.quantize.targets import is_target
         ("model.layers.0.self_attn.indexer.wk", A_GATE),
         ("model.layers.0.mixer.dt_proj", A_GATE),
         ("model.language_model.per_layer_model_projection", A_GATE),
+        ("model.language_model.layers.0.altup.modality_router", A_GATE),
         ("model.embed_vision.embedding_projection", OUTSIDE),
         ("vpm.encoder.layers.0.self_attn.qkv_proj", OUTSIDE),
         ("multi_modal_projector", OUTSIDE),

@@ -250,6 +250,16 @@ def test_what_no_kernel_takes_is_named(capsys: pytest.CaptureFixture[str], tmp_p
     assert names == [f"fp8: {name}" for name in ("self_attn.qkv_proj", "self_attn.o_proj", "block_sparse_moe.experts")]
 
 
+def test_a_model_without_a_cache_that_grows_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Linear attention in all blocks: packed weights take the place of no token."""
+    config = {"model_type": "qwen3_next", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "head_dim": 16}
+    config |= {"num_attention_heads": 4, "intermediate_size": 64, "layer_types": ["linear_attention"] * 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run(str(tmp_path), "--gpu", "H200", "--input-len", "512", "--json", "--recipe", "fp8")
+    made = json.loads(capsys.readouterr().out)["fp8"]
+    assert made["extra_weight_bytes"] > 0 and made["kv_tokens_displaced"] == 0
+
+
 def test_a_rule_from_would_fit_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("Qwen3-30B-A3B", "--gpu", "H100", "--input-len", "512", "--json", "--recipe", "fp8")
     (first, *_) = json.loads(capsys.readouterr().out)["fp8"]["memory"]["would_fit"]

@@ -227,6 +227,14 @@ def test_fused_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         quantize_checkpoint(model(tmp_path / "model", "qwen3_5_moe", made), tmp_path / "out")
 
 
+def test_fused_tensors_of_other_dimensions_are_refused(tmp_path: Path) -> None:
+    made = moe.tensors("qwen3_5_moe")
+    key = "model.language_model.layers.1.mlp.experts.gate_up_proj"
+    made[key] = made[key].flatten(0, 1)
+    with pytest.raises(MixQuantError, match=r"gate_up_proj is \[384, 64\], which does not fit down_proj \[4, 64, 48\]"):
+        quantize_checkpoint(model(tmp_path / "model", "qwen3_5_moe", made), tmp_path / "out")
+
+
 def test_incomplete_experts_are_refused(tmp_path: Path) -> None:
     at = "model.layers.0.mlp.experts"
     for missing in ("model.layers.1.mlp.experts.2.up_proj", f"{at}.0.down_proj"):
@@ -257,6 +265,22 @@ def test_experts_under_another_name_are_refused(tmp_path: Path) -> None:
         quantize_checkpoint(model(tmp_path / "model", "qwen3_moe", made), tmp_path / "out")
     made = {**moe.tensors("qwen3_moe"), "model.layers.0.linear_attn.conv1d.weight": torch.ones(4, 1, 16)}
     quantize_checkpoint(model(tmp_path / "conv", "qwen3_moe", made), tmp_path / "conv_out")
+
+
+def test_a_count_of_experts_that_is_a_list_says_nothing(tmp_path: Path) -> None:
+    config = moe.config("qwen3_moe") | {"num_experts": [EXPERTS, EXPERTS]}
+    source = save(tmp_path / "model", moe.tensors("qwen3_moe"), config)
+    assert quantize_checkpoint(source, tmp_path / "out").experts == 3 * EXPERTS * LAYERS
+
+
+def test_an_expert_of_zeros(tmp_path: Path) -> None:
+    weights = moe.expert_weights()
+    for role in ("gate", "up", "down"):
+        weights[f"1.2.{role}"].zero_()
+    source = model(tmp_path / "model", "qwen3_moe", moe.tensors("qwen3_moe", weights))
+    quantize_checkpoint(source, tmp_path / "out", layout=MODELOPT)
+    found = written(read(tmp_path / "out"), "model.layers.1.mlp.experts.2.up_proj", MODELOPT)
+    assert bool((found.dequantize() == 0).all()) and bool(found.tensor_scale.isfinite())
 
 
 def test_nan_in_one_expert_is_named(tmp_path: Path) -> None:

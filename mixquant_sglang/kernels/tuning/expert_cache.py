@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from mixquant_sglang.kernels.tuning.cache_file import CacheFile, Cells, Sizes, first_line
 from mixquant_sglang.kernels.tuning.expert_tiles import CANDIDATES, Shape, TileTable, likely
@@ -56,9 +57,9 @@ def _measure_shape(shape: Shape, experts: Any, rows: Sequence[int], device: torc
     kept: list[Any] = []  # what the graphs read
     for m in rows:
         x = torch.randn(m, h, dtype=torch.bfloat16, device=device, generator=seed)
-        scores, ids = torch.rand(m, count, device=device, generator=seed).topk(k)
+        scores, ids = routed(m, count, k, device, seed)
         for name in likely(shape, m):
-            call = partial(experts.run_with, x, scores, ids.int(), CANDIDATES[name])
+            call = partial(experts.run_with, x, scores, ids, CANDIDATES[name])
             try:
                 call()
                 torch.cuda.synchronize()
@@ -76,3 +77,12 @@ def _measure_shape(shape: Shape, experts: Any, rows: Sequence[int], device: torc
     times = dict(zip(calls, medians([*calls.values()], SECONDS), strict=True)) if calls else {}
     found = {m: {name: round(ms, 6) for (rows_, name), ms in times.items() if rows_ == m} for m in rows}
     return {(*shape, m): Cell(found[m], out[m]) for m in rows if found[m]}
+
+
+def routed(
+    rows: int, experts: int, k: int, device: torch.device, seed: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random routes: float32 weights and int32 ids [rows, k]; -1 where a rank has fewer experts than a token takes."""
+    held = min(k, experts)
+    scores, ids = torch.rand(rows, experts, device=device, generator=seed).topk(held)
+    return F.pad(scores, (0, k - held)), F.pad(ids.int(), (0, k - held), value=-1)

@@ -74,7 +74,7 @@ def predict(
         prefill_speedup=prefill_speedup,
         end_to_end_speedup=end_to_end,
         extra_weight_bytes=plan.extra_weight_bytes,
-        kv_tokens_displaced=math.ceil(plan.extra_weight_bytes / memory.kv_token),
+        kv_tokens_displaced=math.ceil(plan.extra_weight_bytes / memory.kv_token) if memory.kv_token else 0,
         fits=needed <= MEMORY_SHARE * gpu.memory,
         prefill_parts=parts,
         points={

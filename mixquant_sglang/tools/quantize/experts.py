@@ -61,9 +61,14 @@ def layers_in_one(source: Source) -> dict[str, set[str]]:
     }
 
 
+def _counts(config: Mapping[str, object]) -> set[int]:
+    """Of experts, by config.json; a list, of texts and of images, says nothing."""
+    return {count for key in _COUNTS if isinstance(count := config.get(key), int)}
+
+
 def elsewhere(source: Source, config: Mapping[str, object], layers: int) -> None:
     """Refuses experts in one tensor that no module called ``experts`` has, such as GraniteMoE's ``input_linear``."""
-    counts = {config.get(key) for key in _COUNTS}
+    counts = _counts(config)
     for name, stored in source.tensors.items():
         block = block_of(name)
         if block is None or block >= layers or is_draft(name) or is_outside(name) or "experts" in name.split("."):
@@ -84,7 +89,7 @@ def split(source: Source, layer: str, leaves: Iterable[str], family: str) -> dic
             f"expert for {', '.join(SPLIT)}, and this is {family or 'a model without model_type'}; {leave}"
         )
     gate_up, down = (source.tensors[f"{layer}.{leaf}"].shape for leaf in _FUSED)
-    (experts, rows, columns), transposed = gate_up, False
+    (experts, rows, columns), transposed = gate_up if len(gate_up) == 3 else (0, 0, 0), False
     if down == (experts, columns, rows // 2) and rows % 2 == 0:
         inner, hidden = rows // 2, columns
     elif down == (experts, columns // 2, rows) and columns % 2 == 0:
@@ -140,7 +145,7 @@ def why_kept(
             f"{source.folder}: experts of {layer} have {', '.join(sorted(whole))}; allowed: {allowed}; leave them BF16 "
             f"with --ignore {layer}"
         )
-    counts = {config[key] for key in _COUNTS if isinstance(config.get(key), int)}
+    counts = _counts(config)
     for expert in range(max(leaves) + 1):
         if missing := whole - leaves.get(expert, set()):
             raise MixQuantError(f"{source.folder}: {layer}.{expert}.{min(missing)}.weight is missing")
