@@ -204,8 +204,13 @@ class Weights:
     def _warn(self) -> None:
         if self.layers and self._why not in self._warned:
             self._warned.add(self._why)
-            how = "in BF16 whole" if self.fallback == "bf16" else f"in {self.fallback} whole, as packed last,"
+            how = self.meanwhile + ("," if "," in self.meanwhile else "")
             logger.warning("mixquant: passes run %s until a weight update succeeds: %s", how, self._why)
+
+    @property
+    def meanwhile(self) -> str:
+        """How passes run while ``current`` is False, for messages."""
+        return "in BF16 whole" if self.fallback == "bf16" else f"in {self.fallback} whole, as packed last"
 
     # -- captured graphs -------------------------------------------------------------------------------------------
 

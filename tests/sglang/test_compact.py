@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 
 from mixquant_sglang.formats import fp8
 from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
+from mixquant_sglang.recipe.roles import by_role
+from mixquant_sglang.weights.refresh import Weights
 from tests.support import exact_checkpoints, model_runs
 from tests.support.processes import module
 
@@ -158,6 +161,18 @@ def test_updates_are_packed_as_they_arrive_or_refused_whole(updates: Results) ->
         f"mixquant: passes run in {decodes} whole, as packed last, until a weight update succeeds: cannot pack "
         "model.layers.2.mlp.down_proj: out of memory"
     ]
+
+
+@pytest.mark.parametrize(("masterless", "how"), [(True, "in w8a16 whole, as packed last"), (False, "in BF16 whole")])
+def test_the_answer_to_an_update_says_how_passes_run(masterless: bool, how: str) -> None:
+    from mixquant_sglang.host.hooks.weights import _with_packing
+
+    weights = Weights()
+    layer = SimpleNamespace(masterless=masterless, precision=by_role("fp8", "w8a16"), forget_arrived=lambda: None)
+    weights.layers.append(layer)  # type: ignore[arg-type]
+    weights.broken("an update failed")
+    said = _with_packing(SimpleNamespace(weights=weights), "Succeeded.")  # type: ignore[arg-type]
+    assert said == f"Succeeded. mixquant: an update failed; passes run {how}"
 
 
 @pytest.mark.slow
