@@ -52,6 +52,10 @@ class Layer(Protocol):
     def decodes_low(self) -> bool: ...
 
     @property
+    def decodes_by_value(self) -> bool:
+        """Whether captured decode graphs of it hold some of ``by_value``."""
+
+    @property
     def masterless(self) -> bool:
         """Whether it has no master: new weights are packed as they arrive."""
 
@@ -250,7 +254,7 @@ class Weights:
     @property
     def decodes_by_value(self) -> bool:
         """Whether captured decode graphs hold numbers by value, which capturing them anew would change."""
-        return any(layer.decodes_low and layer.by_value for layer in self.layers)
+        return any(layer.decodes_by_value for layer in self.layers)
 
     @property
     def decodes_low(self) -> bool:
