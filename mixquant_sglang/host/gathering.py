@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mixquant_sglang.host.refusal import gathers
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.layers.gathered_attention import Kernels, gather_attention, heads_of, prepare
 from mixquant_sglang.recipe import pairs
@@ -19,9 +20,9 @@ logger = logging.getLogger(__name__)
 def prepare_gathering(run: Runtime, model_runner: Any, device: torch.device) -> None:
     """Sees whether gathering gives the same bits and pays, with the model's heads; its scratch stays.  A decode server
     of a pair has no prefill."""
-    if run.schedule.local:  # DP attention: passes have more rows than their requests
-        return
     args = dialect().resolved(model_runner.server_args)
+    if gathers(model_runner.server_args) or gathers(args):  # passes have more rows than their requests
+        return
     if not run.recipe.fuse or device.type != "cuda" or prefill_attention(args) != "fa3":
         return
     if not caches_bf16(args):

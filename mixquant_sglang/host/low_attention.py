@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def prepare_low_attention(run: Runtime, model_runner: Any, device: torch.device)
     limits = run.schedule.low_attention = LowLimits(recipe.attention_from, most)
     run.schedule.label(run.layers)
     low.count = lambda rows: run.counters.add_low_attention(rows)
+    low.emptied = partial(_in_bf16, run)
     logger.info(
         "mixquant: attention of %d layers runs in fp8 (%s) for requests of %d to %d tokens, of which %d or more are new"
         "; scratch %.0f MiB",
@@ -80,9 +82,15 @@ def install_low_attention(run: Runtime, backend: Any) -> None:
 
 def _leave(run: Runtime, reason: str) -> None:
     assert run.low_attention is not None
-    run.schedule.low_attention = run.low_attention.scratch = None
-    run.schedule.label(run.layers)
+    run.low_attention.scratch = None
+    _in_bf16(run)
     run.low_attention.leave([*run.low_attention.layers], reason)
+
+
+def _in_bf16(run: Runtime) -> None:
+    """No layer runs it in low precision: passes are scheduled, and roles are labelled, by that."""
+    run.schedule.low_attention = None
+    run.schedule.label(run.layers)
 
 
 def _kernel(asked: str, args: Any, device: torch.device) -> tuple[str, str]:

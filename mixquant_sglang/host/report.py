@@ -25,6 +25,7 @@ from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.text import some
 from mixquant_sglang.versions.dialect import dialect
 from mixquant_sglang.weights.incoming import Known
+from mixquant_sglang.weights.names import Names
 
 logger = logging.getLogger(__name__)
 
@@ -156,9 +157,10 @@ def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Modul
 
 def note_wholes(model: torch.nn.Module, known: Known, matcher: RuleMatcher | None) -> None:
     """Tells ``known`` which tensors of the checkpoint make the weight of a linear that keeps no BF16 one."""
+    names = Names(known.tensors)
     for name, method in linears(model):
         if method.masterless and matcher is not None:
-            parts = [f"{part}.weight" for part in matcher.shards(name) or (name,)]
+            parts = [f"{names.of(part)}.weight" for part in matcher.shards(name) or (name,)]
             known.wholes[name] = frozenset(part for part in parts if part in known.tensors)
 
 

@@ -184,6 +184,8 @@ class MixQuantExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
     def by_value(self) -> tuple[float, ...]:
         return ()
 
+    decodes_by_value = False
+
     @property
     def extra_bytes(self) -> int:
         return sum(packed.nbytes for packed in self._packed.values())

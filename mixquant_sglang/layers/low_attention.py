@@ -45,7 +45,8 @@ NATIVE, EMULATED = "native", "emulated"
 @dataclass
 class LowAttention:
     """``sample``: tokens that means and scales are taken from; ``layers``: id -> name of the module, of those that run
-    in FP8; ``stays_bf16``: reason -> names of the others; ``count``: told the low rows of each pass."""
+    in FP8; ``stays_bf16``: reason -> names of the others; ``count``: told the low rows of each pass; ``emptied``: told
+    when the last layer went to BF16."""
 
     kernel: str
     sample: int
@@ -55,6 +56,7 @@ class LowAttention:
     layers: dict[int, str] = field(default_factory=dict)
     stays_bf16: dict[str, list[str]] = field(default_factory=dict)
     count: Callable[[int], None] = lambda _: None
+    emptied: Callable[[], None] = lambda: None
     _checked: set[int] = field(default_factory=set)
     _counted: LowRows | None = None
 
@@ -64,6 +66,8 @@ class LowAttention:
         if names:
             self.stays_bf16.setdefault(reason, []).extend(names)
             logger.warning("mixquant: attention stays BF16 (%s): %s", reason, some(names))
+            if not self.layers:
+                self.emptied()
 
     def rows_of(self, layer: Any, q: Any, forward_batch: Any) -> LowRows | None:
         """The low rows of the running pass in ``layer``; None if it has none, or not these."""

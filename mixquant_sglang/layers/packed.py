@@ -205,6 +205,10 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         return self.precision[Role.DECODE] != "bf16"
 
     @property
+    def decodes_by_value(self) -> bool:
+        return self.decodes_low and bool(self._packed[self.precision[Role.DECODE]].by_value)
+
+    @property
     def low(self) -> set[str]:
         """The low precisions that some role takes."""
         return {*self.precision.values()} - {"bf16"}

@@ -30,6 +30,9 @@ class CapturedCopies(Copies, Protocol):
     @property
     def decodes_low(self) -> bool: ...
 
+    @property
+    def decodes_by_value(self) -> bool: ...
+
     def fits_graphs(self) -> bool: ...
 
 
@@ -108,7 +111,9 @@ class Graphs:
         copies = self._copies
         if copies.as_captured:  # asked before each decode step, so the usual case looks at no layer
             return True
-        return not copies.decodes_low or (copies.current and copies.fits_graphs())
+        if copies.decodes_low and not copies.current:
+            return False
+        return not copies.decodes_by_value or copies.fits_graphs()
 
     def log(self, sizes: Sequence[int]) -> None:
         """Says once which of the captured prefill graphs, of ``sizes`` rows, are BF16; which BF16 passes have none."""

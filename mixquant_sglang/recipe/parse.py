@@ -43,9 +43,10 @@ def requested() -> str:
     return os.environ.get(RECIPE_ENV) or DEFAULT
 
 
-def load_requested() -> Recipe:
-    """The recipe that the environment asks for, with the ``min_tokens`` that it asks for; raises ``MixQuantError``."""
-    return with_min_tokens(load(requested()), os.environ.get(MIN_TOKENS_ENV, ""))
+def load_requested(name: str = "") -> Recipe:
+    """The recipe ``name``, or that the environment asks for, with the ``min_tokens`` that the environment asks for;
+    raises ``MixQuantError``."""
+    return with_min_tokens(load(name or requested()), os.environ.get(MIN_TOKENS_ENV, ""))
 
 
 def with_min_tokens(asked: Recipe, text: str) -> Recipe:

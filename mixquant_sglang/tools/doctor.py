@@ -143,7 +143,7 @@ def _comes_to(name: str, device: Device) -> str:
     from mixquant_sglang.host import refusals
     from mixquant_sglang.recipe.select import select
 
-    loaded = recipe.load(name)
+    loaded = recipe.load_requested(name)
     selection = select(loaded, device)
     refusals.check_recipe(loaded, selection)
     if selection.kernels.get("nvfp4") == "native" and os.environ.get(_W4A16, "").lower() in ("1", "true", "yes", "y"):

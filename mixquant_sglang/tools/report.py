@@ -77,7 +77,7 @@ def made(asked: str, launch: Sequence[str], environment: Mapping[str, str]) -> t
         except PackageNotFoundError:
             lines.append(f"{package}: not installed")
     lines += _device()
-    said, healthy = _recipe(asked, hidden)
+    said, healthy = _recipe(asked, environment.get(recipe.MIN_TOKENS_ENV, ""), hidden)
     lines += said
     lines += variables(environment)
     if launch:
@@ -98,7 +98,7 @@ def _device() -> list[str]:
     return [*each, f"CUDA of torch: {torch.version.cuda}"]
 
 
-def _recipe(asked: str, hidden: Hidden) -> tuple[list[str], bool]:
+def _recipe(asked: str, min_tokens: str, hidden: Hidden) -> tuple[list[str], bool]:
     """What the recipe asks, field by field, and what it comes to here; of a file, not where it lies."""
     from mixquant_sglang.host import refusals
     from mixquant_sglang.recipe.fingerprint import fingerprint
@@ -107,7 +107,7 @@ def _recipe(asked: str, hidden: Hidden) -> tuple[list[str], bool]:
 
     name = asked if asked in recipe.shipped() else "a file"
     try:
-        loaded = recipe.load(asked)
+        loaded = recipe.with_min_tokens(recipe.load(asked), min_tokens)
         selection = select(loaded, machine.device())
         refusals.check_recipe(loaded, selection)
     except MixQuantError as error:

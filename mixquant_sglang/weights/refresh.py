@@ -52,6 +52,10 @@ class Layer(Protocol):
     def decodes_low(self) -> bool: ...
 
     @property
+    def decodes_by_value(self) -> bool:
+        """Whether captured decode graphs of it hold some of ``by_value``."""
+
+    @property
     def masterless(self) -> bool:
         """Whether it has no master: new weights are packed as they arrive."""
 
@@ -204,8 +208,13 @@ class Weights:
     def _warn(self) -> None:
         if self.layers and self._why not in self._warned:
             self._warned.add(self._why)
-            how = "in BF16 whole" if self.fallback == "bf16" else f"in {self.fallback} whole, as packed last,"
+            how = self.meanwhile + ("," if "," in self.meanwhile else "")
             logger.warning("mixquant: passes run %s until a weight update succeeds: %s", how, self._why)
+
+    @property
+    def meanwhile(self) -> str:
+        """How passes run while ``current`` is False, for messages."""
+        return "in BF16 whole" if self.fallback == "bf16" else f"in {self.fallback} whole, as packed last"
 
     # -- captured graphs -------------------------------------------------------------------------------------------
 
@@ -245,7 +254,7 @@ class Weights:
     @property
     def decodes_by_value(self) -> bool:
         """Whether captured decode graphs hold numbers by value, which capturing them anew would change."""
-        return any(layer.decodes_low and layer.by_value for layer in self.layers)
+        return any(layer.decodes_by_value for layer in self.layers)
 
     @property
     def decodes_low(self) -> bool:

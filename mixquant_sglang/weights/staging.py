@@ -21,6 +21,7 @@ _OF_SHAPE = frozenset(
 )
 
 Loader = Callable[..., Any]
+Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset, shape and strides in a buffer
 
 
 class Staging:
@@ -42,6 +43,7 @@ class Staging:
         self._whole = whole
         self._buffer: torch.nn.Parameter | None = None
         self._missing = 0
+        self._there: set[Place] = set()  # what has arrived
         self.parameter = self._with_attributes(Absent(torch.empty(shape, dtype=dtype, device="meta"), False))
         self.parameter.weight_loader = self.load  # type: ignore[attr-defined]
 
@@ -56,9 +58,11 @@ class Staging:
             empty = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             self._buffer = self._with_attributes(torch.nn.Parameter(empty, requires_grad=False))
             self._missing = self._buffer.numel()
-        with _Written() as written:
+        with _Written(self._buffer) as written:
             self._loader(self._buffer, loaded, *args, **kwargs)
-        self._missing -= written.numbers
+        # A part that came before, once more: the last one counts, and the others are still to come.
+        self._missing -= sum(numbers for place, numbers in written.places.items() if place not in self._there)
+        self._there |= written.places.keys()
         if self._missing <= 0:
             buffer = self._buffer
             self.forget()
@@ -71,6 +75,7 @@ class Staging:
     def forget(self) -> None:
         """Drops what has arrived."""
         self._buffer = None
+        self._there = set()
 
     def _with_attributes(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
         for name, value in self._attributes.items():
@@ -96,13 +101,16 @@ class Absent(torch.nn.Parameter):
 
 
 class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the numbers that ``copy_`` writes while it is open."""
+    """Notes where in ``buffer`` ``copy_`` writes while it is open, and how many numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, buffer: torch.Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.numbers = 0
+        self._buffer = buffer.untyped_storage().data_ptr()
+        self.places: dict[Place, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten.copy_.default:
-            self.numbers += args[0].numel()
+            target = args[0]
+            if target.untyped_storage().data_ptr() == self._buffer:
+                self.places[target.storage_offset(), tuple(target.shape), target.stride()] = target.numel()
         return function(*args, **(kwargs or {}))

@@ -60,6 +60,19 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(line.split()) > 3 for line in lines)
 
 
+def test_doctor_knows_the_min_tokens_of_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes before what a recipe says, so it ends the start of one that decodes low."""
+    monkeypatch.setenv(recipe.MIN_TOKENS_ENV, "512")
+    assert main(["doctor", "--recipe", "fp8"]) == 0
+    assert main(["doctor", "--recipe", "fp8-compact"]) == 1
+    assert "shorter passes stay bf16, which needs decode in bf16" in capsys.readouterr().out
+    monkeypatch.setenv(recipe.MIN_TOKENS_ENV, "many")
+    assert main(["doctor", "--recipe", "fp8"]) == 1
+    assert "MIXQUANT_MIN_TOKENS (--mixquant-min-tokens) is 'many'" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("asked", "text", "says"),
     [

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from mixquant_sglang.formats import fp8
+from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
+from mixquant_sglang.recipe import load
+from mixquant_sglang.recipe.matching import RuleMatcher
+from mixquant_sglang.recipe.modules import FUSED
+from mixquant_sglang.recipe.roles import by_role
+from mixquant_sglang.recipe.select import Device, select
+from mixquant_sglang.weights.incoming import Known
+from mixquant_sglang.weights.refresh import Weights
 from tests.support import exact_checkpoints, model_runs
 from tests.support.processes import module
 
@@ -158,6 +167,39 @@ def test_updates_are_packed_as_they_arrive_or_refused_whole(updates: Results) ->
         f"mixquant: passes run in {decodes} whole, as packed last, until a weight update succeeds: cannot pack "
         "model.layers.2.mlp.down_proj: out of memory"
     ]
+
+
+@pytest.mark.parametrize("head", ["model.", "", "model.language_model.", "language_model.model."])
+def test_parts_of_a_weight_are_known_by_the_names_of_the_checkpoint(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an update with some of them would be taken, and half of it lost."""
+    from mixquant_sglang.host import report
+    from mixquant_sglang.layers import packed
+    from mixquant_sglang.layers.linear import MixQuantLinearMethod
+
+    monkeypatch.setattr(packed, "loads_dummy", lambda: False)
+    asked = load("fp8-compact")
+    run, linear, model = Runtime(asked, select(asked, Device("this CPU", None))), torch.nn.Module(), torch.nn.Module()
+    method = MixQuantLinearMethod(run, "model.layers.0.self_attn.qkv_proj", "fp8", "w8a16")
+    method.create_weights(linear, 64, [32, 16, 16], 64, 64, torch.bfloat16, weight_loader=None)
+    monkeypatch.setattr(report, "linears", lambda _: [("model.layers.0.self_attn.qkv_proj", method)])
+    parts = {f"{head}layers.0.self_attn.{part}_proj.weight": ((32, 64), torch.bfloat16) for part in "qkv"}
+    tower = {"visual.layers.0.self_attn.q_proj.weight": ((32, 64), torch.bfloat16)}
+    known = Known(tensors=parts | tower)
+    report.note_wholes(model, known, RuleMatcher((), FUSED))
+    first, *_ = sorted(parts)
+    assert known.torn({*parts}) is None and (known.torn({first}) or "").startswith(f"{first} came without ")
+
+
+@pytest.mark.parametrize(("masterless", "how"), [(True, "in w8a16 whole, as packed last"), (False, "in BF16 whole")])
+def test_the_answer_to_an_update_says_how_passes_run(masterless: bool, how: str) -> None:
+    from mixquant_sglang.host.hooks.weights import _with_packing
+
+    weights = Weights()
+    layer = SimpleNamespace(masterless=masterless, precision=by_role("fp8", "w8a16"), forget_arrived=lambda: None)
+    weights.layers.append(layer)  # type: ignore[arg-type]
+    weights.broken("an update failed")
+    said = _with_packing(SimpleNamespace(weights=weights), "Succeeded.")  # type: ignore[arg-type]
+    assert said == f"Succeeded. mixquant: an update failed; passes run {how}"
 
 
 @pytest.mark.slow

@@ -183,6 +183,17 @@ def test_the_report_still_says_what_is_wrong(reports: dict[str, list[str]]) -> N
     assert f"flag: --admin-api-key {MASK}" in lines and "flag: --device cpu" in lines
 
 
+def test_the_recipe_is_what_a_server_in_this_environment_has() -> None:
+    def made(min_tokens: str) -> tuple[list[str], bool]:
+        lines, healthy = report._recipe("fp8", min_tokens, Hidden())
+        return [line for line in lines if line.startswith(("recipe: ", "fingerprint: "))], healthy
+
+    (auto, one), healthy = made("")
+    (number, other), _ = made("512")
+    assert healthy and "min_tokens auto," in auto and "min_tokens 512," in number and one != other
+    assert "refused: " in (said := made("many"))[0][0] and not said[1]
+
+
 def test_what_is_shown_of_flags() -> None:
     known = report.flags_of_sglang()
     words = ["--model-path", "/a/b", "--tp=2", "--quantization", "mixquant", "--lora-paths", "x=/y", "--device", "cpu"]

@@ -76,6 +76,9 @@ def test_others_do_not(asked: list[tuple[Any, ...]]) -> None:
         (runtime(fuse=False), server(), CUDA),
         (runtime(), nobody, CUDA),
         (decode, server(), CUDA),
+        (runtime(), server(enable_dp_attention=True), CUDA),
+        (runtime(prefill="bf16"), server(enable_dp_attention=True), CUDA),  # its passes too have rows of no request
+        (runtime(prefill="bf16"), server(attn_dp_size=2), CUDA),
     ):
         gathering.prepare_gathering(run, runner, device)
         assert run.gathering is None

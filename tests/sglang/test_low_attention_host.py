@@ -142,6 +142,18 @@ def test_a_kernel_that_is_off_or_does_not_fit(
     assert run.low_attention.scratch is None and run.schedule.low_attention is None
 
 
+def test_layers_that_go_to_bf16_while_serving() -> None:
+    """Once none is left, roles do not say fp8 any more."""
+    run = runtime()
+    host.prepare_low_attention(run, server(), CUDA)
+    assert run.low_attention is not None
+    run.low_attention.leave([0], "its first pass was off")
+    assert run.schedule.low_attention is not None and run.state()["roles"]["prompt"]["attention"] == "fp8"
+    run.low_attention.leave([1], "its first pass was off")
+    assert run.schedule.low_attention is None and run.state()["roles"]["prompt"]["attention"] == "bf16"
+    assert run.state()["attention"]["layers"] == {"fp8": 0, "bf16": 2}
+
+
 def test_who_does_not_ask_gets_nothing() -> None:
     decode = runtime()
     decode.pair = Pair("decode", decode.recipe)

@@ -287,7 +287,7 @@ def test_a_cpu_whose_sglang_repacks_weights(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_does_not_go_without_bf16_weights(refusal: refused.Refusal) -> None:
     """Of such recipes alone, and the page says so."""
     args = plain()
-    setattr(args, refusal.field, True)
+    setattr(args, refusal.field, 2)
     lines = [*refusals.refused_lines(args, recipe.load("fp8-compact"))]
     assert [line for line in lines if refusal.why in line] and refusal.instead in lines[-1]
     for name in ("fp8", "nvfp4-everywhere"):

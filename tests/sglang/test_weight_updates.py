@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from mixquant_sglang.host import runtime
+from mixquant_sglang.recipe import load
+from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.weights.arriving import Arriving
 from mixquant_sglang.weights.refresh import Weights
 from tests.support.processes import module
@@ -101,7 +103,7 @@ def test_graphs_are_not_captured_anew_with_other_numbers_than_the_rest(monkeypat
     """Decode graphs alone would hold the new tensor scales, and be replayed when the old ones are back."""
     from mixquant_sglang.host.hooks.weights import weights_from_disk
 
-    layer = SimpleNamespace(decodes_low=True, by_value=(0.5,), name="a")
+    layer = SimpleNamespace(decodes_by_value=True, name="a")
     run = SimpleNamespace(weights=Weights())
     run.weights.layers.append(layer)
     monkeypatch.setattr(runtime, "_runtime", run)
@@ -112,13 +114,25 @@ def test_graphs_are_not_captured_anew_with_other_numbers_than_the_rest(monkeypat
     updater = SimpleNamespace(get_model_runner=lambda: SimpleNamespace(is_draft_worker=False))
     done, message = weights_from_disk(original, updater, "PATH", "auto", recapture_cuda_graph=True)
     assert not done and message.startswith("mixquant: recapture_cuda_graph: ")
-    assert not any(
-        Weights.decodes_by_value.fget(SimpleNamespace(layers=[other]))
-        for other in (  # type: ignore[attr-defined]
-            SimpleNamespace(decodes_low=False, by_value=(0.5,)),
-            SimpleNamespace(decodes_low=True, by_value=()),
-        )
-    )
+
+
+@pytest.mark.parametrize(
+    ("name", "holds"),
+    [("nvfp4-everywhere", True), ("nvfp4-emulated", False), ("nvfp4-compact", False), ("fp8-compact", False)],
+)
+def test_whose_decode_graphs_hold_numbers_by_value(name: str, holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixquant_sglang.layers import packed
+    from mixquant_sglang.layers.linear import MixQuantLinearMethod
+
+    monkeypatch.setattr(packed, "loads_dummy", lambda: False)
+    asked = load(name)
+    run = runtime.Runtime(asked, select(asked, Device("this CPU", None)))
+    method = MixQuantLinearMethod(run, "linear", run.selection.prefill, run.selection.decode)
+    layer = torch.nn.Module()
+    method.create_weights(layer, 64, [32], 64, 32, torch.bfloat16, weight_loader=lambda p, w: p.data.copy_(w))
+    layer.weight.weight_loader(layer.weight, torch.ones(32, 64, dtype=torch.bfloat16))
+    run.weights.finish_load()
+    assert run.weights.decodes_by_value is holds
 
 
 def test_a_machine_that_cannot_look_at_new_weights_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:

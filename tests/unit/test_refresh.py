@@ -26,6 +26,7 @@ class Layer:
         self.name, self.shape, self.extra_bytes, self.decodes_low = name, (1, 1), 0, decodes_low
         self.master, self.copy, self.by_value = 1.0, 0.0, ()  # type: tuple[float, float, tuple[float, ...]]
         self.fails: str | None = None
+        self.decodes_by_value = decodes_low
         self.masterless, self.precision = False, by_role("nvfp4", "nvfp4")
 
     @property
@@ -124,6 +125,22 @@ def test_graphs_that_hold_another_number_are_not_replayed(caplog: pytest.LogCapt
     assert [r.getMessage()[:45] for r in caplog.records if r.levelno == logging.WARNING] == [
         "mixquant: the new weights of a have another s"
     ]
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_decode_graphs_that_hold_no_number_are_replayed(holds: bool) -> None:
+    """W4A16 decode reads the scale that prefill graphs of the same weights hold by value."""
+    asked = recipe.load("nvfp4-compact")
+    run, layer = Runtime(asked, select(asked, Device("this CPU", None))), Layer("a", decodes_low=True)
+    layer.decodes_by_value, layer.by_value = holds, (1.0,)
+    run.weights.layers.append(layer)
+    run.weights.finish_load()
+    layer.by_value = (2.0,)
+    run.weights.changed()
+    assert not run.graphs.can_replay_decode()
+    run.weights.refresh()
+    assert run.graphs.can_replay_decode() is not holds
+    assert not run.graphs.can_replay(run.schedule.prefill([RequestRows(8, 0, 9)], CPU))
 
 
 @pytest.mark.parametrize("name", ["nvfp4-emulated", "nvfp4-everywhere"])

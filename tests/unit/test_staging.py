@@ -53,14 +53,40 @@ def test_more_than_fits_is_an_error() -> None:
     whole: list[torch.Tensor] = []
     staged = staging(whole)
 
-    def twice(parameter: torch.nn.Parameter, loaded: torch.Tensor) -> None:
+    def more(parameter: torch.nn.Parameter, loaded: torch.Tensor) -> None:
         parameter.data.copy_(loaded)
-        parameter.data.copy_(loaded)
+        parameter.data[:2].copy_(loaded[:2])
 
-    staged._loader = twice
-    with pytest.raises(RuntimeError, match="32 numbers more"):
+    staged._loader = more
+    with pytest.raises(RuntimeError, match="16 numbers more"):
         staged.load(staged.parameter, torch.zeros(4, 8))
     assert not whole and not staged.begun
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_part_that_comes_twice_takes_the_place_of_no_other(forgotten: bool) -> None:
+    """Else a weight would be packed, over the only copy of the old one, with whatever its memory held before."""
+    whole: list[torch.Tensor] = []
+    staged, weight = staging(whole), torch.randn(4, 8)
+    staged.load(staged.parameter, torch.randn(2, 8), slice(0, 2))
+    if forgotten:
+        staged.forget()
+    staged.load(staged.parameter, weight[:2], slice(0, 2))
+    assert staged.begun and not whole
+    staged.load(staged.parameter, weight[2:], slice(2, 4))
+    assert not staged.begun and torch.equal(whole[0], weight.bfloat16())
+
+
+def test_what_is_written_elsewhere_is_no_part() -> None:
+    whole: list[torch.Tensor] = []
+    staged, weight = staging(whole), torch.randn(4, 8)
+
+    def through_a_copy(parameter: torch.nn.Parameter, loaded: torch.Tensor) -> None:
+        parameter.data[:2].copy_(torch.empty_like(loaded).copy_(loaded))
+
+    staged._loader = through_a_copy
+    staged.load(staged.parameter, weight[:2])
+    assert staged.begun and not whole
 
 
 def test_what_reads_the_parameter_gets_an_error() -> None:

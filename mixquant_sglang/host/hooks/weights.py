@@ -286,7 +286,7 @@ def _served(updater: Any) -> Runtime | None:
 
 def _with_packing(run: Runtime, message: str) -> str:
     failed = run.weights.refresh()
-    return f"{message} mixquant: {failed}; passes run in BF16 whole" if failed else message
+    return f"{message} mixquant: {failed}; passes run {run.weights.meanwhile}" if failed else message
 
 
 def _said(error: BaseException) -> str:
