@@ -311,6 +311,20 @@ def test_one_copy_takes_half_the_memory_and_leaves_more_for_the_cache() -> None:
     assert both.prefill_parts["quantise"] == both.prefill_parts["protected"] == 0 < both.prefill_parts["dequantise"]
 
 
+def test_auto_min_tokens_is_predicted_as_servers_measure_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A server runs passes in BF16 that low precision does not pay for; a recipe with a number has its way."""
+    always = tmp_path / "always.yaml"
+    always.write_text("version: 1\nprefill: {precision: fp8, min_tokens: 1}\n")
+    wanted = ("Qwen3-8B", "--gpu", "H200", "--input-len", "256", "--json", "--recipe", "fp8", str(always), "nvfp4")
+    assert run(*wanted) == 0
+    found = json.loads(capsys.readouterr().out)
+    least = found["fp8"]["faster_from_tokens"]["1"]
+    assert found["fp8"]["prefill_speedup"] == pytest.approx(1.0, abs=0.005)
+    assert found["fp8"]["describe"].endswith(f"; passes of less than {least} tokens in bf16")
+    assert found[str(always)]["prefill_speedup"] < 0.95 and "passes of" not in found[str(always)]["describe"]
+    assert "passes of" not in found["nvfp4"]["describe"]  # emulated there: for its numbers, at every length
+
+
 def test_no_min_tokens_is_advised_where_there_is_no_bf16(capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ("Qwen3-8B", "--gpu", "H100", "--input-len", "2048", "--json", "--recipe", "fp8", "fp8-compact")
     assert run(*wanted) == 0

@@ -32,3 +32,11 @@ def break_even(plan: Plan, baseline: Plan, model: Decoder, gpu: Gpu, tp: int) ->
                 break
             found[prompts] = tokens
     return found
+
+
+def settled(plan: Plan, found: dict[int, int | None] | None) -> Plan:
+    """``plan`` with the ``min_tokens`` that a server would measure, if it does; ``found``: by ``break_even``."""
+    if not plan.measures or found is None:
+        return plan
+    least = found[1] or _LADDER[-1] + 1
+    return replace(plan, min_tokens=least, describe=f"{plan.describe}; passes of less than {least} tokens in bf16")

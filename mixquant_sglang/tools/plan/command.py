@@ -36,7 +36,7 @@ import argparse
 from pathlib import Path
 
 from mixquant_sglang.tools.plan import plot
-from mixquant_sglang.tools.plan.advice import break_even
+from mixquant_sglang.tools.plan.advice import break_even, settled
 from mixquant_sglang.tools.plan.gpus import GPUS, find_gpu
 from mixquant_sglang.tools.plan.memory import memory_of
 from mixquant_sglang.tools.plan.models import find_model
@@ -77,13 +77,14 @@ def run(args: argparse.Namespace) -> int:
     work = Workload(args.input_len, args.cached, args.output_len, args.batch, args.tp, args.chunk, args.ep)
     protect = False if args.no_protect else None
     plans = [make_plan(name, model, gpu, work.tp, protect, work.ep) for name in dict.fromkeys(args.recipe)]
+    baseline = make_plan(BASELINE, model, gpu, work.tp, ep=work.ep)
+    low = [plan for plan in plans if any(one.prefill != one.decode for one in plan.placed) and plan.has_bf16]
+    advice = {plan.recipe: break_even(plan, baseline, model, gpu, work.tp) for plan in low}
+    plans = [settled(plan, advice.get(plan.recipe)) for plan in plans]
     predictions = [predict(plan, model, gpu, work) for plan in plans]
     if args.plot is not None:
         plot.save(args.plot, plans, predictions, model, gpu, work)
     memories = [memory_of(plan, model, gpu, work) for plan in plans]
-    baseline = make_plan(BASELINE, model, gpu, work.tp, ep=work.ep)
-    low = [plan for plan in plans if any(one.prefill != one.decode for one in plan.placed) and plan.has_bf16]
-    advice = {plan.recipe: break_even(plan, baseline, model, gpu, work.tp) for plan in low}
     if args.json:
         print(as_json(predictions, memories, advice))
     else:

@@ -25,6 +25,7 @@ class Plan:
     fused: bool = True
     stock: bool = False
     gathers: bool = False  # prefill attention may read keys and values out of a copy of their pages
+    measures: bool = False  # ``min_tokens`` is what a server measures
     tail: int = 1  # tokens at the end of each prompt that ``protect`` keeps in the decode precision
 
     @cached_property

@@ -26,6 +26,7 @@ def make_plan(name: str, model: Decoder, gpu: Gpu, tp: int = 1, protect: bool | 
         return Plan(name, describe, tuple(stock), False, 1, keeps_bf16=False, fused=False, stock=True)
     loaded = recipes.load(name)
     selection = select(loaded, Device(gpu.name, gpu.capability))
+    emulated = frozenset(precision for precision, kernel in selection.kernels.items() if kernel == "emulated")
     attention = "" if loaded.attention == "bf16" else f"; attention in {loaded.attention} is predicted as in bf16"
     return Plan(
         name,
@@ -34,8 +35,9 @@ def make_plan(name: str, model: Decoder, gpu: Gpu, tp: int = 1, protect: bool | 
         loaded.protect_last_prompt_token if protect is None else protect,
         loaded.min_tokens or 1,
         keeps_bf16=True,
-        emulated=frozenset(precision for precision, kernel in selection.kernels.items() if kernel == "emulated"),
+        emulated=emulated,
         fused=loaded.fuse and model.is_plain,
         gathers=loaded.fuse,
+        measures=loaded.min_tokens is None and selection.decode == "bf16" and not emulated,
         tail=loaded.protected_tail,
     )
