@@ -345,6 +345,5 @@ def pick(x: torch.Tensor, topk: StandardTopKOutput, rows: Rows) -> tuple[torch.T
     ids = topk.topk_ids.index_select(0, there)
     if x.is_cuda:
         ids.masked_fill_((index < 0)[:, None], -1)
-    return x.index_select(0, there), StandardTopKOutput(
-        topk.topk_weights.index_select(0, there), ids, topk.router_logits[:0]
-    )
+    # The router's logits are read by nothing here, and some routers leave them out.
+    return x.index_select(0, there), StandardTopKOutput(topk.topk_weights.index_select(0, there), ids, x[:0])

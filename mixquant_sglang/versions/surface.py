@@ -241,7 +241,7 @@ SURFACE: tuple[Row, ...] = (
     ),
     Row(
         "sglang.srt.layers.moe.topk.StandardTopKOutput",
-        ("topk_weights", "topk_ids", "router_logits"),
+        ("topk_weights", "topk_ids"),
         "layers/experts.py",
     ),
     Row(
