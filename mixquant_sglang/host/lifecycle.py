@@ -280,7 +280,7 @@ class LoadSteps:
             return
         first = {m.shape: m for m in reversed(packed) if m.runs("nvfp4", "native") and not m.masterless}
         with refusing():
-            count, worst = verify((m.verification() for m in first.values()), device)
+            count, worst = verify((m.verification() for m in reversed(first.values())), device)
         logger.info(
             "mixquant: native nvfp4 agrees with the emulated kernel for %d shapes (worst relative error %.2g)",
             count,

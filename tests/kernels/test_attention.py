@@ -23,6 +23,7 @@ from mixquant_sglang.kernels.attention import (
 )
 from tests.kernels.test_triton_compiles import PREPARE
 from tests.support.low_attention import KINDS, exact, operands
+from tests.support.processes import ROOT
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -177,7 +178,7 @@ for prefix, new, segment in ((0, 60, 64), (400, 50, 64), (100, 90, 40), (0, 40, 
 @pytest.mark.slow
 def test_interpreted_kernels_give_the_numbers_of_torch() -> None:
     run = subprocess.run(
-        [sys.executable, "-c", PREPARE + INTERPRETED],
+        [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r})\n" + PREPARE + INTERPRETED],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
