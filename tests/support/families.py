@@ -175,7 +175,7 @@ EXPECTED: dict[str, Expected] = {
     "gemma4_moe": Expected(
         _attention(),
         _mlp(),
-        reasons=(*IMAGES, NOT_OFFERED),
+        reasons=IMAGES,
         experts=2,
         cpu={"0.5.17": "SGLang's experts on a CPU take silu alone"},
         **GEMMA4,
