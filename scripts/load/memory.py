@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -13,20 +14,23 @@ MIB = 2**20
 @dataclass(frozen=True)
 class Memory:
     """Bytes.  ``host``: resident set of a server's process and all below it, shared pages counted in each; ``gpu``:
-    used on its GPUs by anybody, as the driver says, None without one."""
+    held on its GPUs, as the driver says, None without one: by those processes where the driver tells them apart, by
+    anybody (``gpu_shared``) where it does not, as in most containers."""
 
     host: int
     gpu: int | None = None
+    gpu_shared: bool = False
 
     def __str__(self) -> str:
-        gpu = "" if self.gpu is None else f" + GPU {self.gpu / MIB:.1f}"
+        whose = " (all processes)" if self.gpu_shared else ""
+        gpu = "" if self.gpu is None else f" + GPU {self.gpu / MIB:.1f}{whose}"
         return f"{self.host / MIB:.1f}{gpu} MiB"
 
     def growth(self, before: Memory) -> dict[str, float]:
-        """Percent, by kind."""
+        """Percent, by kind; infinite where the GPU's was told of other processes before."""
         found = {"host": 100 * (self.host / before.host - 1)}
         if self.gpu is not None and before.gpu:
-            found["gpu"] = 100 * (self.gpu / before.gpu - 1)
+            found["gpu"] = 100 * (self.gpu / before.gpu - 1) if self.gpu_shared == before.gpu_shared else math.inf
         return found
 
 
@@ -60,26 +64,32 @@ def listener(port: int) -> int | None:
     return None
 
 
-def gpu_used(gpus: Sequence[str]) -> int | None:
-    """Bytes used on these GPUs, numbers or UUIDs, asked of the driver so that this process takes no CUDA context."""
+def gpu_held(gpus: Sequence[str], pids: Collection[int]) -> tuple[int | None, bool]:
+    """Bytes on these GPUs, numbers or UUIDs, and whether they are everybody's; asked of the driver, so that this
+    process takes no CUDA context.  Where the driver names none of ``pids`` on one of them, it counts the processes of
+    another namespace, and what all hold is taken for all GPUs."""
     if not gpus:
-        return None
+        return None, False
     import pynvml
 
     pynvml.nvmlInit()
-    used = 0
+    own, everybody, apart = 0, 0, True
     for gpu in gpus:
         by_number = gpu.isdigit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(int(gpu)) if by_number else pynvml.nvmlDeviceGetHandleByUUID(gpu)
-        used += int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-    return used
+        everybody += int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+        held = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid in pids]
+        apart = apart and bool(held) and None not in held
+        own += sum(int(used or 0) for used in held)
+    return (own, False) if apart else (everybody, True)
 
 
 def measure(pid: int, gpus: Sequence[str] = ()) -> Memory:
-    host = 0
+    host, pids = 0, set()
     for process in processes(pid):
+        pids.add(process.pid)
         try:
             host += process.memory_info().rss
         except psutil.NoSuchProcess:
             continue
-    return Memory(host, gpu_used(gpus))
+    return Memory(host, *gpu_held(gpus, pids))

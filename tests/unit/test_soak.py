@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from scripts.load import memory
 from scripts.load.books import (
     ABORTED,
     CLOSED,
@@ -295,3 +298,42 @@ def test_prompts_are_those_of_the_chat_template() -> None:
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
     )
     assert first(agent, agent.walk) == agent.walk.text and first(agent, agent.asks[0]).startswith(agent.records)
+
+
+class Driver:
+    """Of two GPUs: what each process holds there, None where the driver does not say."""
+
+    def __init__(self, *gpus: dict[int, int | None]) -> None:
+        self.gpus = gpus
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlDeviceGetHandleByIndex(self, number: int) -> int:
+        return number
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+        return SimpleNamespace(used=1000 * (handle + 1))
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.gpus[handle].items()]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "held"),
+    [
+        (({7: 300, 9: 5}, {8: 400, 9: 5}), (700, False)),
+        (({7: 300, 9: 5}, {9: 400}), (3000, True)),  # the second counts in another namespace
+        (({7: None}, {8: 400}), (3000, True)),
+    ],
+)
+def test_memory_is_the_servers_own_where_the_driver_tells(
+    gpus: tuple[dict[int, int | None], ...], held: tuple[int, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Driver(*gpus))
+    assert memory.gpu_held(("0", "1"), {7, 8}) == held
+    assert memory.gpu_held((), {7, 8}) == (None, False)
+
+
+def test_growth_is_not_told_between_other_processes() -> None:
+    assert Memory(100, 110).growth(Memory(100, 100))["gpu"] == pytest.approx(10)
+    assert Memory(100, 110, gpu_shared=True).growth(Memory(100, 100))["gpu"] == float("inf")
