@@ -12,7 +12,8 @@ that nothing is cached.  Medians over the rounds:
              CUDA events around the model runner, see passes.py
     decode   client: (time of 136 tokens - time of 8 tokens) / 128 after the same prompt, batch B
 
-Arms: stock-bf16 and stock-fp8 (SGLang without mixquant), or the name or file of a recipe.
+Arms: stock-bf16 and stock-fp8 (SGLang without mixquant), stock-again (stock-bf16 once more: what two equal servers
+differ by), or the name or file of a recipe.
 Prints a table; the last line of stdout is JSON.
 """
 
@@ -53,7 +54,7 @@ def measure(arms: list[Arm], args: argparse.Namespace) -> dict[str, dict[str, fl
                         behind = f"@{prefix}" if prefix else ""
                         times[arm.name].setdefault(f"prefill_{length}{behind}", []).append(spent)
                         times[arm.name].setdefault(f"pass_{length}{behind}", []).append(passes)
-        for batch in args.batches:
+        for batch in args.batches if round_number <= (args.decode_rounds or args.rounds) else ():
             prompts = [prompt(args.decode_context) for _ in range(batch)]
             for arm in order:
                 arm.generate(prompts, 1)
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument(
         "--rest", type=float, default=0.2, help="seconds without work before each prompt (default: %(default)s)"
     )
+    parser.add_argument("--decode-rounds", type=int, metavar="N", help="decode in the first N rounds alone")
     add_arguments(parser, rounds=6, kv_tokens=70000)
     parser.add_argument(
         "--one-by-one",

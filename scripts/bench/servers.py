@@ -57,6 +57,9 @@ QWEN3_8B = {
 }
 
 
+AGAIN = "stock-again"  # the baseline once more: what two equal servers differ by
+
+
 def add_arguments(parser: argparse.ArgumentParser, *, rounds: int, kv_tokens: int) -> None:
     parser.add_argument("--model", type=Path, help="checkpoint; default: Qwen3-8B's dimensions, dummy weights")
     parser.add_argument("--dummy", action="store_true", help="dummy weights for --model too")
@@ -64,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, rounds: int, kv_tokens: in
         "--arms",
         nargs="+",
         default=["stock-bf16", "stock-fp8", "fp8"],
-        help="what to compare, the first is the baseline (default: %(default)s)",
+        help="what to compare, the first is the baseline; stock-again: stock-bf16 once more, to see what two equal "
+        "servers differ by (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds",
@@ -140,7 +144,7 @@ class Arm:
         command += ["--load-format", "dummy"] if args.model is None or args.dummy else []
         plugins = [passes.PLUGIN] if plugin else []
         if name.startswith("stock-"):
-            command += [] if name == "stock-bf16" else ["--quantization", name.removeprefix("stock-")]
+            command += [] if name in ("stock-bf16", AGAIN) else ["--quantization", name.removeprefix("stock-")]
         else:
             plugins.append("mixquant")
             recipe = str(Path(name).resolve()) if Path(name).is_file() else name
