@@ -33,8 +33,17 @@ def measure(arms: list[Arm], args: argparse.Namespace) -> dict[str, dict[str, fl
     rng = random.Random(args.seed)
     times: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in arms}
 
+    begun: set[int] = set()
+
     def prompt(length: int) -> list[int]:
-        return [rng.randrange(10, args.vocab) for _ in range(length)]
+        """Its first token is no other prompt's, or the cache might hold one of few tokens."""
+        if len(begun) > (args.vocab - 10) // 2:
+            raise SystemExit(f"more prompts than half of the {args.vocab - 10} token ids that they may begin with")
+        first = rng.randrange(10, args.vocab)
+        while first in begun:
+            first = rng.randrange(10, args.vocab)
+        begun.add(first)
+        return [first, *(rng.randrange(10, args.vocab) for _ in range(length - 1))]
 
     for round_number in range(args.rounds + 1):  # the first round warms up
         order = in_turn(arms, round_number)
