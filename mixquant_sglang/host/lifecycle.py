@@ -317,6 +317,8 @@ class LoadSteps:
             what = [f"{n} {kind}" for kind, n in done.items()]
             what += ["unread rows left out behind the last layer's attention"] if schedule.prunes else []
             logger.info("mixquant: fused in prefill: %s", ", ".join(what))
+        if self._run.selection.kernels:
+            report.log_unfused(model_runner.model)
 
     def _all_rows_read(self, model_runner: Any) -> bool:
         """Whether every prompt row's result of the last layer is looked at, by a draft or by adapters.

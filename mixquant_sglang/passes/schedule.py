@@ -78,8 +78,8 @@ class Schedule:
     def label(self, layers: Collection[Packed]) -> None:
         """Makes ``table`` and ``words`` what the layers run; call it when these are known.
 
-        A role goes by the recipe's own precision where that is low and some layer runs it, else by the low ones that
-        rules gave some layers, else by ``bf16``."""
+        A role goes by every low precision that some layer runs it in, the recipe's own first (``nvfp4+fp8``), else by
+        ``bf16``."""
         kinds = {kind: [layer for layer in layers if layer.kind is kind] for kind in (Kind.LINEAR, Kind.EXPERTS)}
         attention = {} if self.low_attention is None else {Role.PROMPT: self.recipe.attention}
         self.table = PrecisionTable(self._words(kinds[Kind.LINEAR]), self._words(kinds[Kind.EXPERTS]), attention)
@@ -87,11 +87,10 @@ class Schedule:
         self._name_roles()
 
     def _words(self, layers: Collection[Packed]) -> dict[Role, str]:
-        own = by_role(self.selection.prefill, self.selection.decode)
         words = {}
-        for role in Role:
+        for role, own in by_role(self.selection.prefill, self.selection.decode).items():
             low = {layer.precision[role] for layer in layers} - {"bf16"}
-            words[role] = own[role] if own[role] in low else "+".join(sorted(low)) or "bf16"
+            words[role] = "+".join([*(low & {own}), *sorted(low - {own})]) or "bf16"
         return words
 
     def _name_roles(self) -> None:
