@@ -11,7 +11,7 @@ import torch
 
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError, refusing
-from mixquant_sglang.host import min_tokens, probe, refusals, report
+from mixquant_sglang.host import deterministic, min_tokens, probe, refusals, report
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.gathering import install_gathering, prepare_gathering
 from mixquant_sglang.host.low_attention import install_low_attention, prepare_low_attention
@@ -70,6 +70,7 @@ class LoadSteps:
             report.keep_outside_bf16(model)
             self._check_prefixes(model)
             self._leave_to_adapters(model_runner)
+            deterministic.keep_rows_apart(self._run, model_runner)
             self._keep_to_own_rows(model)
             packed = self._check_packed(model)
         self._report(model, packed, device)
@@ -111,6 +112,7 @@ class LoadSteps:
         self.unproved = False
         with refusing():
             probe.prove(model_runner, eager_runner, self._run, self._assignment)
+            deterministic.prove_rows(self._run, self._run.layers)
         self._run.stages = over_stages(self._run.stage())
 
     # -- checks ----------------------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ class LoadSteps:
 
     def _fuse(self, model_runner: Any) -> None:
         schedule = self._run.schedule
-        if not self._run.recipe.fuse or schedule.local:
+        if not self._run.recipe.fuse or schedule.local or self._run.environment.invariant:
             return
         if watching := refusals.watching(model_runner.server_args):
             logger.info("mixquant: nothing fused and no row left out, so that %s sees all", " and ".join(watching))
@@ -331,7 +333,7 @@ class LoadSteps:
 
     def _tune_fp8(self, model_runner: Any, packed: Sequence[MixQuantLinearMethod], device: torch.device) -> None:
         shapes = {shape for m in packed if m.runs("fp8", "native") for shape in m.gemm_shapes}
-        if not shapes:
+        if not shapes or self._run.environment.invariant:
             return
         with refusing():
             rows = [m for m in prefill_rows(model_runner) if m >= 256]
