@@ -11,14 +11,13 @@ import torch
 
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError, refusing
-from mixquant_sglang.host import deterministic, min_tokens, probe, refusals, report
+from mixquant_sglang.host import deterministic, min_tokens, probe, refusals, report, tuning
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.gathering import install_gathering, prepare_gathering
 from mixquant_sglang.host.low_attention import install_low_attention, prepare_low_attention
 from mixquant_sglang.host.ranks import check_same
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.host.shortage import explain
-from mixquant_sglang.kernels.tuning import expert_cache, expert_tiles, fp4_experts, fp4_gemm, fp8_cache, fp8_gemm
 from mixquant_sglang.kernels.verify import verify
 from mixquant_sglang.kernels.verify_experts import verify_experts
 from mixquant_sglang.layers import attention, bypasses, fused, last_layer
@@ -27,7 +26,7 @@ from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.layers.warm_up import warm_up
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.text import show, some
-from mixquant_sglang.versions import batches, fp4, lora, machine, speculation
+from mixquant_sglang.versions import lora, speculation
 from mixquant_sglang.versions.groups import (
     agree,
     attention_ranks,
@@ -79,16 +78,16 @@ class LoadSteps:
         self.unproved = any(over_stages(bool(packed)))
         linears = [m for m in packed if isinstance(m, MixQuantLinearMethod)]
         experts = [m for m in packed if isinstance(m, MixQuantExpertsMethod)]
-        self._tune_fp4(model_runner, linears, experts)
+        tuning.tune_fp4(model_runner, linears, experts)
         self._verify(linears, experts, device)
         self._guard(model)
         self._fuse(model_runner)
-        self._tune_fp8(model_runner, linears, device)
-        self._tune_experts(model_runner, experts, device)
+        tuning.tune_fp8(self._run, model_runner, linears, device)
+        tuning.tune_experts(model_runner, experts, device)
         prepare_gathering(self._run, model_runner, device)
         prepare_low_attention(self._run, model_runner, device)
         if packed and device.type == "cuda":
-            rows = prefill_rows(model_runner)
+            rows = tuning.prefill_rows(model_runner)
             logger.info("mixquant: %s", warm_up(model, linears, experts, rows, device))
         min_tokens.choose(self._run, model_runner, linears, experts, device)
 
@@ -257,20 +256,6 @@ class LoadSteps:
 
     # -- kernels ---------------------------------------------------------------------------------------------------
 
-    def _tune_fp4(
-        self, model_runner: Any, packed: Sequence[MixQuantLinearMethod], experts: Sequence[MixQuantExpertsMethod]
-    ) -> None:
-        methods = [m for m in packed if m.runs("nvfp4", "native")]
-        measuring = fp4.fp4_gemm_measuring(model_runner) if methods else None
-        if measuring is not None:
-            most = batches.most_prefill_rows(model_runner)
-            tuned = fp4_gemm.tune([m.copy_in("nvfp4") for m in methods], most, measuring)
-            logger.info("mixquant: %s", tuned)
-        shapes = {m.sizes: m.copy_in("nvfp4") for m in experts if m.runs("nvfp4", "native")}
-        measuring = fp4.fp4_gemm_measuring(model_runner) if shapes else None
-        if measuring is not None:
-            logger.info("mixquant: %s", fp4_experts.tune(shapes, batches.most_prefill_rows(model_runner), measuring))
-
     def _verify(
         self,
         packed: Sequence[MixQuantLinearMethod],
@@ -330,23 +315,3 @@ class LoadSteps:
             logger.info("mixquant: no row of the last layer is left out: the draft reads hidden states of all rows")
             return True
         return self._adapted
-
-    def _tune_fp8(self, model_runner: Any, packed: Sequence[MixQuantLinearMethod], device: torch.device) -> None:
-        shapes = {shape for m in packed if m.runs("fp8", "native") for shape in m.gemm_shapes}
-        if not shapes or self._run.environment.invariant:
-            return
-        with refusing():
-            rows = [m for m in prefill_rows(model_runner) if m >= 256]
-            fp8_gemm.use(fp8_cache.load_or_tune(sorted(shapes), rows, device, machine.kernel_versions()))
-
-    def _tune_experts(self, model_runner: Any, methods: Sequence[MixQuantExpertsMethod], device: torch.device) -> None:
-        shapes = {m.sizes: m.copy_in("fp8") for m in methods if m.runs("fp8", "native")}
-        if shapes:
-            rows = prefill_rows(model_runner)
-            expert_tiles.use(expert_cache.load_or_tune(shapes, rows, device, machine.kernel_versions()))
-
-
-def prefill_rows(model_runner: Any) -> list[int]:
-    """Powers of two up to the rows of the longest prefill pass, at least 256: the sizes that kernels are timed for."""
-    most = fp8_gemm.bucket(batches.most_prefill_rows(model_runner))
-    return [2**e for e in range(4, max(most.bit_length(), 9))]

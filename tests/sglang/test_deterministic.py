@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.host import deterministic, gathering, lifecycle, min_tokens
+from mixquant_sglang.host import deterministic, gathering, lifecycle, min_tokens, tuning
 from mixquant_sglang.host.hooks import launcher
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.kernels.environment import Environment
@@ -252,10 +252,10 @@ def test_nothing_is_fused_tuned_or_gathered(invariant: bool, monkeypatch: pytest
     monkeypatch.setattr(lifecycle.last_layer, "prune_last_layer", calls("prune", False))
     monkeypatch.setattr(lifecycle.refusals, "watching", lambda args: [])
     monkeypatch.setattr(lifecycle.speculation, "draft_reads_hidden_states", lambda runner: False)
-    monkeypatch.setattr(lifecycle, "prefill_rows", lambda runner: [256])
-    monkeypatch.setattr(lifecycle.machine, "kernel_versions", dict)
-    monkeypatch.setattr(lifecycle.fp8_cache, "load_or_tune", calls("tune"))
-    monkeypatch.setattr(lifecycle.fp8_gemm, "use", lambda table: None)
+    monkeypatch.setattr(tuning, "prefill_rows", lambda runner: [256])
+    monkeypatch.setattr(tuning.machine, "kernel_versions", dict)
+    monkeypatch.setattr(tuning.fp8_cache, "load_or_tune", calls("tune"))
+    monkeypatch.setattr(tuning.fp8_gemm, "use", lambda table: None)
     monkeypatch.setattr(gathering, "gathers", lambda args: False)
     monkeypatch.setattr(gathering, "prefill_attention", lambda args: "fa3")
     monkeypatch.setattr(gathering, "caches_bf16", lambda args: True)
@@ -263,7 +263,7 @@ def test_nothing_is_fused_tuned_or_gathered(invariant: bool, monkeypatch: pytest
     steps = lifecycle.LoadSteps(run, SimpleNamespace(ready=None))  # type: ignore[arg-type]
     steps._fuse(runner())
     method = SimpleNamespace(runs=lambda *kernel: kernel == ("fp8", "native"), gemm_shapes=[(96, 64)])
-    steps._tune_fp8(runner(), [method], torch.device("cuda"))  # type: ignore[list-item]
+    tuning.tune_fp8(run, runner(), [method], torch.device("cuda"))  # type: ignore[list-item]
     gathering.prepare_gathering(run, runner(), torch.device("cuda"))
     assert called == ([] if invariant else ["fuse", "prune", "tune", "gather"])
 

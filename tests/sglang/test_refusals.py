@@ -315,7 +315,12 @@ def test_nothing_is_fused_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, 
 
     called: list[object] = []
     schedule = SimpleNamespace(split=True, prunes=False, local=False)
-    run = SimpleNamespace(schedule=schedule, recipe=SimpleNamespace(fuse=True), environment=Environment())
+    run = SimpleNamespace(
+        schedule=schedule,
+        recipe=SimpleNamespace(fuse=True),
+        environment=Environment(),
+        selection=SimpleNamespace(kernels={}),
+    )
     made = lifecycle.LoadSteps(run, SimpleNamespace(ready=None))
     monkeypatch.setattr(lifecycle.fused, "fuse", lambda model: called.append(model) or Counter())
     monkeypatch.setattr(lifecycle.last_layer, "prune_last_layer", lambda model: True)
