@@ -12,8 +12,9 @@ class Refusal:
     """``field`` of ``ServerArgs`` (dots go on into what it holds), how much of it is refused, why, and the way out.
 
     ``devices``: of which ``--device`` alone this is asked; empty for all.  ``unless``: fields that, if one is set, give
-    ``field`` another meaning.  ``low``: asked only where the recipe has some layer run low.  ``gathered``: asked only
-    with DP attention; ``deterministic``: only with deterministic inference."""
+    ``field`` another meaning.  ``low``: asked only where the recipe has some layer run low; ``decodes_low``: where it
+    has one decode low.  ``gathered``: asked only with DP attention; ``deterministic``: only with deterministic inference.
+    ``beside``: a flag, by its field, without which it is not asked."""
 
     field: str
     flag: str
@@ -25,6 +26,8 @@ class Refusal:
     low: bool = False
     gathered: bool = False
     deterministic: bool = False
+    decodes_low: bool = False
+    beside: str = ""
 
 
 def is_set(value: Any) -> bool:

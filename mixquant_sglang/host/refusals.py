@@ -40,11 +40,16 @@ def refused_lines(server_args: Any, recipe: Recipe | None = None) -> Iterator[st
     """Of each flag that mixquant refuses, as given or as resolved so far, in the order of the table; without a recipe,
     of one that has low layers."""
     low = recipe is None or not recipe.bf16_throughout
+    decodes_low = recipe is not None and not recipe.bf16_decode
     resolved = dialect().resolved(server_args)
     device = str(getattr(resolved, "device", None) or "").partition(":")[0]
     more = compact.REFUSALS if recipe is not None and compact.precisions(recipe) else ()
     for refusal in (*REFUSALS, *more):
         if (refusal.devices and device not in refusal.devices) or (refusal.low and not low):
+            continue
+        if refusal.decodes_low and not decodes_low:
+            continue
+        if refusal.beside and not any(is_set(_value(args, refusal.beside)) for args in (server_args, resolved)):
             continue
         if refusal.gathered and not (gathers(server_args) or gathers(resolved)):
             continue

@@ -7,6 +7,7 @@ from typing import Any
 from mixquant_sglang.host.refusal import Refusal, is_set, several
 from mixquant_sglang.host.refused_deterministic import DETERMINISTIC
 from mixquant_sglang.host.refused_gathered import GATHERED
+from mixquant_sglang.host.refused_multiplexed import MULTIPLEXED
 from mixquant_sglang.versions import environment, machine, storage
 from mixquant_sglang.versions.dialect import dialect
 
@@ -24,7 +25,7 @@ _LEAVE_OUT = "leave it out"
 _CP = "context parallelism splits and reorders the rows of a pass"
 _FORWARD = "it replaces the model's forward pass, which has not been tested"
 _RANKS = "the linears of some layers get other rows than those of the pass"
-_BREAKABLE = "use 'breakable' (SGLang's default on CUDA) or 'disabled'"
+_BREAKABLE = "leave it out (SGLang's default on CUDA is 'breakable'), or use 'disabled'"
 _GRAPHS = (
     "a graph of the whole pass would hold the choice of rows for the last layer's attention that was made at capture, "
     "and traced code that of all protected rows; breakable graphs run attention between their pieces"
@@ -65,7 +66,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "use HTTP",
         unless=("smg_grpc_mode", "grpc_mode"),
     ),
-    Refusal("use_ray", "--use-ray", is_set, "its actors ask for GPUs, and mixquant has not run in one", _LEAVE_OUT),
     Refusal(
         "device",
         "--device other than cuda and cpu",
@@ -128,13 +128,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "enable_single_batch_overlap", "--enable-single-batch-overlap", is_set, "it has not been tested", _LEAVE_OUT
     ),
-    Refusal(
-        "enable_pdmux",
-        "--enable-pdmux",
-        is_set,
-        "prefill of a few layers at a time beside decode on another stream has been run in no test",
-        "use --chunked-prefill-size to bound what decode waits for",
-    ),
+    *MULTIPLEXED,
     Refusal(
         "enable_decoder_swa_bounded_replay",
         "--enable-decoder-swa-bounded-replay",
@@ -247,7 +241,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "a prefill CUDA graph backend full or tc_piecewise (--cuda-graph-config, or the model's default)",
         _whole_graph,
         _GRAPHS,
-        "pass --cuda-graph-backend-prefill breakable or --disable-prefill-cuda-graph",
+        "pass --disable-prefill-cuda-graph; they are SGLang's default for Inkling, and in 0.5.17 for Cohere2 Vision, "
+        "Kimi K2.5 and MiniMax M3, of which it has not validated breakable ones",
         ("cuda",),
     ),
     # weights

@@ -69,6 +69,11 @@ class Recipe:
         rules = {precision for rule in self.layers for precision in (rule.prefill, rule.decode)}
         return {self.prefill, self.decode} | rules - {None} == {"bf16"}
 
+    @property
+    def bf16_decode(self) -> bool:
+        """Whether it asks no layer to decode low, on whatever device."""
+        return {self.decode, *(rule.decode for rule in self.layers)} - {None} == {"bf16"}
+
     def to_yaml(self) -> str:
         """A file that ``load`` reads as this recipe again, but for where it stands: name, source and lines."""
         min_tokens: int | str = self.min_tokens or "auto"

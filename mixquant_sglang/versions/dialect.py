@@ -47,6 +47,9 @@ class Dialect(Protocol):
     def tree_ignores_keys(self) -> bool:
         """Whether the environment asks for a radix tree that looks at tokens alone."""
 
+    def multiplexes(self) -> bool:
+        """Whether SGLang's own PD multiplexing (``--enable-pdmux``) starts."""
+
     def replica(self, scheduler: Any) -> int | None:
         """Which replica of ``--dp-size`` the scheduler serves; None where there is one alone."""
 

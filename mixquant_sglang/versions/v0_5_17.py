@@ -69,6 +69,11 @@ def tree_ignores_keys() -> bool:
     return bool(envs.SGLANG_EXPERIMENTAL_CPP_RADIX_TREE.get())
 
 
+def multiplexes() -> bool:
+    """``SchedulerMultiplexMixin`` reads ``gpu_id`` and ``tp_size`` of the scheduler, which keeps them in ``ps``."""
+    return False
+
+
 def replica(scheduler: Any) -> int | None:
     rank: int | None = scheduler.ps.dp_rank
     return rank

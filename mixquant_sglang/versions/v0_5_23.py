@@ -80,6 +80,13 @@ def tree_ignores_keys() -> bool:
     return hasattr(envs, "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE") and v0_5_17.tree_ignores_keys()  # up to 0.5.20
 
 
+def multiplexes() -> bool:
+    """``SchedulerMultiplexMixin`` asks the runtime context for the GPU."""
+    from sglang.srt.multiplex import multiplexing_mixin
+
+    return hasattr(multiplexing_mixin, "get_device") or v0_5_17.multiplexes()
+
+
 def replica(scheduler: Any) -> int | None:
     if hasattr(scheduler, "ps"):  # before SGLang kept it in the runtime context
         return v0_5_17.replica(scheduler)

@@ -71,6 +71,13 @@ def alone(problem: str | None) -> str | None:
     return problem
 
 
+def _settle() -> None:
+    """With ``--enable-pdmux`` prefill and decode are on streams of their own, and packed copies are written on the
+    one whose pass comes first."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Weights:
     def __init__(self) -> None:
         self.layers: list[Layer] = []
@@ -172,9 +179,11 @@ class Weights:
         """Packs what has changed since; None if all copies are those of their masters now, or why they are not."""
         if self._due:
             self._due = False
+            _settle()
             for layer in self.layers:
                 if self._problem is None and id(layer) not in self._packed:
                     self._pack(layer)
+            _settle()
             self._problem = self.agree(self._problem)
             if self._problem is None:
                 captured = self._captured

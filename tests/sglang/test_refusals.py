@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,6 +77,8 @@ def test_each_is_refused_with_reason_and_way_out(refusal: refused.Refusal, monke
     interleaved = refusal.flag == "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"
     monkeypatch.setattr(environment, "interleaves_experts", lambda: interleaved)
     monkeypatch.setattr(environment, "has_own_http_app", lambda: True)
+    monkeypatch.setattr(dialect(), "multiplexes", lambda: refusal.flag != "--enable-pdmux")
+    asked = recipe.load("nvfp4-everywhere") if refusal.decodes_low else None
     bad, field = plain(), refusal.field.partition(".")[0]
     setattr(bad, field, REFUSED_VALUES.get(field, 2))
     if refusal.gathered:
@@ -87,8 +90,12 @@ def test_each_is_refused_with_reason_and_way_out(refusal: refused.Refusal, monke
         monkeypatch.setattr(dialect(), "tree_ignores_keys", lambda: False)
         refusals.check_server_args(bad)
         bad.enable_deterministic_inference = True
+    if refusal.beside or refusal.decodes_low:
+        setattr(bad, field, GATHERED_VALUES.get(field, 2))
+        refusals.check_server_args(bad, recipe.load("fp8"))
+        setattr(bad, refusal.beside or field, True)
     with pytest.raises(MixQuantError) as error:
-        refusals.check_server_args(bad)
+        refusals.check_server_args(bad, asked)
     assert f"does not go with {refusal.flag}: {refusal.why}; {refusal.instead}" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -156,13 +163,26 @@ def test_the_defaults_of_this_sglang_are_not_refused(tiny_model: Path) -> None:
     refusals.check_server_args(unresolved(model_path=str(tiny_model)))
 
 
+def test_why_sglangs_multiplexing_does_not_start() -> None:
+    """Its mixin reads of the scheduler what that keeps elsewhere by now, before the model is loaded."""
+    import inspect
+
+    from sglang.srt.managers import scheduler
+    from sglang.srt.multiplex.multiplexing_mixin import SchedulerMultiplexMixin as Mixin
+
+    text = inspect.getsource(scheduler.Scheduler)
+    for name, method in (("gpu_id", Mixin.init_pdmux), ("tp_size", Mixin.event_loop_pdmux)):
+        has = re.search(rf"self\.{name}\b.* = |def {name}\b", text) is not None
+        assert dialect().multiplexes() == (has or f"self.{name}" not in inspect.getsource(method)), name
+
+
 def test_prefill_graphs_of_the_resolved_config() -> None:
     args = plain()
     for backend in ("breakable", "disabled"):
         args.cuda_graph_config = SimpleNamespace(prefill=SimpleNamespace(backend=backend))
         refusals.check_server_args(args)
     args.cuda_graph_config = SimpleNamespace(prefill=SimpleNamespace(backend="tc_piecewise"))
-    with pytest.raises(MixQuantError, match="--cuda-graph-backend-prefill breakable"):
+    with pytest.raises(MixQuantError, match="--disable-prefill-cuda-graph"):
         refusals.check_server_args(args)
     args.device = "cpu"  # where SGLang 0.5.17 resolves to tc_piecewise and captures nothing
     refusals.check_server_args(args)
@@ -170,9 +190,9 @@ def test_prefill_graphs_of_the_resolved_config() -> None:
 
 def test_all_lines_are_given_where_all_are_asked_for() -> None:
     args = plain()
-    args.enable_two_batch_overlap, args.cpu_offload_gb, args.enable_pdmux = True, 4, True
+    args.enable_two_batch_overlap, args.cpu_offload_gb, args.enable_paged_experts = True, 4, True
     lines = [*refusals.refused_lines(args)]
-    flags = ["--enable-two-batch-overlap", "--enable-pdmux", "--cpu-offload-gb"]
+    flags = ["--enable-paged-experts", "--enable-two-batch-overlap", "--cpu-offload-gb"]
     assert [line.partition(" does not go with ")[2].partition(":")[0] for line in lines] == flags
     with pytest.raises(MixQuantError) as first:
         refusals.check_server_args(args)

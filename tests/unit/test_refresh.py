@@ -192,3 +192,17 @@ def test_a_fingerprint_sees_one_bit_and_where_it_is() -> None:
     other = weight.clone()
     other.view(torch.int16)[3, 4] ^= 1
     assert fingerprint(other) != before != fingerprint(weight.flip(0))
+
+
+def test_streams_wait_for_what_is_packed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --enable-pdmux another stream may still read the old copies, and reads the new ones next."""
+    weights, first, second = make()
+    seen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append((first.copy, second.copy)))
+    weights.refresh()
+    assert seen == []  # nothing changed
+    first.master = second.master = 2.0
+    weights.changed()
+    weights.refresh()
+    assert weights.current and seen == [(1.0, 1.0), (2.0, 2.0)]

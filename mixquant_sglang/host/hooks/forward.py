@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,6 +16,8 @@ from mixquant_sglang.passes.running import MASTER_PASS, Pass, current, replace_c
 from mixquant_sglang.passes.schedule import ScheduledPass
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.versions.requests import reads_all_rows, request_rows
+
+logger = logging.getLogger(__name__)
 
 _SCHEDULED = "_mixquant_pass"  # attribute of the ForwardBatch between init_new and ModelRunner.forward
 
@@ -71,6 +75,15 @@ def run_pass(original: Callable[..., Any], model_runner: Any, forward_batch: Any
         raise RuntimeError(f"mixquant: a {mode.name} batch reached the model without the facts of its requests")
     if not forward_batch.split_index:  # SPLIT_PREFILL runs one batch in several calls
         run.count_prefill(scheduled)
+    elif not run.weights.current and not scheduled.running.from_masters:  # an update came in between them
+        logger.warning(
+            "mixquant: the weights changed after %d layers of a prefill pass of %d rows: the others run from the BF16 "
+            "masters, and count as before",
+            forward_batch.split_index,
+            len(forward_batch.input_ids),
+        )
+        scheduled = replace(scheduled, running=MASTER_PASS)  # to its end, whatever comes of the update
+        setattr(forward_batch, _SCHEDULED, scheduled)
     with scope(scheduled.running):
         return original(model_runner, forward_batch, *args, **kwargs)
 
