@@ -13,8 +13,8 @@ class Refusal:
 
     ``devices``: of which ``--device`` alone this is asked; empty for all.  ``unless``: fields that, if one is set, give
     ``field`` another meaning.  ``low``: asked only where the recipe has some layer run low; ``decodes_low``: where it
-    has one decode low.  ``gathered``: asked only with DP attention; ``deterministic``: only with deterministic inference.
-    ``beside``: a flag, by its field, without which it is not asked."""
+    has one decode low.  ``gathered``: asked only with DP attention; ``deterministic``: only with deterministic
+    inference.  ``beside``: a flag, by its field, without which it is not asked."""
 
     field: str
     flag: str

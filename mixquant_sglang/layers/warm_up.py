@@ -40,8 +40,9 @@ def warm_up(
         bias = method.bias
         for precision in sorted(method.low):
             packed = method.copy_in(precision)
-            if new("product", precision, n, k):
-                packed.matmul(torch.zeros(kernels.ROWS, k, dtype=torch.bfloat16, device=device), None)
+            for each in (None, bias) if method.invariant else (None,):  # of which a bias is a kind of its own
+                if new("product", precision, n, k, each is None):
+                    packed.matmul(torch.zeros(kernels.ROWS, k, dtype=torch.bfloat16, device=device), each)
             fmt = packed.activation_format
             if fmt and new("rows", fmt, k, method.split):
                 kernels.quantise("rows", k, fmt, device, protects=method.split)
