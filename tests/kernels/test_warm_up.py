@@ -171,8 +171,8 @@ def test_attention_compiles_nothing_for_a_length(monkeypatch: pytest.MonkeyPatch
 
 def test_every_kernel_is_warmed_or_only_runs_at_load() -> None:
     """gather and scatter run in captured graphs alone (rows.py), the scale search packs weights, and products make the
-    launches of the other three, whose sizes are those of the weight.  Those of experts take constants that depend on the
-    slots' bucket and on the tiles alone, all of which ``MixQuantExpertsMethod.warm_up`` runs."""
+    launches of the other three, whose sizes are those of the weight.  Those of experts take constants that depend on
+    the slots' bucket and on the tiles alone, all of which ``MixQuantExpertsMethod.warm_up`` runs."""
     assert {kernel.fn.__name__ for kernel in warm_up.KERNELS} == {
         *("_linear_rows", "_packed_rows", "quantize_rows", "quantize_pairs"),
         *("_unpack_weights", "_scale", "_gather", "_scatter", "_search_scales", "_scaled_matmul"),
