@@ -120,11 +120,20 @@ def test_the_examples_are_among_them() -> None:
 
 def test_a_whole_run(tiny_model: Path) -> None:
     """Exit status and last line; ``--report`` gives nothing away."""
-    flags = ["--model-path", str(tiny_model), *CPU, "--api-key", "sk-secret", "--enable-eplb", "--port", "30001"]
+    flags = [
+        "--model-path",
+        str(tiny_model),
+        *CPU,
+        "--api-key",
+        "sk-secret",
+        "--enable-single-batch-overlap",
+        "--port",
+        "30001",
+    ]
     python = [sys.executable, "-W", "ignore", "-m", "mixquant_sglang", "doctor"]
     done = subprocess.run([*python, *flags], capture_output=True, text=True, check=False, timeout=800)
     assert done.returncode == 1 and done.stdout.endswith("=> it will NOT start here: 1 line\n"), done.stdout
-    assert "ends: --quantization mixquant does not go with --enable-eplb" in done.stdout
+    assert "ends: --quantization mixquant does not go with --enable-single-batch-overlap" in done.stdout
     done = subprocess.run([*python, "--report", *flags], capture_output=True, text=True, check=False, timeout=800)
     out = done.stdout
     assert done.returncode == 1

@@ -30,7 +30,12 @@ ATTACKS: dict[str, tuple[list[str], dict[str, str], str | None, list[str]]] = {
         None,
         ["4711", "8080", "hunter2", "zqu", "zqp", "zqhost", "zqt", "zq-node", "zqname"],
     ),
-    "a key that is a word of ours": ([*CPU, "--api-key", "fp8", "--enable-eplb"], {}, None, ["--api-key fp8"]),
+    "a key that is a word of ours": (
+        [*CPU, "--api-key", "fp8", "--enable-single-batch-overlap"],
+        {},
+        None,
+        ["--api-key fp8"],
+    ),
     "a flag cut short, as argparse takes it": ([*CPU, "--admin-api=zqhunter"], {}, None, ["zqhunter"]),
     "no blank behind the flag": ([*CPU, "--api-keyzqhunter2"], {}, None, ["zqhunter2"]),
     "a key where a flag was expected": ([*CPU, "--api-key", "--zq-hunter2"], {}, None, ["hunter2"]),
@@ -170,7 +175,7 @@ def test_the_report_still_says_what_is_wrong(reports: dict[str, list[str]]) -> N
 
     assert ends("keys, hosts and addresses") == []
     (line,) = ends("a key that is a word of ours")
-    assert "does not go with --enable-eplb: " in line and MASK not in line
+    assert "does not go with --enable-single-batch-overlap: " in line and MASK not in line
     assert f"argument --kv-cache-dtype: invalid choice: '{MASK}'" in ends("a wrong word")[0]
     assert "argument --port: invalid int value" in ends("a word where a number was expected")[0]
     assert "unrecognized arguments" in ends("a key as a word of its own")[0]

@@ -49,7 +49,7 @@ def test_a_prompt_is_counted_once_and_each_decode_step(played: dict[str, Any]) -
     assert played["by"]["1"]["steps"] == played["layers"] > played["by"]["3"]["steps"] > 1
     for found in played["by"].values():
         counted = {phase: {p: n for p, n in rows.items() if n} for phase, rows in found["counted"].items()}
-        assert counted["prefill"] == {"nvfp4": 39 + 23, "bf16": 2}
+        assert counted["prefill"] == {"nvfp4+fp8": 39 + 23, "bf16": 2}
         assert counted["decode"] == {"bf16": found["steps"]}
 
 
