@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 
 from scripts.bench.servers import Arm
-from scripts.eval.processor import Replay, Sample, distribution, to_str
+from scripts.eval.processor import SPARE, Replay, Sample, distribution, to_str
 from scripts.models.tiny_text import END_OF_TEXT, IM_END
 
 # prefill, decode, whether the last prompt token takes decode's precision
@@ -99,8 +99,9 @@ class Answer:
 class Client:
     """Waves to one server; whatever goes wrong ends in one line and the end of the server's log."""
 
-    def __init__(self, arm: Arm, top: int) -> None:
-        self.arm, self.top = arm, top
+    def __init__(self, arm: Arm, top: int, spare: int = SPARE, stops: tuple[int, ...] = (IM_END, END_OF_TEXT)) -> None:
+        """``spare``: see processor.py; ``stops``: the tokens that end an answer, none: its limit alone does."""
+        self.arm, self.top, self.spare, self.stops = arm, top, spare, stops
         self.spent = {"greedy": 0.0, "sampled": 0.0, "replayed": 0.0}  # seconds in requests
 
     def _wave(
@@ -123,22 +124,23 @@ class Client:
         return list(found)
 
     def greedy(self, prompts: list[list[int]], limits: list[int]) -> list[Answer]:
-        return self._answers(self._wave("greedy", prompts, [_params(limit) for limit in limits]))
+        return self._answers(self._wave("greedy", prompts, [self._params(limit) for limit in limits]))
 
     def sampled(
         self, prompts: list[list[int]], limits: list[int], seeds: list[int], temperature: float, top_p: float
     ) -> list[Answer]:
         drawn = {"temperature": temperature, "top_p": top_p}
         params = [
-            _params(limit) | {"custom_params": {"seed": seed, **drawn}}
+            self._params(limit) | {"custom_params": {"seed": seed, **drawn}}
             for limit, seed in zip(limits, seeds, strict=True)
         ]
         return self._answers(self._wave("sampled", prompts, params, custom_logit_processor=to_str(Sample)))
 
     def replayed(self, prompts: list[list[int]], answers: list[list[int]]) -> list[Answer]:
         """The distribution at each token of ``answers``, decoded."""
+        whole = {"ignore_eos": True, "stop_token_ids": None}
         params = [
-            {**_params(len(ids)), "ignore_eos": True, "stop_token_ids": None, "custom_params": {"replay": ids}}
+            {**self._params(len(ids)), **whole, "custom_params": {"replay": ids, "spare": self.spare}}
             for ids in answers
         ]
         more = {"return_logprob": True, "top_logprobs_num": self.top + 1, "custom_logit_processor": to_str(Replay)}
@@ -147,7 +149,8 @@ class Client:
             meta = one["meta_info"]
             if one["output_ids"] != ids:
                 raise self.arm.failed(f"did not replay an answer: {one['output_ids'][:8]}... for {ids[:8]}...")
-            steps = [distribution(f, token) for f, token in zip(meta["output_top_logprobs"], ids, strict=True)]
+            found = zip(meta["output_top_logprobs"], ids, strict=True)
+            steps = [distribution(step, token, self.spare) for step, token in found]
             top_ids = np.array([tokens for tokens, _ in steps], dtype=np.int32)
             out.append(Answer(ids, meta["cached_tokens"], top_ids, np.array([logprobs for _, logprobs in steps])))
         return out
@@ -156,6 +159,6 @@ class Client:
     def _answers(found: list[dict[str, Any]]) -> list[Answer]:
         return [Answer(one["output_ids"], one["meta_info"]["cached_tokens"]) for one in found]
 
-
-def _params(limit: int) -> dict[str, Any]:
-    return {"temperature": 0, "max_new_tokens": limit, "stop_token_ids": [IM_END, END_OF_TEXT]}
+    def _params(self, limit: int) -> dict[str, Any]:
+        asked = {"temperature": 0, "max_new_tokens": limit}
+        return asked | ({"stop_token_ids": [*self.stops]} if self.stops else {"ignore_eos": True})

@@ -3,10 +3,9 @@
 ``Replay`` makes decode itself walk along a given answer, so that the logits at each of its tokens are those of the
 server's own prompt KV and of its own decode passes.  (Input logprobs would not do: there the answer is prefilled, in
 low precision.)  SGLang returns the best logprobs of what a processor leaves behind, so the processor leaves log p with
-two changes: the token to force is raised to SHIFT, and the place of SPARE, a token that no answer contains, holds that
+two changes: the token to force is raised to SHIFT, and the place of a spare token, which no answer contains, holds that
 token's own log p, raised by LIFT so that it is always among the best.  The sum of exponentials is then exp(SHIFT) to
-the last bit of FP32: log p is SHIFT more than what came back, within 4e-6.  Lost are the probability of SPARE, and how
-far the forced token's is below exp(FLOOR).
+the last bit of FP32: log p is SHIFT more than X
 
 ``Sample`` draws with the noise of (seed, step, token id), because SGLang heeds seeds only in deterministic inference,
 which mixquant refuses.  Arms that draw with the same seed draw with the same noise: their difference is the model's.
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 SHIFT, LIFT, FLOOR = 48.0, 31.0, -30.0
-SPARE = 0  # <|endoftext|>
+SPARE = 0  # of the tiny models: <|endoftext|>
 _LOW_53 = (1 << 53) - 1
 
 
@@ -48,13 +47,14 @@ def _steps(params: list[dict[str, Any]]) -> list[int]:
 
 
 class Replay:
-    """Forces ``custom_params["replay"]``, a list of token ids."""
+    """Forces ``custom_params["replay"]``, a list of token ids, none of which is ``custom_params["spare"]``."""
 
     def __call__(self, logits: torch.Tensor, params: list[dict[str, Any]]) -> torch.Tensor:
         wanted = [one["replay"][step] for one, step in zip(params, _steps(params), strict=True)]
         ids = torch.tensor(wanted, device=logits.device)[:, None]
         out = torch.log_softmax(logits.float(), dim=-1)
-        out[:, SPARE : SPARE + 1] = out.gather(1, ids).clamp(min=FLOOR) + LIFT
+        spare = torch.tensor([one.get("spare", SPARE) for one in params], device=logits.device)[:, None]
+        out.scatter_(1, spare, out.gather(1, ids).clamp(min=FLOOR) + LIFT)
         return out.scatter_(1, ids, SHIFT).to(logits.dtype)
 
 
@@ -75,10 +75,10 @@ class Sample:
         return torch.zeros_like(logits).scatter_(1, drawn, 1.0)
 
 
-def distribution(found: list[Any], token: int) -> tuple[list[int], list[float]]:
+def distribution(found: list[Any], token: int, spare: int = SPARE) -> tuple[list[int], list[float]]:
     """Token ids and log p of one step that forced ``token``, its own last, from SGLang's (logprob, id, text)."""
     at = {place: logprob + SHIFT for logprob, place, _ in found}
-    own = at.pop(SPARE) - LIFT
+    own = at.pop(spare) - LIFT
     at.pop(token)
     return [*at, token], [*at.values(), own]
 

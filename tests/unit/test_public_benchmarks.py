@@ -327,6 +327,25 @@ def test_a_run_its_summary_and_its_resume(
     assert {(r["id"], r["seed"]) for r in records(file)} == {(i, s) for i in "abc" for s in (1, 2, 3)}
 
 
+def test_worked_examples_stand_before_each_question_and_are_not_asked(
+    stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": f"{n}+1?", "answer": f"Count on.\n#### {n + 1}"} for n in range(5)]
+    file = tmp_path / "gsm8k.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("--datasets", "gsm8k", "--data", file, "--temperature", 0)
+    run("reasoning", stub, tmp_path / "out", *command, "--shots", 2, "--limit", 2)
+    said = [body["messages"][0]["content"] for body in stub.asked]
+    shots = "".join(f"Problem: {n}+1?\nSolution: Count on.\n\\boxed{{{n + 1}}}\n\n" for n in (3, 4))
+    assert sorted(said) == [f"Put your final answer within \\boxed{{}}.\n\n{shots}Problem: {n}+1?" for n in (0, 1)]
+    assert "2 worked examples" in capsys.readouterr().out
+    for more, refusal in (((5,), "--shots: 5 of 5 problems leave none"), ((-1,), "--shots: -1 is less than 0")):
+        with pytest.raises(SystemExit, match=refusal):
+            run("reasoning", stub, tmp_path / "out", *command, "--shots", *more)
+    with pytest.raises(SystemExit, match="--shots: aime24 has no worked solutions"):
+        run("reasoning", stub, tmp_path / "out", "--datasets", "gsm8k", "aime24", "--data", file, file, "--shots", 1)
+
+
 def test_a_refused_request_ends_in_one_line_and_keeps_the_rest(
     stub: Stub, math: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,280 @@
+#!/usr/bin/env python3
+"""Quality of recipes on the text of any checkpoint: real servers, the same windows, paired intervals.
+
+Arms are recipes by name (stock-fp8: SGLang's own --quantization fp8, in both phases):
+
+    bf16               the reference
+    nvfp4-everywhere   W4A4 in both phases: what there is to take back
+    stock-fp8          SGLang --quantization fp8; needs a GPU
+    w4a16, w8a16       rounded weights in both phases, BF16 activations
+    nvfp4              Mix-Quant: NVFP4 prefill, BF16 decode and last prompt token
+    nvfp4-unprotected  the same with the last prompt token in NVFP4
+    nvfp4-fp8, fp8     attention's linears in FP8, all linears in FP8
+    fp8-attention      with FP8 attention from 8192 tokens on, on Hopper
+    fp8-compact, nvfp4-compact   one packed copy: answers from rounded weights
+
+Each window (text_data.py) is a prompt and the text that follows it.  The server prefills the prompt, as it would for
+anybody, and decodes along that text (processor.py forces each token), so each token's distribution is that of the arm's
+own prompt KV and of its own decode.  Then, from an empty cache again, it goes on greedily for as many tokens.
+
+    kl          from BF16's distribution, at each token: over the best --top tokens of both and the rest as one, so a
+                lower bound of the divergence of the whole vocabulary
+    perplexity  of the text that follows
+    same        tokens before the greedy continuation first differs from BF16's
+    recovered   (nvfp4-everywhere - arm) / (nvfp4-everywhere - bf16): of KL, and of the log-likelihood
+
+Means over cells, a cell being a source at a length.  Intervals: paired bootstrap over windows (statistics.py).
+Passes are low however short they are (MIXQUANT_MIN_TOKENS=1): what a recipe does, and not what it leaves alone.
+NVFP4 is emulated where the GPU has no tensor cores for it; the table says so.
+
+OUT/parts has a file for each arm and cell: the same command goes on where it was cut short, arms may be measured one by
+one (--arms), and --collect makes the table of what is there, on any machine.  The same command on the same machine
+gives the same table.  Writes OUT/results.json, OUT/tables.txt, OUT/text.png; the last line of stdout is JSON.
+
+    scripts/eval_text --model MODEL --data DATA --out OUT --lengths 512 2048 8192 --n 60 --parallel 4
+    scripts/eval_text --model MODEL --data DATA --out OUT --lengths 512 2048 8192 --n 60 --collect
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scripts.bench.servers import Arm, machine, serving
+from scripts.eval.arms import FLAGS, Client
+from scripts.eval.run import processor_on_path, state_of
+from scripts.eval.statistics import analyse
+from scripts.eval.text_data import SOURCES, Window, missing, windows
+from scripts.eval.text_parts import Part, differs, figures, file_of
+from scripts.eval.text_report import plot, tables
+
+REFERENCE, WORST = "bf16", "nvfp4-everywhere"
+UNPROTECTED = (
+    "version: 1\nprefill: {precision: nvfp4}\ndecode: {precision: bf16}\nprotect: {last_prompt_token: false}\n"
+)
+ARMS = (
+    *(REFERENCE, WORST, "stock-fp8", "w4a16", "w8a16", "nvfp4", "nvfp4-unprotected", "nvfp4-fp8", "fp8"),
+    *("fp8-attention", "fp8-compact", "nvfp4-compact"),
+)
+BESIDE = (("nvfp4-unprotected", "nvfp4"), ("fp8-attention", "fp8"), ("fp8-compact", "fp8"), ("nvfp4-compact", "nvfp4"))
+Cell = tuple[str, int]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="folder of a BF16 checkpoint with its tokenizer")
+    add("--data", type=Path, help="folder with the files of the sources (text_data.py); without: code alone")
+    add("--out", type=Path, required=True, help="folder for the results")
+    add("--arms", nargs="+", choices=ARMS, metavar="ARM", help="default: all; bf16 is measured with whatever else")
+    add("--sources", nargs="+", choices=SOURCES, help="default: those with data")
+    add("--lengths", nargs="+", type=int, default=[512, 2048, 8192], help="prompt tokens (default: %(default)s)")
+    add("--n", type=int, default=60, help="windows of each source and length (default: %(default)s)")
+    add("--answer-tokens", type=int, default=128, help="that follow a prompt (default: %(default)s)")
+    add("--top", type=int, default=64, help="tokens that KL compares one by one (default: %(default)s)")
+    add("--wave", type=int, default=32, help="windows under way at once, at most (default: %(default)s)")
+    add("--kv-tokens", type=int, default=300_000, help="KV pool of each server (default: %(default)s)")
+    add("--parallel", type=int, default=1, help="servers that are up at once (default: %(default)s)")
+    add("--gpus", type=int, default=1, help="that the servers are spread over (default: %(default)s)")
+    add("--collect", action="store_true", help="the table of the parts in OUT, and no measurement")
+    add("--seed", type=int, default=0, help="of servers and bootstrap (default: %(default)s)")
+    add("--draws", type=int, default=10000, help="of the bootstrap (default: %(default)s)")
+    add("--start-limit", type=float, default=400, help="seconds a server may take (default: %(default)s)")
+    add("flags", nargs="*", help="after --: more flags for every server")
+    args = parser.parse_args(argv)
+    for name, low in {"n": 1, "answer_tokens": 2, "top": 1, "wave": 1, "parallel": 1, "gpus": 1, "draws": 100}.items():
+        if getattr(args, name) < low:
+            parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is less than {low}")
+    if min(args.lengths) < 2 or args.kv_tokens < max(args.lengths) + args.answer_tokens + 64:
+        parser.error("arguments --lengths, --kv-tokens: a prompt and its answer must fit into the KV pool")
+    if not (args.model / "config.json").is_file():
+        parser.error(f"argument --model: {args.model} has no config.json; name the folder of a checkpoint")
+    args.sources = args.sources or [source for source in SOURCES if not missing(source, args.data)]
+    for source in args.sources:
+        if lacking := missing(source, args.data):
+            parser.error(f"argument --data: {args.data or 'nothing'} has no {lacking}, which {source} needs")
+    args.arms = list(dict.fromkeys([REFERENCE, *(args.arms or ARMS)]))
+    args.out = args.out.resolve()
+    return args
+
+
+def digest_of(model: Path) -> str:
+    """Of config, tokenizer and weights; of these the sizes and the first and last MiB."""
+    digest = hashlib.sha256()
+    for file in sorted(model.iterdir()):
+        if file.suffix == ".safetensors":
+            with file.open("rb") as data:
+                digest.update(f"{file.name} {file.stat().st_size}".encode() + data.read(1 << 20))
+                data.seek(max(0, file.stat().st_size - (1 << 20)))
+                digest.update(data.read())
+        elif file.name in ("config.json", "tokenizer.json"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def spare_token(vocab: int, every: list[Window]) -> int:
+    """The last token that no answer holds: what Replay takes the place of."""
+    used = {token for window in every for token in window.answer}
+    return next(token for token in range(vocab - 1, -1, -1) if token not in used)
+
+
+class Run:
+    def __init__(self, args: argparse.Namespace) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # that whole sources are longer than the model's context
+        self.args = args
+        self.cells: list[Cell] = [(source, length) for source in args.sources for length in args.lengths]
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        config = AutoConfig.from_pretrained(args.model).get_text_config()
+        longest = max(args.lengths) + args.answer_tokens
+        if longest > config.max_position_embeddings:
+            raise SystemExit(f"--lengths: {longest} tokens; the model has {config.max_position_embeddings}")
+        self.windows = {
+            cell: windows(cell[0], args.data, tokenizer, args.n, cell[1], args.answer_tokens) for cell in self.cells
+        }
+        self.spare = spare_token(config.vocab_size, [window for every in self.windows.values() for window in every])
+        where = machine()
+        self.identity = {
+            **{name: where[name] for name in ("sglang", "torch")},
+            "gpu": " and ".join(sorted({*where["gpu"].splitlines()})),
+            "model": digest_of(args.model),
+            **{name: getattr(args, name) for name in ("top", "wave", "kv_tokens", "seed", "flags")},
+            "spare": self.spare,
+        }
+        (args.out / "parts").mkdir(parents=True, exist_ok=True)
+
+    def identity_of(self, cell: Cell) -> dict[str, Any]:
+        every = [[window.prompt, window.answer] for window in self.windows[cell]]
+        return self.identity | {"cell": [*cell], "text": hashlib.sha256(json.dumps(every).encode()).hexdigest()[:16]}
+
+    def stored(self, cell: Cell, arm: str) -> Part | None:
+        file = file_of(self.args.out, *cell, arm)
+        if not file.is_file():
+            return None
+        part = Part.load(file)
+        expected = self.identity_of(cell)
+        if self.args.collect:  # on whatever machine it was measured
+            base = file_of(self.args.out, *cell, REFERENCE)
+            reference = Part.load(base).identity if base.is_file() else expected
+            expected |= {name: reference[name] for name in ("sglang", "torch", "gpu", "flags", "wave", "kv_tokens")}
+        if other := differs(part.identity, expected):
+            raise SystemExit(f"{file} was measured with another {other}: name another --out, or remove it")
+        return part
+
+    def measure(self, arm: Arm, name: str) -> None:
+        client, args = Client(arm, self.args.top, self.spare, ()), self.args
+        server = state_of(arm) if not name.startswith("stock-") else stock_state(arm)
+        for cell in self.cells:
+            if self.stored(cell, name) is not None:
+                continue
+            began, every = time.monotonic(), self.windows[cell]
+            most = max(1, min(args.wave, args.kv_tokens // (cell[1] + args.answer_tokens + 64)))
+            replayed, greedy = [], []
+            for at in range(0, len(every), most):
+                wave = every[at : at + most]
+                prompts = [window.prompt for window in wave]
+                arm.flush()
+                replayed += client.replayed(prompts, [window.answer for window in wave])
+                arm.flush()
+                greedy += client.greedy(prompts, [args.answer_tokens] * len(wave))
+            own = {"recipe": UNPROTECTED if name == "nvfp4-unprotected" else name, "server": server}
+            ids, logprobs = ([getattr(one, what) for one in replayed] for what in ("top_ids", "top_logprobs"))
+            Part(
+                self.identity_of(cell) | own,
+                np.stack(ids).astype(np.int32),
+                np.stack(logprobs).astype(np.float32),
+                np.array([one.ids for one in greedy], dtype=np.int32),
+            ).save(file_of(args.out, *cell, name))
+            print(f"{name}: {cell[0]} {cell[1]}, {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+
+    def waiting(self) -> list[str]:
+        return [arm for arm in self.args.arms if any(self.stored(cell, arm) is None for cell in self.cells)]
+
+    def report(self, arms: list[str]) -> dict[str, Any]:
+        args = self.args
+        parts: dict[Cell, dict[str, Part]] = {}
+        for cell in self.cells:
+            parts[cell] = {arm: part for arm in arms if (part := self.stored(cell, arm)) is not None}
+        values = {
+            cell: {arm: figures(part, row[REFERENCE]) for arm, part in row.items()} for cell, row in parts.items()
+        }
+        pairs = [(arm, REFERENCE) for arm in arms if arm != REFERENCE]
+        pairs += [pair for pair in BESIDE if {*pair} <= {*arms}]
+        results = analyse(values, pairs, (REFERENCE, WORST), args.seed, args.draws)
+        row = parts[self.cells[0]]
+        servers = {arm: part.identity["server"] for arm, part in row.items()}
+        emulated = sorted({p for s in servers.values() for p, kernel in s["kernel"].items() if kernel == "emulated"})
+        known = row[REFERENCE].identity
+        head = (
+            f"{args.model.name} ({known['model']}): {args.n} windows of each source and length "
+            f"({', '.join(args.sources)}; {', '.join(map(str, args.lengths))}), {args.answer_tokens} tokens each, top "
+            f"{args.top}; GPU {known['gpu']}, SGLang {known['sglang']}, torch {known['torch']}; emulated: "
+            f"{', '.join(emulated) or 'nothing'}"
+        )
+        text = f"{head}\n\n{tables(results, arms)}\n"
+        full = {"identity": {**known, "cell": None}, "servers": servers, "arms": arms, "results": results}
+        (args.out / "results.json").write_text(json.dumps(full, indent=1) + "\n")
+        (args.out / "tables.txt").write_text(text)
+        drawn = plot(results, arms, args.out / "text.png", head)
+        print(text if drawn else f"{text}\n(no picture: matplotlib is not installed)\n")
+        return {"out": str(args.out), "arms": arms, "emulated": emulated, "all": results["all"]}
+
+
+def stock_state(arm: Arm) -> dict[str, Any]:
+    precision = Path(arm.name).name.removeprefix("stock-")
+    return {"version": "", "precision": {"prefill": precision, "decode": precision}, "kernel": {precision: "SGLang's"}}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    run = Run(args)
+    waiting = run.waiting()
+    if args.collect:
+        arms = [arm for arm in args.arms if arm not in waiting]
+        if REFERENCE not in arms:
+            raise SystemExit(
+                f"{args.out}: {REFERENCE} is not measured in every cell, and all arms are compared with it"
+            )
+        if waiting:
+            print(f"not measured in every cell, so left out: {', '.join(waiting)}", file=sys.stderr)
+    else:
+        arms = args.arms
+        measure(run, waiting)
+    print(json.dumps(run.report(arms)))
+
+
+def measure(run: Run, waiting: list[str]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    args = run.args
+    os.environ["MIXQUANT_MIN_TOKENS"] = "1"
+    args.dummy, args.model_path, args.logs = False, args.model.resolve(), args.out / "logs"
+    args.logs.mkdir(parents=True, exist_ok=True)
+    unprotected = args.logs / "nvfp4-unprotected.yaml"
+    unprotected.write_text(UNPROTECTED)
+    flags = [*FLAGS, "--random-seed", str(args.seed), *args.flags]
+    for at in range(0, len(waiting), args.parallel):
+        names = waiting[at : at + args.parallel]
+        files = [str(unprotected) if name == "nvfp4-unprotected" else name for name in names]
+        group = argparse.Namespace(**{**vars(args), "arms": files, "flags": flags})
+        # The pool outside: whatever ends this, servers are stopped first, and requests to them fail.
+        with ThreadPoolExecutor(len(names)) as pool, processor_on_path(), serving(group, timed=False) as arms:
+            for job in [pool.submit(run.measure, arm, name) for arm, name in zip(arms, names, strict=True)]:
+                job.result()
+
+
+def command() -> None:
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

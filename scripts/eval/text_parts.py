@@ -1,0 +1,76 @@
+"""What one arm of eval_text did with the windows of one cell, on disk, and the figures that come of it.
+
+A part is a file: the best tokens of each step of the answers, the answer's own token last, and the greedy
+continuations.  Its identity is all that the numbers depend on; parts of one table differ in the arm alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scripts.eval.statistics import Array, agreement, divergence
+
+EDGES = (1, 8, 32, 128, 512)  # where bins of the place in the answer end
+OWN = ("recipe", "server")  # what arms differ in
+
+
+@dataclass(frozen=True)
+class Part:
+    identity: dict[str, Any]
+    ids: Array  # int32 [examples, answer tokens, top + 1 or fewer]
+    logprobs: Array  # float32, the same shape
+    greedy: Array  # int32 [examples, answer tokens]
+
+    def save(self, file: Path) -> None:
+        made = file.with_suffix(".part")
+        with made.open("wb") as out:
+            text = np.frombuffer(json.dumps(self.identity).encode(), dtype=np.uint8)
+            np.savez_compressed(out, identity=text, ids=self.ids, logprobs=self.logprobs, greedy=self.greedy)
+        made.replace(file)
+
+    @classmethod
+    def load(cls, file: Path) -> Part:
+        with np.load(file) as found:
+            identity = json.loads(found["identity"].tobytes())
+            return cls(identity, found["ids"], found["logprobs"], found["greedy"])
+
+
+def file_of(out: Path, source: str, length: int, arm: str) -> Path:
+    return out / "parts" / f"{source}-{length}-{arm}.npz"
+
+
+def differs(identity: dict[str, Any], expected: dict[str, Any]) -> str:
+    """The first field, other than an arm's own, in which two parts are not of one run; empty where none is."""
+    names = [name for name in {**expected, **identity} if name not in OWN]
+    return next((name for name in names if identity.get(name) != expected.get(name)), "")
+
+
+def bins(tokens: int) -> list[tuple[int, int]]:
+    """Places in the answer, from 0: start, stop."""
+    ends = [edge for edge in EDGES if edge < tokens]
+    return [*pairwise([0, *ends, tokens])]
+
+
+def bin_name(start: int, stop: int) -> str:
+    return f"kl {stop}" if stop == start + 1 else f"kl {start + 1}-{stop}"
+
+
+def figures(part: Part, base: Part) -> dict[str, list[float]]:
+    """``{measure: [by example]}`` against BF16's part ``base``."""
+    n, tokens, width = base.ids.shape
+    flat = [x.reshape(n * tokens, width) for x in (base.ids, base.logprobs, part.ids, part.logprobs)]
+    kl = divergence(*flat).reshape(n, tokens)
+    found = {
+        "kl": kl.mean(1),
+        **{bin_name(start, stop): kl[:, start:stop].mean(1) for start, stop in bins(tokens)},
+        "nll": -part.logprobs[:, :, -1].astype(np.float64).mean(1),
+        "same": np.array([agreement(*both) for both in zip(part.greedy.tolist(), base.greedy.tolist(), strict=True)]),
+        "identical": (part.greedy == base.greedy).all(1),
+    }
+    return {name: [round(float(value), 9) for value in values] for name, values in found.items()}
