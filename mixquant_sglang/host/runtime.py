@@ -14,6 +14,7 @@ from mixquant_sglang import __version__
 from mixquant_sglang.kernels.environment import NOTHING, Environment
 from mixquant_sglang.layers.gathered_attention import Gathering
 from mixquant_sglang.layers.low_attention import LowAttention
+from mixquant_sglang.layers.norm_rope import NormRope
 from mixquant_sglang.passes.counters import PassCounters
 from mixquant_sglang.passes.graphs import Graphs
 from mixquant_sglang.passes.schedule import Schedule, ScheduledPass
@@ -105,6 +106,7 @@ class Runtime:
         self.experts: Counter[str] = Counter()  # MoE layers by that of prompt rows
         self.gathering: Gathering | None = None  # of keys and values for prefill attention, where it pays
         self.low_attention: LowAttention | None = None  # where the recipe asks for it
+        self.norm_rope: NormRope | None = None  # one kernel between qkv_proj and attention, where it pays
         self.shortage: Callable[[], str] | None = None  # for a server that has too little memory, once it is loaded
         self.unproven: str | None = None  # why the probe could not run
         self.stays_bf16: dict[str, list[str]] = {}  # reason -> modules
@@ -185,6 +187,8 @@ class Runtime:
             state |= {"disaggregation": self.pair.mode}
         if self.gathering is not None:
             state["gathered_attention"] = self.gathering.state()
+        if self.norm_rope is not None:
+            state["norm_rope"] = self.norm_rope.state()
         if self.low_attention is not None:
             low = self.counters.low_attention_rows
             rows = {"fp8": low, "bf16": sum(self.counters.by_phase("prefill").values()) - low}

@@ -9,6 +9,7 @@ time of a call is the median over replays, divided by the number of sets.  Arms 
 fused kernel: their share is that of the work, and can be compared.
 
 SGLang's own SiLU kernel is compiled by nvcc at first use; it takes part with --jit, sgl_kernel's always.
+--around: what is between qkv_proj and attention instead (bench/around.py), whose kernels nvcc compiles too.
 Prints a table; the last line of stdout is JSON.
 """
 
@@ -28,6 +29,7 @@ import triton
 from mixquant_sglang.kernels.limits import MANY_ROWS
 from mixquant_sglang.kernels.triton import activations
 from mixquant_sglang.kernels.triton.few_rows import linear_rows_
+from scripts.bench.around import around
 from scripts.bench.servers import machine
 
 EPS = 1e-6
@@ -162,6 +164,10 @@ def microseconds(arm: Arm, working_set: int, replays: int) -> float:
     return statistics.median(times[3:])
 
 
+def _of_bytes(working_set: int, replays: int, moved: int, make: Callable[[], Call]) -> float:
+    return microseconds(Arm("", moved, 1, 1, make), working_set, replays)
+
+
 def copy_bandwidth(working_set: int, replays: int) -> float:
     """GB/s, read and written."""
     source = randn(1 << 29)
@@ -224,7 +230,13 @@ def main() -> None:
         "--working-set", type=int, default=256 << 20, help="bytes that the sets of an arm have at least"
     )
     parser.add_argument("--protected", nargs="+", type=int, help="numbers of protected rows: their BF16 linears alone")
+    parser.add_argument("--around", action="store_true", help="norms of heads, RoPE and the write of the cache alone")
     args = parser.parse_args()
+    if args.around:
+        torch.manual_seed(0)
+        found = around(args.rows, partial(_of_bytes, args.working_set, args.replays))
+        print(json.dumps({**machine(), "triton": triton.__version__, "around": found}))
+        return
     if args.protected:
         torch.manual_seed(0)
         found = protected_rows(args.protected, args.working_set, args.replays)

@@ -18,6 +18,7 @@ from mixquant_sglang.kernels.triton import (
     expert_rows,
     few_rows,
     grouped,
+    norm_rope,
     packed_rows,
     packed_tiles,
     row_kernels,
@@ -37,6 +38,7 @@ KERNELS: tuple[Any, ...] = (
     expert_rows._combine,
     few_rows._linear_rows,
     grouped.grouped_matmul,
+    norm_rope._norm_rope_write,  # the same: layers/norm_rope.py
     packed_rows._packed_rows,
     row_kernels.quantize_rows,
     row_kernels.quantize_pairs,
