@@ -23,7 +23,7 @@ from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.lifecycle import LoadSteps
 from mixquant_sglang.host.runtime import Pair, Runtime
-from mixquant_sglang.kernels.environment import NOTHING
+from mixquant_sglang.kernels.environment import Environment
 from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.recipe import pairs
@@ -47,7 +47,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             refusals.check_asked(asked, os.environ.get(machine.ASKED_ENV))
             self._recipe, selection = pairs.select_for(asked, device, mode)
             refusals.check_recipe(self._recipe, selection)
-            environment = NOTHING
+            environment = Environment(invariant=machine.deterministic())
             if selection.kernels.get("nvfp4") == "native":
                 environment = fp4.environment(own_quantizer=self._recipe.fuse)
             if self._recipe.prefill_weights:

@@ -30,6 +30,9 @@ def prepare_gathering(run: Runtime, model_runner: Any, device: torch.device) -> 
         return
     if run.pair is not None and run.pair.mode == pairs.DECODE:
         return
+    if run.environment.invariant:
+        logger.info("mixquant: prefill attention reads pages, as in SGLang: inference is to be deterministic")
+        return
     heads = heads_of(model_runner.model)
     if heads is None:
         return

@@ -11,13 +11,12 @@ import torch
 
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError, refusing
-from mixquant_sglang.host import min_tokens, probe, refusals, report
+from mixquant_sglang.host import deterministic, min_tokens, probe, refusals, report, tuning
 from mixquant_sglang.host.around_attention import install_around_attention, prepare_around_attention
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.ranks import check_same
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.host.shortage import explain
-from mixquant_sglang.kernels.tuning import expert_cache, expert_tiles, fp4_experts, fp4_gemm, fp8_cache, fp8_gemm
 from mixquant_sglang.kernels.verify import verify
 from mixquant_sglang.kernels.verify_experts import verify_experts
 from mixquant_sglang.layers import attention, bypasses, fused, last_layer
@@ -26,7 +25,7 @@ from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.layers.warm_up import warm_up
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.text import show, some
-from mixquant_sglang.versions import batches, fp4, lora, machine, speculation
+from mixquant_sglang.versions import lora, speculation
 from mixquant_sglang.versions.groups import (
     agree,
     attention_ranks,
@@ -69,6 +68,7 @@ class LoadSteps:
             report.keep_outside_bf16(model)
             self._check_prefixes(model)
             self._leave_to_adapters(model_runner)
+            deterministic.keep_rows_apart(self._run, model_runner)
             self._keep_to_own_rows(model)
             packed = self._check_packed(model)
         self._report(model, packed, device)
@@ -77,15 +77,15 @@ class LoadSteps:
         self.unproved = any(over_stages(bool(packed)))
         linears = [m for m in packed if isinstance(m, MixQuantLinearMethod)]
         experts = [m for m in packed if isinstance(m, MixQuantExpertsMethod)]
-        self._tune_fp4(model_runner, linears, experts)
+        tuning.tune_fp4(model_runner, linears, experts)
         self._verify(linears, experts, device)
         self._guard(model)
         self._fuse(model_runner)
-        self._tune_fp8(model_runner, linears, device)
-        self._tune_experts(model_runner, experts, device)
+        tuning.tune_fp8(self._run, model_runner, linears, device)
+        tuning.tune_experts(model_runner, experts, device)
         prepare_around_attention(self._run, model_runner, device)
         if packed and device.type == "cuda":
-            rows = prefill_rows(model_runner)
+            rows = tuning.prefill_rows(model_runner)
             logger.info("mixquant: %s", warm_up(model, linears, experts, rows, device))
         min_tokens.choose(self._run, model_runner, linears, experts, device)
 
@@ -108,6 +108,7 @@ class LoadSteps:
         self.unproved = False
         with refusing():
             probe.prove(model_runner, eager_runner, self._run, self._assignment)
+            deterministic.prove_rows(self._run, self._run.layers)
         self._run.stages = over_stages(self._run.stage())
 
     # -- checks ----------------------------------------------------------------------------------------------------
@@ -252,20 +253,6 @@ class LoadSteps:
 
     # -- kernels ---------------------------------------------------------------------------------------------------
 
-    def _tune_fp4(
-        self, model_runner: Any, packed: Sequence[MixQuantLinearMethod], experts: Sequence[MixQuantExpertsMethod]
-    ) -> None:
-        methods = [m for m in packed if m.runs("nvfp4", "native")]
-        measuring = fp4.fp4_gemm_measuring(model_runner) if methods else None
-        if measuring is not None:
-            most = batches.most_prefill_rows(model_runner)
-            tuned = fp4_gemm.tune([m.copy_in("nvfp4") for m in methods], most, measuring)
-            logger.info("mixquant: %s", tuned)
-        shapes = {m.sizes: m.copy_in("nvfp4") for m in experts if m.runs("nvfp4", "native")}
-        measuring = fp4.fp4_gemm_measuring(model_runner) if shapes else None
-        if measuring is not None:
-            logger.info("mixquant: %s", fp4_experts.tune(shapes, batches.most_prefill_rows(model_runner), measuring))
-
     def _verify(
         self,
         packed: Sequence[MixQuantLinearMethod],
@@ -300,7 +287,7 @@ class LoadSteps:
 
     def _fuse(self, model_runner: Any) -> None:
         schedule = self._run.schedule
-        if not self._run.recipe.fuse or schedule.local:
+        if not self._run.recipe.fuse or schedule.local or self._run.environment.invariant:
             return
         if watching := refusals.watching(model_runner.server_args):
             logger.info("mixquant: nothing fused and no row left out, so that %s sees all", " and ".join(watching))
@@ -314,6 +301,8 @@ class LoadSteps:
             what = [f"{n} {kind}" for kind, n in done.items()]
             what += ["unread rows left out behind the last layer's attention"] if schedule.prunes else []
             logger.info("mixquant: fused in prefill: %s", ", ".join(what))
+        if self._run.selection.kernels:
+            report.log_unfused(model_runner.model)
 
     def _all_rows_read(self, model_runner: Any) -> bool:
         """Whether every prompt row's result of the last layer is looked at, by a draft or by adapters.
@@ -323,23 +312,3 @@ class LoadSteps:
             logger.info("mixquant: no row of the last layer is left out: the draft reads hidden states of all rows")
             return True
         return self._adapted
-
-    def _tune_fp8(self, model_runner: Any, packed: Sequence[MixQuantLinearMethod], device: torch.device) -> None:
-        shapes = {shape for m in packed if m.runs("fp8", "native") for shape in m.gemm_shapes}
-        if not shapes:
-            return
-        with refusing():
-            rows = [m for m in prefill_rows(model_runner) if m >= 256]
-            fp8_gemm.use(fp8_cache.load_or_tune(sorted(shapes), rows, device, machine.kernel_versions()))
-
-    def _tune_experts(self, model_runner: Any, methods: Sequence[MixQuantExpertsMethod], device: torch.device) -> None:
-        shapes = {m.sizes: m.copy_in("fp8") for m in methods if m.runs("fp8", "native")}
-        if shapes:
-            rows = prefill_rows(model_runner)
-            expert_tiles.use(expert_cache.load_or_tune(shapes, rows, device, machine.kernel_versions()))
-
-
-def prefill_rows(model_runner: Any) -> list[int]:
-    """Powers of two up to the rows of the longest prefill pass, at least 256: the sizes that kernels are timed for."""
-    most = fp8_gemm.bucket(batches.most_prefill_rows(model_runner))
-    return [2**e for e in range(4, max(most.bit_length(), 9))]

@@ -45,7 +45,7 @@ def choose(
     collective of all ranks."""
     if run.recipe.min_tokens is not None or not run.selection.kernels or device.type != "cuda":
         return
-    why = reason_for_one(run)
+    why = "what is timed may come out otherwise" if run.environment.invariant else reason_for_one(run)
     if why:
         logger.info("mixquant: min_tokens: auto is 1: %s", why)
         return

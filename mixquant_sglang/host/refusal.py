@@ -13,7 +13,7 @@ class Refusal:
 
     ``devices``: of which ``--device`` alone this is asked; empty for all.  ``unless``: fields that, if one is set, give
     ``field`` another meaning.  ``low``: asked only where the recipe has some layer run low.  ``gathered``: asked only
-    with DP attention."""
+    with DP attention; ``deterministic``: only with deterministic inference."""
 
     field: str
     flag: str
@@ -24,6 +24,7 @@ class Refusal:
     unless: tuple[str, ...] = ()
     low: bool = False
     gathered: bool = False
+    deterministic: bool = False
 
 
 def is_set(value: Any) -> bool:
@@ -34,6 +35,11 @@ def is_set(value: Any) -> bool:
 def gathers(args: Any) -> bool:
     """Whether ranks attend to batches of their own, and gather the rows of all in between (DP attention)."""
     return is_set(getattr(args, "enable_dp_attention", None)) or (getattr(args, "attn_dp_size", None) or 1) > 1
+
+
+def deterministic(args: Any) -> bool:
+    """Whether a request's tokens are not to depend on what else is in its batch."""
+    return is_set(getattr(args, "enable_deterministic_inference", None))
 
 
 def several(value: Any) -> bool:

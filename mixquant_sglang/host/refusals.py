@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.host import compact
-from mixquant_sglang.host.refusal import Refusal, gathers, is_set
+from mixquant_sglang.host import compact, refused_deterministic
+from mixquant_sglang.host.refusal import Refusal, deterministic, gathers, is_set
 from mixquant_sglang.host.refused import REFUSALS
 from mixquant_sglang.recipe import Recipe, takes_ready_made
 from mixquant_sglang.recipe.fingerprint import asked_digest
@@ -48,6 +48,8 @@ def refused_lines(server_args: Any, recipe: Recipe | None = None) -> Iterator[st
             continue
         if refusal.gathered and not (gathers(server_args) or gathers(resolved)):
             continue
+        if refusal.deterministic and not (deterministic(server_args) or deterministic(resolved)):
+            continue
         # as given too: SGLang resolves --enable-dp-attention to --attn-dp-size and False
         if any(_refuses(refusal, args) for args in (server_args, resolved)):
             yield f"--quantization {machine.NAME} does not go with {refusal.flag}: {refusal.why}; {refusal.instead}"
@@ -82,6 +84,7 @@ def check_recipe(recipe: Recipe, selection: Selection) -> None:
             f"the recipe decodes {which} in {' and '.join(sorted(low_decode))}"
         )
     compact.check(recipe)
+    refused_deterministic.check(recipe, selection)
     if recipe.prefill_weights and not takes_ready_made(selection.prefill, recipe.layers):
         raise MixQuantError(
             f"{recipe.prefill_weights_at}: holds NVFP4 weights, but prefill is {selection.prefill} "

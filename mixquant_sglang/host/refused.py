@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mixquant_sglang.host.refusal import Refusal, is_set, several
+from mixquant_sglang.host.refused_deterministic import DETERMINISTIC
 from mixquant_sglang.host.refused_gathered import GATHERED
 from mixquant_sglang.versions import environment, machine, storage
 from mixquant_sglang.versions.dialect import dialect
@@ -187,15 +188,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "start a server for each role",
     ),
     Refusal("encoder_only", "--encoder-only", is_set, "an encoder has no prefill", "serve it without the plugin"),
-    Refusal(
-        "enable_deterministic_inference",
-        "--enable-deterministic-inference",
-        is_set,
-        "it needs one low-precision GEMM for any number of rows, where libraries pick one by it, and no radix cache, "
-        "since KV is BF16 or low by what was cached",
-        "use recipe bf16, or leave out this flag and --rl-on-policy-target, which turns it on",
-        low=True,
-    ),
+    *DETERMINISTIC,
     # where KV is kept
     Refusal(
         "hicache_storage_backend",

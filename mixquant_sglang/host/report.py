@@ -11,16 +11,20 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
-from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+from sglang.srt.layers.utils.common import PPMissingLayer
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.layers.blocks import is_decoder, norms
 from mixquant_sglang.layers.experts import MixQuantExpertsMethod
+from mixquant_sglang.layers.fused import FusedNorm
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.recipe.matching import RuleMatcher
-from mixquant_sglang.recipe.modules import NEVER, OUTSIDE, why_bf16
+from mixquant_sglang.recipe.modules import NEVER, OUTSIDE, TIED, why_bf16
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.text import some
 from mixquant_sglang.versions.dialect import dialect
@@ -150,9 +154,56 @@ def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Modul
             reason = method.refusal if isinstance(method, MixQuantExpertsMethod) else asked.get(module) or NOT_OFFERED
         if reason is not None:
             run.stays_bf16.setdefault(reason, []).append(name)
+    if tied := _tied_head(model):
+        run.stays_bf16[TIED] = [tied]
     run.schedule.label(run.layers)
     run.bf16_linear_bytes, run.dropped_bytes = total, dropped
     return total
+
+
+def _tied_head(model: torch.nn.Module) -> str:
+    """The table of tokens that logits come from, where the model has no head of its own; empty where it has one, makes
+    no logits, or another stage of the pipeline makes them."""
+    modules = dict(model.named_modules())
+    if any(isinstance(module, ParallelLMHead) for module in modules.values()):
+        return ""
+    if not any(isinstance(module, LogitsProcessor) for module in modules.values()):
+        return ""
+    if any(isinstance(module, PPMissingLayer) and name.endswith("lm_head") for name, module in modules.items()):
+        return ""
+    return next((name for name, module in modules.items() if isinstance(module, VocabParallelEmbedding)), "")
+
+
+def unfused(model: torch.nn.Module) -> dict[str, list[str]]:
+    """Reason -> the norms beside attention and MLP that hand over BF16 in every pass, once the others were fused.
+
+    Norms within attention, and the one behind the last layer, are not of this kind."""
+    found: dict[str, list[str]] = {}
+    for name, layer in model.named_modules():
+        children = dict(layer.named_children())
+        if any(isinstance(part, (*ATTENTION, torch.nn.ModuleList)) for part in children.values()):
+            continue
+        if not any(isinstance(part, ATTENTION) for part in layer.modules()):
+            continue
+        readers = {id(norm) for norm, _ in norms(layer)}
+        for child, norm in children.items():
+            if not type(norm).__name__.endswith("Norm") or isinstance(
+                getattr(norm, "_forward_method", None), FusedNorm
+            ):
+                continue
+            if not is_decoder(layer):
+                reason = f"no row of layers/families.py lets it in {type(layer).__name__}"
+            elif id(norm) not in readers:
+                reason = "no linear of low precision reads its result alone"
+            else:
+                reason = f"no kernel follows the numbers of this {type(norm).__name__}"
+            found.setdefault(reason, []).append(f"{name}.{child}" if name else child)
+    return found
+
+
+def log_unfused(model: torch.nn.Module) -> None:
+    for reason, names in unfused(model).items():
+        logger.info("mixquant: not fused (%s): %s", reason, some(names))
 
 
 def note_wholes(model: torch.nn.Module, known: Known, matcher: RuleMatcher | None) -> None:

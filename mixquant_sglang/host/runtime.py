@@ -92,12 +92,12 @@ class Runtime:
         self.recipe = recipe
         self.environment = environment
         self.pair = pair
-        own = fingerprint(recipe, selection, ready_made=ready_made)
+        own = fingerprint(recipe, selection, ready_made=ready_made, invariant=environment.invariant)
         self.fingerprint = own if pair is None or pair.mode != pairs.DECODE else pair.fingerprint
         self.selection = selection
         self.counters = PassCounters()
         self.weights = Weights()
-        self.schedule = Schedule(recipe, selection, self.weights)
+        self.schedule = Schedule(recipe, selection, self.weights, by_request=environment.invariant)
         self.graphs = Graphs(self.schedule, self.weights)
         self.lifecycle: Lifecycle | None = None
         self.known = Known()  # of the checkpoint that was loaded at start
@@ -183,6 +183,8 @@ class Runtime:
             "below_min_tokens": {"passes": self.counters.short_passes, "rows": self.counters.short_rows},
             "passes": {name: self.counters.passes_of(name) for name in self.phases},
         }
+        if self.environment.invariant:
+            state |= {"deterministic": True}
         if self.pair is not None:
             state |= {"disaggregation": self.pair.mode}
         if self.gathering is not None:

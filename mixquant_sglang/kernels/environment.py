@@ -50,11 +50,13 @@ class Environment:
 
     ``fp4_linear_method`` makes SGLang's FP4 linear method, None where there is no native NVFP4.  ``own_quantizer``:
     activations of native NVFP4 are quantised by our kernels, fused where that is possible, or by FlashInfer's.
-    ``fp4_experts``: None where there are no native NVFP4 experts."""
+    ``fp4_experts``: None where there are no native NVFP4 experts.  ``invariant``: the bits of a row must not depend on
+    how many others there are (deterministic inference)."""
 
     fp4_linear_method: Callable[[], Any] | None = None
     own_quantizer: bool = True
     fp4_experts: FP4Experts | None = None
+    invariant: bool = False
 
 
 NOTHING = Environment()

@@ -20,8 +20,8 @@ import torch
 
 def left_to_sglang(linear: Any, x: Any) -> bool:
     """Whether SGLang may multiply ``x`` by the BF16 weight of ``linear`` itself, in the running pass."""
-    takes_stock = getattr(getattr(linear, "quant_method", None), "takes_stock_now", None)
-    return isinstance(x, (torch.Tensor, tuple)) and (takes_stock is None or takes_stock())
+    leaves = getattr(getattr(linear, "quant_method", None), "leaves_product_now", None)
+    return isinstance(x, (torch.Tensor, tuple)) and (leaves is None or leaves())
 
 
 class InputProjections:
@@ -50,7 +50,7 @@ def guard(model: torch.nn.Module) -> int:
         if getattr(block, "_fused_in_proj_weight", None) is None:
             continue
         methods = block.in_proj_qkvz.quant_method, block.in_proj_ba.quant_method
-        if any(hasattr(method, "takes_stock_now") for method in methods):
+        if any(hasattr(method, "leaves_product_now") for method in methods):
             block._forward_input_proj = InputProjections(block)
             guarded += 1
     return guarded

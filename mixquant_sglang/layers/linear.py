@@ -38,6 +38,13 @@ class MixQuantLinearMethod(PackedLinearMethod):
             return not self.masterless
         return self.precision[running.role] == "bf16" and (running.rows is None or not self.split)
 
+    def leaves_product_now(self) -> bool:
+        """Whether SGLang may multiply by the weight in another way than by ``apply``.
+
+        Where rows must not depend on their company it may not in a prefill pass that is BF16 for all of them: the same
+        rows beside low ones go through ``apply``."""
+        return self.takes_stock_now() and not (self.invariant and current().role is Role.PROTECTED)
+
     def apply(
         self,
         layer: torch.nn.Module,
@@ -107,7 +114,7 @@ class MixQuantLinearMethod(PackedLinearMethod):
     def apply_into(
         self, layer: torch.nn.Module, x: torch.Tensor, output: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if self.takes_stock_now():
+        if self.leaves_product_now():
             return super().apply_into(layer, x, output, bias)  # type: ignore[no-any-return]
         result = self.apply(layer, x, bias)
         assert isinstance(result, torch.Tensor), "qkv projections do not write into an output of the caller"
@@ -117,7 +124,7 @@ class MixQuantLinearMethod(PackedLinearMethod):
         self, layer: torch.nn.Module, x: torch.Tensor, addend: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """0.5.23 only; there the caller counts ``addend`` as used up."""
-        if self.takes_stock_now():
+        if self.leaves_product_now():
             return super().apply_with_addend(layer, x, addend, bias)  # type: ignore[no-any-return]
         result = self.apply(layer, x, bias)
         assert isinstance(result, torch.Tensor), "qkv projections have no addend"

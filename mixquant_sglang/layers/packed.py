@@ -97,6 +97,11 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         bias: torch.Tensor | None = getattr(self._layer, "bias", None)
         return bias
 
+    @property
+    def invariant(self) -> bool:
+        """Whether the bits of a row must not depend on the other rows of its pass."""
+        return self._runtime.environment.invariant
+
     def runs(self, precision: str, kernel: str) -> bool:
         """Whether some phase runs this linear in ``precision`` with ``kernel``."""
         return precision in self.low and self._runtime.selection.kernels[precision] == kernel
@@ -298,6 +303,8 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     def takes_few(self, kept: torch.Tensor, rows: Rows) -> bool:
         """Whether the protected rows ``kept`` are for a kernel of few BF16 rows."""
+        if self.invariant:  # their bits are to be those of a pass that is BF16 for all rows
+            return False
         precision = self.precision[Role.PROTECTED]
         most = MANY_ROWS if rows.captured else FEW_ROWS
         return kept.is_cuda and kept.shape[0] <= most and (precision == "bf16" or self._packed[precision].places)

@@ -49,7 +49,7 @@ def warm_up(
             for cut in {0, method.split_product.columns if method.split_product else 0}:
                 if new("weight only", precision, n, k, cut, bias is not None):
                     kernels.weight_only(method.copy_in(precision), n, k, bias, cut, device)
-        if method.split and method.precision[Role.PROTECTED] == "bf16":
+        if method.split and method.precision[Role.PROTECTED] == "bf16" and not method.invariant:
             for cut in {0, method.split_product.columns if method.split_product else 0}:
                 if new("few", n, k, cut, bias is not None):
                     kernels.few(method.master, bias, cut)

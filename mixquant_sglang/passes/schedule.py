@@ -61,9 +61,12 @@ class Copies(Protocol):
 class Schedule:
     """Of one recipe and model; ``table`` says what rows of each role take, and passes count under its words."""
 
-    def __init__(self, recipe: Recipe, selection: Selection, copies: Copies) -> None:
+    def __init__(self, recipe: Recipe, selection: Selection, copies: Copies, *, by_request: bool = False) -> None:
+        """``by_request``: ``min_tokens`` speaks of a request's prompt, not of a pass: which of its rows are low does
+        not depend on who is beside it, nor on its chunks."""
         self.recipe = recipe
         self.selection = selection
+        self.by_request = by_request
         self.min_tokens = recipe.min_tokens or 1  # passes of fewer stay BF16; "auto" is 1 until it was measured
         self.table = PrecisionTable(by_role(selection.prefill, selection.decode))
         self.words = by_role(selection.prefill, selection.decode)  # role -> what passes and tokens count under
@@ -78,8 +81,8 @@ class Schedule:
     def label(self, layers: Collection[Packed]) -> None:
         """Makes ``table`` and ``words`` what the layers run; call it when these are known.
 
-        A role goes by the recipe's own precision where that is low and some layer runs it, else by the low ones that
-        rules gave some layers, else by ``bf16``."""
+        A role goes by every low precision that some layer runs it in, the recipe's own first (``nvfp4+fp8``), else by
+        ``bf16``."""
         kinds = {kind: [layer for layer in layers if layer.kind is kind] for kind in (Kind.LINEAR, Kind.EXPERTS)}
         attention = {} if self.low_attention is None else {Role.PROMPT: self.recipe.attention}
         self.table = PrecisionTable(self._words(kinds[Kind.LINEAR]), self._words(kinds[Kind.EXPERTS]), attention)
@@ -87,11 +90,10 @@ class Schedule:
         self._name_roles()
 
     def _words(self, layers: Collection[Packed]) -> dict[Role, str]:
-        own = by_role(self.selection.prefill, self.selection.decode)
         words = {}
-        for role in Role:
+        for role, own in by_role(self.selection.prefill, self.selection.decode).items():
             low = {layer.precision[role] for layer in layers} - {"bf16"}
-            words[role] = own[role] if own[role] in low else "+".join(sorted(low)) or "bf16"
+            words[role] = "+".join([*(low & {own}), *sorted(low - {own})]) or "bf16"
         return words
 
     def _name_roles(self) -> None:
@@ -105,6 +107,8 @@ class Schedule:
         """Pass of EXTEND, MIXED or SPLIT_PREFILL over ``requests``, in row order; ``reads_all``: the hidden states of
         more rows than each request's last are asked for."""
         protects = self.recipe.protect_last_prompt_token
+        if self.by_request:
+            requests = [replace(r, bf16=True) if r.prompt < self.min_tokens else r for r in requests]
         rows = split_rows(requests, last_prompt_token=protects, tail=self.recipe.protected_tail)
         # A recipe that is BF16 throughout has no copies: its passes are SGLang's, graphs too.
         if self.selection.kernels and not self._copies.current:
@@ -114,7 +118,7 @@ class Schedule:
         attention = self._low_rows(requests, rows, device)
         if not self.split:
             return self._scheduled(rows, Pass(Role.PROMPT, attention=attention), protected=())
-        if rows.prefill < self.min_tokens:
+        if self._short(requests, rows):
             return replace(self._scheduled(rows, PROTECTED_PASS, protected=()), short=True)
         if rows.protected_total == rows.total:
             return self._scheduled(rows, PROTECTED_PASS, protected=rows.protected)
@@ -127,6 +131,11 @@ class Schedule:
         read = eager if protects else EagerRows(rows.total, rows.last, device)
         running = replace(running, read=read, queries=self._queries(requests, rows, device))
         return self._scheduled(rows, running, protected=rows.protected, read=rows.protected if protects else rows.last)
+
+    def _short(self, requests: Sequence[RequestRows], rows: RowSplit) -> bool:
+        if self.by_request:
+            return all(request.decoding or request.prompt < self.min_tokens for request in requests)
+        return rows.prefill < self.min_tokens
 
     @staticmethod
     def padded(running: Pass, tokens: int) -> Pass:

@@ -34,14 +34,15 @@ _LEFT_OUT: dict[type, frozenset[str]] = {
 }
 
 
-def fingerprint(recipe: Recipe, selection: Selection, *, ready_made: str = "") -> str:
+def fingerprint(recipe: Recipe, selection: Selection, *, ready_made: str = "", invariant: bool = False) -> str:
     """16 hexadecimal digits, or ``policy.BF16`` where no layer has a low precision in either phase.
 
-    ``ready_made``: the identity of ready-made prefill weights (``ReadyMadeWeights.identity``)."""
+    ``ready_made``: the identity of ready-made prefill weights (``ReadyMadeWeights.identity``).  ``invariant``: by
+    kernels that are one for every number of rows, with numbers of their own."""
     if not selection.kernels:
         return policy.BF16
     facts = {"version": __version__, "recipe": _plain(recipe), "selection": _plain(selection), "ready": ready_made}
-    return digest(facts)
+    return digest(facts | {"invariant": True} if invariant else facts)
 
 
 def asked_digest(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 SCALE_GROUPS = (*FUSED.values(), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
 
 NEVER = "never quantised"
+TIED = "never quantised: logits come from the table of tokens"
 A_GATE = "never quantised: a gate, whose errors add up or change what is picked"
 OUTSIDE = "never quantised: outside the language model"
 

@@ -19,6 +19,9 @@ DISAGGREGATION_ENV = "MIXQUANT_DISAGGREGATION"
 # Of the same process: a digest of what its recipe asks.  A file may be another one by the time that others read it.
 ASKED_ENV = "MIXQUANT_ASKED"
 
+# Of the same process: "1" where it resolved --enable-deterministic-inference.
+DETERMINISTIC_ENV = "MIXQUANT_DETERMINISTIC"
+
 
 def sglang_version() -> str:
     return version("sglang")
@@ -43,6 +46,11 @@ def is_scheduler_process() -> bool:
 def disaggregation() -> str:
     """The half of a prefill/decode pair that this server is: "prefill" or "decode"; "" for one that does both."""
     return os.environ.get(DISAGGREGATION_ENV, "")
+
+
+def deterministic() -> bool:
+    """Whether a request's tokens are not to depend on what else is in its batch."""
+    return os.environ.get(DETERMINISTIC_ENV) == "1"
 
 
 def device() -> Device:

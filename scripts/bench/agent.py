@@ -7,7 +7,8 @@ next prompt, token for token, so that RadixAttention serves all but the new tool
 from a seed: all arms get the same work, each round and level another one.  When an agent has ended, the next one takes
 its place, until all conversations of the level are through; no agent thinks between turns.
 
-Every arm is a real SGLang server with a bounded KV pool; all are up at once, but one at a time is at work.  Each level
+Every arm is a real SGLang server with a bounded KV pool; all are up at once, but one at a time is at work, and the
+others are stopped meanwhile, since idle ones spin on the CPU (--idle; servers of --url are left alone).  Each level
 starts with an empty cache, and the order of the arms alternates.  What the client sees, HTTP included; medians over the
 rounds:
 
@@ -39,7 +40,7 @@ from typing import Any
 
 import aiohttp
 
-from scripts.bench import running
+from scripts.bench import running, turns
 from scripts.bench.client import Answer, ask, encode, percentile
 from scripts.bench.running import Running
 from scripts.bench.servers import Arm, add_arguments, in_turn, machine, prepare, serving
@@ -124,9 +125,9 @@ async def play(url: str, work: Workload, concurrency: int) -> tuple[list[Answer]
     waiting = iter(zip(itertools.cycle(url.split(",")), work.agents, strict=False))
 
     async def agent(session: aiohttp.ClientSession) -> None:
-        for server, turns in waiting:
+        for server, conversation in waiting:
             prompt = work.system
-            for turn in turns:
+            for turn in conversation:
                 prompt += b"," + turn.tool
                 answer = await ask(session, f"{server}/generate", prompt, turn.output_tokens)
                 prompt += b"," + encode(answer.ids)
@@ -157,14 +158,16 @@ def measure(
     most = max(shapes)
     warm_up = make_workload(replace(shapes[most], agents=most, turns=min(2, args.turns)), f"{args.seed} warm-up")
     for arm in arms:
-        _, wall_s = level(arm, warm_up, most)
+        with turns.alone(arm, arms, args.idle):
+            _, wall_s = level(arm, warm_up, most)
         print(f"warm-up, concurrency {most}, {arm.name}: {wall_s:.1f} s", file=sys.stderr, flush=True)
     for round_number in range(args.rounds):
         order = in_turn(arms, round_number)
         for concurrency, shape in shapes.items():
             work = workload_of(shape, args.seed, round_number, concurrency)
             for arm in order:
-                measures, wall_s = level(arm, work, concurrency)
+                with turns.alone(arm, arms, args.idle):
+                    measures, wall_s = level(arm, work, concurrency)
                 found[arm.name][str(concurrency)].append(measures)
                 said = f"round {round_number + 1}, concurrency {concurrency}, {arm.name}: {wall_s:.1f} s"
                 print(said, file=sys.stderr, flush=True)
@@ -253,6 +256,7 @@ def main() -> None:
         "seed": args.seed,
         "kv_tokens": args.kv_tokens,
         "flags": args.flags,
+        "idle": args.idle,
         "workload": {str(n): asdict(shape) for n, shape in shapes.items()},
         "baseline": next(iter(found)),
         "gpus": {arm.name: arm.gpus for arm in [*started, *args.running]},

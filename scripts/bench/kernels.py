@@ -9,6 +9,7 @@ time of a call is the median over replays, divided by the number of sets.  Arms 
 fused kernel: their share is that of the work, and can be compared.
 
 SGLang's own SiLU kernel is compiled by nvcc at first use; it takes part with --jit, sgl_kernel's always.
+With --invariant it times FP8 GEMMs instead, by linear: the one of deterministic inference, and those that are tuned.
 --around: what is between qkv_proj and attention instead (bench/around.py), whose kernels nvcc compiles too.
 Prints a table; the last line of stdout is JSON.
 """
@@ -27,8 +28,9 @@ import torch
 import triton
 
 from mixquant_sglang.kernels.limits import MANY_ROWS
-from mixquant_sglang.kernels.triton import activations
+from mixquant_sglang.kernels.triton import activations, invariant
 from mixquant_sglang.kernels.triton.few_rows import linear_rows_
+from mixquant_sglang.kernels.tuning import fp8_gemm
 from scripts.bench.around import around
 from scripts.bench.servers import machine
 
@@ -218,6 +220,32 @@ def protected_rows(counts: list[int], working_set: int, replays: int) -> list[di
     return found
 
 
+def invariant_gemm(counts: list[int], working_set: int, replays: int) -> list[dict[str, Any]]:
+    """Microseconds of a layer's FP8 linears by the GEMM of deterministic inference, and by each that is chosen from
+    without it, of which the table has the fastest of each linear."""
+    gemms = {"invariant": invariant.scaled_mm, **fp8_gemm.CANDIDATES}
+    found = []
+    print(f"{'rows':>6}{'invariant':>11}{'TFLOP/s':>9}{'tuned':>9}{'TFLOP/s':>9}   us by linear: invariant (tuned)")
+    for m in counts:
+
+        def make(n: int, k: int, name: str, m: int = m) -> Call:
+            (xq, sx), (wq, sw) = per_token_fp8(randn(m, k)), per_token_fp8(randn(n, k))
+            return lambda: gemms[name](xq, wq, sx, sw[:, 0], None)
+
+        us = {
+            name: [microseconds(Arm(name, n, k, 1, partial(make, n, k, name)), working_set, replays) for n, k in LAYER]
+            for name in gemms
+        }
+        tuned = [min(times) for times in zip(*(us[name] for name in fp8_gemm.CANDIDATES), strict=True)]
+        flop = 2 * m * sum(n * k for n, k in LAYER)
+        ours, best = sum(us["invariant"]), sum(tuned)
+        totals = f"{ours:>11.1f}{flop / ours / 1e6:>9.0f}{best:>9.1f}{flop / best / 1e6:>9.0f}"
+        each = "  ".join(f"{a:.1f} ({b:.1f})" for a, b in zip(us["invariant"], tuned, strict=True))
+        print(f"{m:>6}{totals}   {each}", flush=True)
+        found.append({"rows": m, "us": us})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=[512, 2048, 8192])
@@ -231,11 +259,19 @@ def main() -> None:
     )
     parser.add_argument("--protected", nargs="+", type=int, help="numbers of protected rows: their BF16 linears alone")
     parser.add_argument("--around", action="store_true", help="norms of heads, RoPE and the write of the cache alone")
+    parser.add_argument("--invariant", action="store_true", help="the FP8 GEMM of deterministic inference alone")
     args = parser.parse_args()
     if args.around:
         torch.manual_seed(0)
         found = around(args.rows, partial(_of_bytes, args.working_set, args.replays))
         print(json.dumps({**machine(), "triton": triton.__version__, "around": found}))
+        return
+    if args.invariant:
+        import sgl_kernel
+
+        torch.manual_seed(0)
+        gemms = invariant_gemm(args.rows, args.working_set, args.replays)
+        print(json.dumps({**machine(), "triton": triton.__version__, "invariant": gemms}))
         return
     if args.protected:
         torch.manual_seed(0)

@@ -4,7 +4,8 @@
 Every arm is a real SGLang server; all of them are up at once (with a bounded KV pool; but see --one-by-one) and each
 round takes them in another order, so that a slow moment of the machine hits every arm.  Before each prompt the GPU
 rests: an arm's place in the order was worth up to 5% without.  Prompts are random token ids, new for every request, so
-that nothing is cached.  Medians over the rounds:
+that nothing is cached.  While a server is asked the others are stopped, since idle ones spin on the CPU (--idle).
+Medians over the rounds:
 
     prefill  client: seconds until the first token of a prompt of L tokens, batch 1, HTTP included; L@P: of L new tokens
              behind P that a request just before left in the cache
@@ -24,7 +25,9 @@ import json
 import random
 import statistics
 import time
+from contextlib import AbstractContextManager
 
+from scripts.bench import turns
 from scripts.bench.servers import Arm, add_arguments, in_turn, machine, prepare, serving
 
 
@@ -34,6 +37,9 @@ def measure(arms: list[Arm], args: argparse.Namespace) -> dict[str, dict[str, fl
     times: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in arms}
 
     begun: set[int] = set()
+
+    def alone(arm: Arm) -> AbstractContextManager[None]:
+        return turns.alone(arm, arms, args.idle)
 
     def prompt(length: int) -> list[int]:
         """Its first token is no other prompt's, or the cache might hold one of few tokens."""
@@ -51,14 +57,15 @@ def measure(arms: list[Arm], args: argparse.Namespace) -> dict[str, dict[str, fl
             for arm in order:
                 for prefix in args.prefixes:
                     cached = prompt(prefix) if prefix else []
-                    if cached:
-                        arm.generate([cached], 1)
-                    time.sleep(args.rest)
-                    mark = arm.mark()
-                    spent, (meta,) = arm.generate([cached + prompt(length)], 1)
-                    if meta["cached_tokens"] != prefix:
-                        raise SystemExit(f"{arm.name} had {meta['cached_tokens']} of {prefix} tokens in its cache")
-                    passes = arm.pass_seconds(mark, length)
+                    with alone(arm):
+                        if cached:
+                            arm.generate([cached], 1)
+                        time.sleep(args.rest)
+                        mark = arm.mark()
+                        spent, (meta,) = arm.generate([cached + prompt(length)], 1)
+                        if meta["cached_tokens"] != prefix:
+                            raise SystemExit(f"{arm.name} had {meta['cached_tokens']} of {prefix} tokens in its cache")
+                        passes = arm.pass_seconds(mark, length)
                     if round_number:
                         behind = f"@{prefix}" if prefix else ""
                         times[arm.name].setdefault(f"prefill_{length}{behind}", []).append(spent)
@@ -66,8 +73,9 @@ def measure(arms: list[Arm], args: argparse.Namespace) -> dict[str, dict[str, fl
         for batch in args.batches if round_number <= (args.decode_rounds or args.rounds) else ():
             prompts = [prompt(args.decode_context) for _ in range(batch)]
             for arm in order:
-                arm.generate(prompts, 1)
-                few, many = arm.generate(prompts, 8)[0], arm.generate(prompts, 136)[0]
+                with alone(arm):
+                    arm.generate(prompts, 1)
+                    few, many = arm.generate(prompts, 8)[0], arm.generate(prompts, 136)[0]
                 if round_number:
                     key = f"decode_b{batch}_{args.decode_context}"
                     times[arm.name].setdefault(key, []).append((many - few) / 128)
@@ -110,7 +118,8 @@ def main() -> None:
     for name, found in results.items():
         cells = (f"{found[c]:9.2f} ({first[c] / found[c]:.3f}x)" for c in columns)
         print(f"{name:<18}" + "".join(f"{cell:>18}" for cell in cells))
-    how = {"rounds": args.rounds, "one_by_one": args.one_by_one, "baseline": args.arms[0]}
+    print(f"servers that were not asked: {'none' if args.one_by_one else args.idle}")
+    how = {"rounds": args.rounds, "one_by_one": args.one_by_one, "idle": args.idle, "baseline": args.arms[0]}
     print(json.dumps({**machine(), **how, "ms": results}))
 
 

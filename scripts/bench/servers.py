@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from scripts.bench import passes
+from scripts.bench import passes, turns
 from scripts.serve.processes import free_port
 
 HERE = Path(__file__).resolve().parent
@@ -87,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, rounds: int, kv_tokens: in
     parser.add_argument(
         "--start-limit", type=float, default=400, help="seconds a server may take (default: %(default)s)"
     )
+    turns.add_argument(parser)
     parser.add_argument("flags", nargs="*", help="after --: more flags for every server")
 
 
@@ -151,6 +152,8 @@ class Arm:
             command += ["--quantization", "mixquant", "--mixquant-recipe", recipe]
         env = {**os.environ, "PYTHONWARNINGS": "ignore", "SGLANG_PLUGINS": ",".join(plugins) or "none"}
         env.pop("MIXQUANT_RECIPE", None)
+        patience, more = turns.patience(args.flags)
+        env |= more
         env.pop(passes.FILE_ENV, None)
         if plugin:
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(plugin), os.environ.get("PYTHONPATH")]))
@@ -161,7 +164,7 @@ class Arm:
         # Not started from the checkout: its package directory would hide the installed one.
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
-                [*command, *args.flags],
+                [*command, *patience, *args.flags],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=env,

@@ -3,9 +3,9 @@
 
 FILE is Mooncake's JSONL or Azure's 2023 CSV (see bench/traffic.py).  Requests are sent when they are due, whatever
 became of those before (open loop): at the file's times (--speed), or at so many a second (--rate, several in turn).
-Every arm is a real SGLang server with a bounded KV pool; all are up at once, but one at a time is at work.  Each replay
-starts with an empty cache; arms alternate; a round has other token ids.  What the client sees, HTTP included; medians
-over the rounds:
+Every arm is a real SGLang server with a bounded KV pool; all are up at once, but one at a time is at work, and the
+others are stopped meanwhile (--idle; not those of --url).  Each replay starts with an empty cache; arms alternate; a
+round has other token ids.  What the client sees, HTTP included; medians over the rounds:
 
     ttft     ms from the time that a request was due to its first token: p50, p95, p99 over the answered requests
     itl      ms between tokens, gap between streamed chunks / tokens of the chunk: p50, p95, p99 over all tokens
@@ -42,7 +42,7 @@ from typing import Any
 import aiohttp
 
 from mixquant_sglang.tools.progress import Bar
-from scripts.bench import distributions, running, traffic
+from scripts.bench import distributions, running, traffic, turns
 from scripts.bench.client import Refused, answer_of, send
 from scripts.bench.outcomes import Level, Outcome, Slo, medians, summarise, table
 from scripts.bench.running import Running
@@ -116,14 +116,16 @@ def measure(arms: list[Arm | Running], work: Traffic, args: argparse.Namespace) 
     first = Traffic(work.requests[:WARM_UP], work.block, work.of)
     prompts = Prompts(first, args.vocab, f"{args.seed} warm-up")
     for arm in arms:
-        replay(arm, first, [0.0] * len(first.requests), prompts, args, "warm-up")
+        with turns.alone(arm, arms, args.idle):
+            replay(arm, first, [0.0] * len(first.requests), prompts, args, "warm-up")
     for round_number in range(args.rounds):
         seed = f"{args.seed} round {round_number}"
         prompts = Prompts(work, args.vocab, seed)
         for rate, how in args.levels.items():
             due = traffic.due(work.requests, args.arrivals, seed, **how)
             for arm in in_turn(arms, round_number):
-                outcomes, wall_s = replay(arm, work, due, prompts, args, f"round {round_number + 1}, {rate}")
+                with turns.alone(arm, arms, args.idle):
+                    outcomes, wall_s = replay(arm, work, due, prompts, args, f"round {round_number + 1}, {rate}")
                 level = found[rate][arm.name]
                 level.rounds.append(summarise(outcomes, wall_s, args.slo, arm.gpus))
                 level.outcomes += outcomes
@@ -222,6 +224,7 @@ def facts_of(found: dict[str, dict[str, Level]], work: Traffic, args: argparse.N
         "seed": args.seed,
         "kv_tokens": args.kv_tokens,
         "flags": args.flags,
+        "idle": args.idle,
         "file": args.file.name,
         "workload": {
             "requests": len(some),

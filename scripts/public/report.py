@@ -102,7 +102,10 @@ def describe(server: dict[str, Any]) -> str:
     state = server.get("mixquant") or {}
     if state:
         kernels = state.get("kernel") or {}
-        phases = [f"{phase} {name} {kernels.get(name, '')}".strip() for phase, name in state["precision"].items()]
+        phases = []
+        for phase, words in state["precision"].items():  # nvfp4+fp8, where rules give layers another
+            each = (f"{name} {kernels.get(name, '')}".strip() for name in words.split("+"))
+            phases.append(f"{phase} {' + '.join(each)}")
         return f"mixquant {state['recipe']} ({', '.join(phases)})"
     if not server:
         return "unknown server"

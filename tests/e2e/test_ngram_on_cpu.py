@@ -80,7 +80,8 @@ def test_rows_are_counted_exactly(servers: dict[str, Server]) -> None:
     verified = sum(turn["meta_info"]["spec_verify_ct"] for turn in turns)
     # Of what a turn prefills, chunks of 128 rows and the rest, one row is the last of its prompt.
     rows = sum(turn["meta_info"]["prompt_tokens"] - turn["meta_info"]["cached_tokens"] for turn in turns)
-    assert counted == {"prefill": {"nvfp4": rows - 3, "bf16": 3}, "decode": {}, "verify": {"bf16": DRAFTED * verified}}
+    prefill = {"nvfp4+fp8": rows - 3, "bf16": 3}
+    assert counted == {"prefill": prefill, "decode": {}, "verify": {"bf16": DRAFTED * verified}}
     assert verified < 3 * (TOKENS - 1)  # some drafted token was right
     assert server.state()["passes"]["decode"] == 0
 

@@ -19,6 +19,7 @@ import pytest
 import requests
 from safetensors.torch import load_file, save_file
 
+from mixquant_sglang.recipe.modules import TIED
 from tests.support.server import ON_GPU, Server
 from tests.support.servers import CHUNK, LOW_RECIPE, Servers
 
@@ -407,15 +408,16 @@ def test_server_info(servers: Servers) -> None:
     state = servers.low.state()
     low = state["precision"]["prefill"]
     assert state["recipe"] == LOW_RECIPE and state["precision"] == {"prefill": low, "decode": "bf16"}
-    layers = {low: 32} if (LOW_RECIPE, low) != ("auto", "nvfp4") else {"nvfp4": 16, "fp8": 16}
+    layers = {low: 32} if (LOW_RECIPE, low) != ("auto", "nvfp4+fp8") else {"nvfp4": 16, "fp8": 16}
     assert state["layers"] == layers and state["kernel"].keys() == layers.keys()
     assert len(state["fingerprint"]) == 16 and servers.control.state()["fingerprint"] == "bf16"
-    assert state["experts"] == {} == state["stays_bf16"] and "unproven" not in state
+    assert state["experts"] == {} and "unproven" not in state
+    assert state["stays_bf16"] == {TIED: "model.embed_tokens"}
     assert 0.25 * 19.3e6 < state["extra_weight_bytes"] < 0.55 * 19.3e6
     control = servers.control.state()
     assert control["kernel"] == {} and control["extra_weight_bytes"] == control["protected_rows"] == 0
     assert control["precision"] == {"prefill": "bf16", "decode": "bf16"}
-    assert control["stays_bf16"].keys() == {"by the recipe"} and control["stays_bf16"]["by the recipe"].endswith(
+    assert control["stays_bf16"].keys() == {"by the recipe", TIED} and control["stays_bf16"]["by the recipe"].endswith(
         "28 more"
     )
     assert control["layers"] == {"bf16": 32} and control["tokens"]["prefill"].keys() == {"bf16"}

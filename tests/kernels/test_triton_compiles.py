@@ -25,6 +25,7 @@ from mixquant_sglang.kernels.triton import (  # noqa: E402
     expert_rows,
     few_rows,
     grouped,
+    invariant,
     launch,
     norm_rope,
     packed_rows,
@@ -126,6 +127,21 @@ def norm_rope_case(size: int, tile: norm_rope.Tile, norm: bool = True) -> Case:
     return norm_rope._norm_rope_write, types, constants, tile.warps
 
 
+def invariant_case(codes: str, *, scaled: bool, bias: bool, whole: bool) -> Case:
+    types = {
+        **dict.fromkeys(("x_ptr", "weight_ptr"), f"*{codes}"),
+        "out_ptr": "*bf16",
+        "x_scale_ptr": "*fp32" if scaled else None,
+        "scale_ptr": "*fp32",
+        "bias_ptr": "*bf16" if bias else None,
+        **dict.fromkeys(("rows", "N", "K", "scale_stride", "out_stride"), "i32"),
+    }
+    depth = invariant.DEPTH[torch.bfloat16 if codes == "bf16" else torch.float8_e4m3fn]
+    constants: dict[str, Any] = dict(zip(("BM", "BN"), invariant.TILE, strict=True))
+    constants |= {"BK": depth, "GROUP": 8, "WHOLE": whole} | {name: None for name, kind in types.items() if not kind}
+    return invariant._scaled_matmul, {name: kind for name, kind in types.items() if kind}, constants, invariant.WARPS
+
+
 def packed_rows_case(fp4: bool, tiles: packed_tiles.Tiles, rows: int, placed: bool = False) -> Case:
     types = {
         **dict.fromkeys(("out_ptr", "rest_ptr"), "*bf16"),
@@ -205,6 +221,9 @@ CASES: dict[str, Case] = {
     "grouped_gelu_fp8": grouped_case("fp8e4nv", "fp8e4nv", "gelu", tma=False),
     "grouped_widened_fp8": grouped_case("bf16", "fp8e4nv", "swiglu_oai", tma=False, bias=True),
     "grouped_bf16": grouped_case("bf16", "bf16", "silu", tma=False),
+    "invariant_fp8": invariant_case("fp8e4nv", scaled=True, bias=False, whole=True),
+    "invariant_bias_fp8": invariant_case("fp8e4nv", scaled=True, bias=True, whole=False),
+    "invariant_bf16": invariant_case("bf16", scaled=False, bias=False, whole=False),
     "expert_rows_up": expert_rows_case("_up", "silu"),
     "expert_rows_up_interleaved": expert_rows_case("_up", "swiglu_oai", interleaved=True),
     "expert_rows_down": expert_rows_case("_down"),

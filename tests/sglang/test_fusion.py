@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -173,6 +174,36 @@ def test_what_is_not_fused() -> None:
     layer.mlp.down_proj.quant_method.precision = dict.fromkeys(Role, "bf16")
     assert fuse(layer) == Counter(RMSNorm=2)
     assert not fuse(torch.nn.Sequential(block("nvfp4-emulated", "cpu").mlp.gate_up_proj))
+
+
+def test_what_is_not_fused_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    from mixquant_sglang.host import report
+    from mixquant_sglang.layers.fused import fuse
+
+    def layer() -> Any:
+        made = block("nvfp4-emulated", "cpu")
+        made.self_attn.attn = RadixAttention(1, 64, 1.0, 1, 0)
+        made.self_attn.q_norm = rmsnorm("cpu")
+        return made
+
+    special, unknown, partly = layer(), torch.nn.Module(), layer()
+    special.input_layernorm.cast_x_before_out_mul = True
+    for name, part in layer().named_children():
+        unknown.add_module(name, part)
+    partly.mlp.gate_up_proj.quant_method.precision = dict.fromkeys(Role, "bf16")
+    model = torch.nn.Module()
+    model.layers, model.norm = torch.nn.ModuleList([layer(), special, unknown, partly]), rmsnorm("cpu")
+    assert fuse(model)["RMSNorm"] == 4
+    with caplog.at_level(logging.INFO):
+        report.log_unfused(model)
+    assert [record.message for record in caplog.records] == [
+        "mixquant: not fused (no kernel follows the numbers of this RMSNorm): layers.1.input_layernorm",
+        "mixquant: not fused (no row of layers/families.py lets it in Module): layers.2.input_layernorm, "
+        "layers.2.post_attention_layernorm",
+        "mixquant: not fused (no linear of low precision reads its result alone): layers.3.post_attention_layernorm",
+    ]
 
 
 @ON_CPU

@@ -13,6 +13,7 @@ from sglang.srt import server_args as sglang_args
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host import compact, refusals, refused
+from mixquant_sglang.kernels.environment import Environment
 from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.versions import environment, machine
 from mixquant_sglang.versions.dialect import dialect
@@ -32,6 +33,12 @@ REFUSED_VALUES: dict[str, Any] = {
 }
 GATHERED_VALUES: dict[str, Any] = {
     "cuda_graph_config": {"prefill": {"backend": "breakable"}},
+    "speculative_algorithm": "NGRAM",
+}
+
+DETERMINISTIC_VALUES: dict[str, Any] = {
+    "device": "cpu",
+    "disable_radix_cache": False,
     "speculative_algorithm": "NGRAM",
 }
 
@@ -75,6 +82,11 @@ def test_each_is_refused_with_reason_and_way_out(refusal: refused.Refusal, monke
         setattr(bad, field, GATHERED_VALUES.get(field, 2))
         refusals.check_server_args(bad)
         bad.enable_dp_attention = True
+    if refusal.deterministic:
+        setattr(bad, field, DETERMINISTIC_VALUES.get(field, 2))
+        monkeypatch.setattr(dialect(), "tree_ignores_keys", lambda: False)
+        refusals.check_server_args(bad)
+        bad.enable_deterministic_inference = True
     with pytest.raises(MixQuantError) as error:
         refusals.check_server_args(bad)
     assert f"does not go with {refusal.flag}: {refusal.why}; {refusal.instead}" in str(error.value)
@@ -183,19 +195,67 @@ def test_what_sglang_turned_on_by_itself_is_refused(tiny_model: Path, monkeypatc
 
         handle_deterministic_inference(args)
         assert not args.enable_deterministic_inference
-    with pytest.raises(MixQuantError, match="--rl-on-policy-target, which turns it on"):
+    with pytest.raises(MixQuantError, match=r"a radix cache with .*--rl-on-policy-target, which turns it on"):
         refusals.check_server_args(args)
+    args.disable_radix_cache = True
+    refusals.check_server_args(args)
 
 
-def test_deterministic_inference_goes_with_a_recipe_that_is_bf16_throughout(tmp_path: Path) -> None:
+def test_deterministic_inference_goes_without_a_radix_cache(tmp_path: Path) -> None:
+    """And with one, where the recipe is BF16 throughout."""
     args = plain()
-    args.enable_deterministic_inference = True
+    args.enable_deterministic_inference, args.disable_radix_cache = True, False
     refusals.check_server_args(args, recipe.load("bf16"))
     rules = "layers:\n  - {match: '*down_proj', prefill: fp8}\n"
     (tmp_path / "some.yaml").write_text(f"version: 1\nprefill: {{precision: bf16}}\n{rules}")
     for low in (None, recipe.load("auto"), recipe.load("fp8"), recipe.load(str(tmp_path / "some.yaml"))):
-        with pytest.raises(MixQuantError, match=r"--enable-deterministic-inference: .*; use recipe bf16, or leave out"):
+        args.disable_radix_cache = False
+        with pytest.raises(MixQuantError, match=r"a radix cache with .*; pass --disable-radix-cache; or use recipe"):
             refusals.check_server_args(args, low)
+        args.disable_radix_cache = True
+        refusals.check_server_args(args, low)
+
+
+def test_on_a_cpu_it_is_sglangs_alone(tiny_model: Path) -> None:
+    """Which has no products for it there, and no attention back end either."""
+    for device in ("cpu", "cpu:0"):
+        args = unresolved(
+            model_path=str(tiny_model), device=device, enable_deterministic_inference=True, disable_radix_cache=True
+        )
+        with pytest.raises(MixQuantError, match="--device cpu with deterministic inference: SGLang's own products"):
+            refusals.check_server_args(args)
+        refusals.check_server_args(args, recipe.load("bf16"))
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "said"),
+    [
+        ("fp8", (9, 0), ""),
+        ("nvfp4", (9, 0), ""),
+        ("auto", (8, 0), ""),
+        ("fp8", (10, 0), ""),
+        ("nvfp4-emulated", (12, 0), ""),
+        ("bf16", (10, 0), ""),
+        ("nvfp4-everywhere", (9, 0), ""),
+        ("auto", (10, 0), "recipe auto comes to native nvfp4 here, .*; use recipe fp8"),
+        ("nvfp4-fp8", (12, 0), "comes to native nvfp4 here"),
+        ("fp8-attention", (9, 0), "has attention in fp8, "),
+        ("fp8-compact", (9, 0), "decodes in w8a16, "),
+    ],
+)
+def test_recipes_with_deterministic_inference(
+    name: str, device: tuple[int, int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe.load(name)
+    selection = select(asked, Device("a GPU", device))
+    monkeypatch.delenv(machine.DETERMINISTIC_ENV, raising=False)
+    refusals.check_recipe(asked, selection)
+    monkeypatch.setenv(machine.DETERMINISTIC_ENV, "1")
+    if not said:
+        refusals.check_recipe(asked, selection)
+        return
+    with pytest.raises(MixQuantError, match=f"{said}.*--enable-deterministic-inference"):
+        refusals.check_recipe(asked, selection)
 
 
 def test_as_given_counts_too() -> None:
@@ -255,7 +315,12 @@ def test_nothing_is_fused_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, 
 
     called: list[object] = []
     schedule = SimpleNamespace(split=True, prunes=False, local=False)
-    run = SimpleNamespace(schedule=schedule, recipe=SimpleNamespace(fuse=True))
+    run = SimpleNamespace(
+        schedule=schedule,
+        recipe=SimpleNamespace(fuse=True),
+        environment=Environment(),
+        selection=SimpleNamespace(kernels={}),
+    )
     made = lifecycle.LoadSteps(run, SimpleNamespace(ready=None))
     monkeypatch.setattr(lifecycle.fused, "fuse", lambda model: called.append(model) or Counter())
     monkeypatch.setattr(lifecycle.last_layer, "prune_last_layer", lambda model: True)

@@ -19,7 +19,7 @@ from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.passes import running
 from mixquant_sglang.recipe import LayerRule
 from mixquant_sglang.recipe.matching import RuleMatcher
-from mixquant_sglang.recipe.modules import A_GATE, NEVER, OUTSIDE
+from mixquant_sglang.recipe.modules import A_GATE, NEVER, OUTSIDE, TIED
 from mixquant_sglang.recipe.roles import Kind, Role, by_role
 from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.versions import batches, machine
@@ -245,6 +245,32 @@ def test_subclasses_of_fused_moe_are_in_the_report(monkeypatch: pytest.MonkeyPat
     assert run.state()["experts"] == {"bf16": 1}
 
 
+def test_a_tied_head_is_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Logits(report.LogitsProcessor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+    class Table(report.VocabParallelEmbedding):  # type: ignore[misc]
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+    class Head(report.ParallelLMHead):  # type: ignore[misc]
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+    def kept(**parts: torch.nn.Module) -> dict[str, list[str]]:
+        config, root = model(monkeypatch, "nvfp4", model__layers__0__fc="model.layers.0.fc")
+        root.get_submodule("model").add_module("embed_tokens", Table())
+        for name, part in parts.items():
+            root.add_module(name, part)
+        return finish(config, root).stays_bf16
+
+    assert kept(logits_processor=Logits()) == {TIED: ["model.embed_tokens"]}
+    assert kept(logits_processor=Logits(), lm_head=Head()) == {NEVER: ["lm_head"]}
+    assert kept() == {}  # it makes no logits
+    assert kept(logits_processor=Logits(), lm_head=report.PPMissingLayer()) == {}  # another stage does
+
+
 def test_a_config_built_after_load_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -272,7 +298,8 @@ def labels(asked: str, *layers: tuple[str, str], **changes: object) -> tuple[str
 
 
 def test_a_column_goes_by_what_its_layers_run() -> None:
-    assert labels("auto", ("nvfp4", "bf16"), ("fp8", "bf16")) == ("nvfp4", "bf16")
+    assert labels("auto", ("nvfp4", "bf16"), ("fp8", "bf16")) == ("nvfp4+fp8", "bf16")
+    assert labels("auto", ("nvfp4", "bf16"), ("bf16", "bf16")) == ("nvfp4", "bf16")
     assert labels("auto", ("fp8", "bf16"), ("bf16", "bf16")) == ("fp8", "bf16")
     assert labels("nvfp4", ("bf16", "bf16")) == ("bf16", "bf16") == labels("bf16")
     assert labels("bf16", ("nvfp4", "bf16"), ("fp8", "bf16")) == ("fp8+nvfp4", "bf16")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mixquant_sglang.recipe.modules import A_GATE, NEVER, OUTSIDE
+from mixquant_sglang.recipe.modules import A_GATE, NEVER, OUTSIDE, TIED
 
 PROMPTS = [37, 21]  # of one prefill pass; the last row of each is protected
 NOT_OFFERED = "SGLang gives it no quantization config"
@@ -82,7 +82,7 @@ PATCHES_OF_NINE = {"tokens": 4, "feature": [1, 36, 3 * 16 * 16], "patches": [6, 
 GEMMA4 = {"image": PATCHES_OF_NINE, "prefix": "language_model.layers.N.", "interpreted": True, "cpu_args": TRITON}
 
 DENSE = Expected(_attention(), _mlp())
-TIED = Expected(_attention(), _mlp(), reasons=())
+NO_HEAD = Expected(_attention(), _mlp(), reasons=(TIED,))
 EXPERTS = Expected(_attention(), experts=2)
 
 EXPECTED: dict[str, Expected] = {
@@ -96,8 +96,8 @@ EXPECTED: dict[str, Expected] = {
     "olmo2": DENSE,
     "olmo3": DENSE,
     "granite": DENSE,
-    "cohere": TIED,
-    "cohere2": TIED,
+    "cohere": NO_HEAD,
+    "cohere2": NO_HEAD,
     "glm4": DENSE,
     "stablelm": Expected({}, _mlp(), reasons=(NEVER, NOT_OFFERED)),
     "gemma3_text": DENSE,
@@ -241,7 +241,8 @@ def _problems_of_low(
 ) -> list[str]:
     state = auto["state"]
     steps, rows = len(auto["bits"]) - 1, sum(PROMPTS)
-    label = others if others in low or expected.experts else attention
+    of_others = [others] if others in low or expected.experts else []
+    label = "+".join(of_others + [name for name in (attention,) if name in low and name not in of_others])
     counted = {"bf16": len(PROMPTS), label: rows - len(PROMPTS)}
     layers = {precision: sum(linears.values()) for precision, linears in low.items()}
     ran = sum(layers.values()) + expected.experts

@@ -30,7 +30,7 @@ class Arm:
 
 def arguments(vocab: int) -> argparse.Namespace:
     found = {"lengths": [1], "prefixes": [0], "batches": [2], "decode_context": 1, "rounds": 9, "decode_rounds": 2}
-    return argparse.Namespace(**found, rest=0, seed=0, vocab=vocab)
+    return argparse.Namespace(**found, rest=0, seed=0, idle="stopped", vocab=vocab)
 
 
 def test_a_prompt_of_one_token_is_not_in_the_cache() -> None:

@@ -207,3 +207,9 @@ def test_no_client_text_makes_the_name_of_another_fingerprint() -> None:
 def test_a_key_without_our_name_is_the_clients() -> None:
     for key in (None, "", "mine", "mixquant", "mixquant:bf1", "mixquant:bf16x", "mixquant:ABCDEF0123456789"):
         assert client_key(key) == key
+
+
+def test_the_bytes_that_are_looked_for_first_are_of_what_is_looked_for() -> None:
+    assert all(byte in part for byte, part in policy._CONCERNS)
+    ids = json.dumps({"input_ids": [*range(8192)], "sampling_params": {"temperature": 0, "max_new_tokens": 8}}).encode()
+    assert not any(byte in ids for byte, _ in policy._CONCERNS), "no body of token ids is searched for words"

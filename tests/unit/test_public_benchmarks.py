@@ -709,6 +709,18 @@ def test_syllable_words_are_different_words() -> None:
     assert len({*words}) == 20_000 and words[:5] == syllable_words(5) and Random(0).choice(words).isalpha()
 
 
+def test_a_table_names_every_precision_of_its_arm() -> None:
+    from scripts.public.report import describe
+
+    state = {
+        "recipe": "auto",
+        "precision": {"prefill": "nvfp4+fp8", "decode": "bf16"},
+        "kernel": {"nvfp4": "emulated", "fp8": "native"},
+    }
+    said = describe({"mixquant": state})
+    assert said == "mixquant auto (prefill nvfp4 emulated + fp8 native, decode bf16)"
+
+
 def test_a_server_that_goes_away_is_one_line(stub: Stub, tmp_path: Path) -> None:
     from scripts.public.server import Sampling, Server, Stop
 

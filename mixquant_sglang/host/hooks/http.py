@@ -64,16 +64,19 @@ class PolicyLayer:
         messages = [await receive()]
         while messages[-1]["type"] == "http.request" and messages[-1].get("more_body", False):
             messages.append(await receive())
-        body = b"".join(message.get("body", b"") for message in messages)
-        types = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"content-type"]
-        path = scope["path"].removeprefix(scope.get("root_path", ""))  # --fastapi-root-path
-        try:
-            asked = policy.body_asks_bf16(body, types[0] if types else "", path, launcher.asked_recipe())
-        except PolicyError as error:
-            await _refuse(send, str(error))
-            return
+        parts = [message.get("body", b"") for message in messages]
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        asked = False
+        if policy.concerns(body):
+            types = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"content-type"]
+            path = scope["path"].removeprefix(scope.get("root_path", ""))  # --fastapi-root-path
+            try:
+                asked = policy.body_asks_bf16(body, types[0] if types else "", path, launcher.asked_recipe())
+            except PolicyError as error:
+                await _refuse(send, str(error))
+                return
         again = _Again(messages, receive)
-        del messages, body  # SGLang has its own copy while it answers
+        del messages, parts, body  # SGLang has its own copy while it answers
         await self._answer(asked, scope, again, send)
 
     async def _answer(self, asked: bool, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:

@@ -17,7 +17,7 @@ from mixquant_sglang.errors import MixQuantError, refusing
 from mixquant_sglang.host import stock
 from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.hooks.registry import handler
-from mixquant_sglang.host.refusal import gathers
+from mixquant_sglang.host.refusal import deterministic, gathers
 from mixquant_sglang.host.refusals import check_server_args, refused_lines
 from mixquant_sglang.recipe import Recipe, fingerprint, pairs
 from mixquant_sglang.versions import machine
@@ -82,7 +82,7 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
     if dialect().resolution_finished(server_args):
         return original(server_args, *args, **kwargs)
     ours = server_args.quantization == machine.NAME
-    for name in (machine.ACTIVE_ENV, machine.DISAGGREGATION_ENV, machine.ASKED_ENV):
+    for name in (machine.ACTIVE_ENV, machine.DISAGGREGATION_ENV, machine.DETERMINISTIC_ENV, machine.ASKED_ENV):
         os.environ.pop(name, None)
     with _refusing():
         if asked.flags and not ours:
@@ -91,6 +91,7 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
             with _noting():
                 asked.recipe = recipe.load_requested()
             _check(server_args)
+            _tell_deterministic(server_args)
             for hook in registry.hooks_of():
                 if hook.process != "http":
                     registry.target_of(hook)
@@ -104,6 +105,7 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
         original(server_args, *args, **kwargs)
         if ours:
             _check(server_args)
+            _tell_deterministic(dialect().resolved(server_args))
             if asked.noted is None and (asked.command_line or HTTP_SERVER in sys.modules):
                 registry.set_hooks("http")  # imports SGLang's HTTP server, which comes next; sgl.Engine does without
             mode = str(dialect().resolved(server_args).disaggregation_mode)
@@ -122,6 +124,11 @@ def _noting() -> Iterator[None]:
         if asked.noted is None:
             raise
         asked.noted.append(str(error))
+
+
+def _tell_deterministic(args: Any) -> None:
+    if deterministic(args):
+        os.environ[machine.DETERMINISTIC_ENV] = "1"
 
 
 def _check(server_args: Any) -> None:

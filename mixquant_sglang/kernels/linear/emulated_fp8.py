@@ -4,7 +4,9 @@
 
 E4M3 values are exact in BF16, both scales are applied to the FP32 sum.  On the CPU the GEMM runs in FP32, which is the
 reference.  Rounding happens in the accumulation alone, hence equality with the native kernels up to accumulation order.
-Nothing here is faster than BF16: it is for accuracy work and for machines without a GPU.
+Nothing here is faster than BF16: it is for accuracy work and for machines without a GPU.  Where a row's bits must not
+depend on the number of rows, a GPU takes ``triton/invariant.py``: cuBLAS chooses by it, and what SGLang puts in its
+place for deterministic inference rounds before the scales (0.5.17).
 SGLang's Marlin FP8 leaves activations in BF16: ``docs/kernels.md``.
 """
 
@@ -34,6 +36,7 @@ class EmulatedFP8(PackedLinear):
     ) -> None:
         refuse_ready(self.precision, ready)
         self._packed = fp8.quantize(weight)
+        self._invariant = environment.invariant
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self._packed.data, self._packed.scales
@@ -42,6 +45,10 @@ class EmulatedFP8(PackedLinear):
         xq = fp8.quantize_activations(x)
         if x.is_cuda:  # E4M3 is exact in BF16, and tensor cores add in FP32
             codes, weight = xq.data.to(torch.bfloat16), self._packed.data.to(torch.bfloat16)
+            if self._invariant:
+                from mixquant_sglang.kernels.triton import invariant
+
+                return invariant.scaled_mm(codes, weight, xq.scales[:, None], self._packed.scales, bias)
             total = torch.mm(codes, weight.t(), out_dtype=torch.float32)
         else:
             total = xq.data.to(torch.float32) @ self._packed.data.to(torch.float32).t()

@@ -13,7 +13,8 @@ for each, into columns of one result.
 Refuses weights whose K is not a multiple of 16.
 
 Rounding happens in the accumulation alone, hence equality with the native kernels up to accumulation order.
-Nothing here is faster than BF16: it is for accuracy work and for machines without a GPU.
+Nothing here is faster than BF16: it is for accuracy work and for machines without a GPU.  Where a row's bits must not
+depend on the number of rows, a GPU takes ``triton/invariant.py``: cuBLAS chooses by it.
 SGLang's Marlin FP4 and FlashInfer's ``mm_bf16_fp4`` leave activations in BF16: ``docs/kernels.md``.
 """
 
@@ -43,6 +44,7 @@ class EmulatedNVFP4(PackedLinear):
         environment: Environment = NOTHING,
     ) -> None:
         self._scales = scales
+        self._invariant = environment.invariant
         self._parts = list(ready or [quantize_nvfp4(weight, scales=scales)])
         self._n = weight.shape[0]
         self._set_alphas()
@@ -66,6 +68,11 @@ class EmulatedNVFP4(PackedLinear):
                 from mixquant_sglang.kernels.triton.unpack import unscaled
 
                 wq = unscaled(part.packed, part.block_scales)
+                if self._invariant:
+                    from mixquant_sglang.kernels.triton import invariant
+
+                    invariant.scaled_mm(xq, wq, None, part.tensor_scale.reshape(1).expand(len(wq)), out=columns)
+                    continue
                 # cuBLAS applies alpha to its FP32 accumulator; beta = 0 means that the first argument is never read.
                 torch.addmm(columns, xq, wq.t(), beta=0, alpha=alpha, out=columns)
             else:

@@ -1,4 +1,5 @@
-"""FP8 on tensor cores (SM89 and newer), through the fastest GEMM of well-kept libraries (``tuning/fp8_gemm.py``).
+"""FP8 on tensor cores (SM89 and newer), through the fastest GEMM of well-kept libraries (``tuning/fp8_gemm.py``), or,
+where a row's bits must not depend on their number of rows, through one of ours (``triton/invariant.py``).
 
     y[m, n] = sx[m] * sw[n] * sum_k xq[m, k] wq[n, k],   xq, wq in E4M3
 
@@ -36,6 +37,7 @@ class NativeFP8(PackedLinear):
         packed = fp8.quantize(weight)
         self._weight = packed.data  # [N, K] row major, so its transpose is the column-major operand that CUTLASS wants
         self._scales = packed.scales
+        self._invariant = environment.invariant
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self._weight, self._scales
@@ -44,11 +46,16 @@ class NativeFP8(PackedLinear):
         codes, scales = operand
         if codes.shape[0] == 0:
             return codes.new_empty(0, self._weight.shape[0], dtype=torch.bfloat16)
+        if self._invariant:
+            from mixquant_sglang.kernels.triton import invariant
+
+            return invariant.scaled_mm(codes, self._weight, scales, self._scales, bias)
         return fp8_gemm.scaled_mm(codes, self._weight, scales, self._scales, bias)
 
     def columns(self, start: int, stop: int) -> NativeFP8:
         part = object.__new__(NativeFP8)
         part._weight, part._scales = self._weight[start:stop], self._scales[start:stop]
+        part._invariant = self._invariant
         return part
 
     def refresh(self, weight: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from mixquant_sglang.kernels.triton import (
     expert_rows,
     few_rows,
     grouped,
+    invariant,
     norm_rope,
     packed_rows,
     packed_tiles,
@@ -39,6 +40,7 @@ KERNELS: tuple[Any, ...] = (
     few_rows._linear_rows,
     grouped.grouped_matmul,
     norm_rope._norm_rope_write,  # the same: layers/norm_rope.py
+    invariant._scaled_matmul,
     packed_rows._packed_rows,
     row_kernels.quantize_rows,
     row_kernels.quantize_pairs,
