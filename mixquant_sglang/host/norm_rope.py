@@ -11,7 +11,7 @@ import torch
 from mixquant_sglang.host import refusals
 from mixquant_sglang.host.refusal import gathers
 from mixquant_sglang.host.runtime import Runtime
-from mixquant_sglang.layers.norm_rope import find, install, prepare
+from mixquant_sglang.layers.norm_rope import NormRope, find, install, prepare
 from mixquant_sglang.recipe import pairs
 from mixquant_sglang.recipe.text import some
 from mixquant_sglang.versions import batches
@@ -34,7 +34,7 @@ def prepare_norm_rope(run: Runtime, model_runner: Any, device: torch.device) -> 
         logger.info(_OWN + " (%s)", reason, some(names))
     if not attentions:
         return
-    found: Any
+    found: NormRope | str
     if gathers(args) or gathers(dialect().resolved(args)):
         found = "DP attention, whose passes have rows of no request"
     elif watching := refusals.watching(args):

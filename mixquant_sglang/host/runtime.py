@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mixquant_sglang import __version__
 from mixquant_sglang.kernels.environment import NOTHING, Environment
 from mixquant_sglang.layers.gathered_attention import Gathering
 from mixquant_sglang.layers.low_attention import LowAttention
-from mixquant_sglang.layers.norm_rope import NormRope
 from mixquant_sglang.passes.counters import PassCounters
 from mixquant_sglang.passes.graphs import Graphs
 from mixquant_sglang.passes.schedule import Schedule, ScheduledPass
@@ -29,6 +28,9 @@ from mixquant_sglang.versions.speculation import is_draft
 from mixquant_sglang.weights.arriving import Arriving
 from mixquant_sglang.weights.incoming import Known
 from mixquant_sglang.weights.refresh import Layer, Weights
+
+if TYPE_CHECKING:
+    from mixquant_sglang.layers.norm_rope import NormRope
 
 
 class Lifecycle(Protocol):

@@ -170,9 +170,7 @@ def test_a_block_gives_what_it_gave(name: str, kernel: list[int]) -> None:
 def test_only_blocks_that_were_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm_rope, "attends_plainly", lambda attention: True)
     monkeypatch.setattr(norm_rope, "norm_source", lambda norm: "norm")
-    monkeypatch.setattr(
-        norm_rope, "why_not_plain", lambda rope, size: "" if rope.rotary_dim == size else "it turns half"
-    )
+    monkeypatch.setattr(norm_rope, "why_not_plain", lambda rope, size: "half" * (rope.rotary_dim != size))
     model = torch.nn.Module()
     made = [block("qwen3.Qwen3Attention") for _ in range(7)]
     model.layers = torch.nn.ModuleList([*made, block("llama.LlamaAttention"), Attention()])
