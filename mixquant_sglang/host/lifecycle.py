@@ -12,9 +12,8 @@ import torch
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError, refusing
 from mixquant_sglang.host import deterministic, min_tokens, probe, refusals, report, tuning
+from mixquant_sglang.host.around_attention import install_around_attention, prepare_around_attention
 from mixquant_sglang.host.assignment import Assignment
-from mixquant_sglang.host.gathering import install_gathering, prepare_gathering
-from mixquant_sglang.host.low_attention import install_low_attention, prepare_low_attention
 from mixquant_sglang.host.ranks import check_same
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.host.shortage import explain
@@ -84,8 +83,7 @@ class LoadSteps:
         self._fuse(model_runner)
         tuning.tune_fp8(self._run, model_runner, linears, device)
         tuning.tune_experts(model_runner, experts, device)
-        prepare_gathering(self._run, model_runner, device)
-        prepare_low_attention(self._run, model_runner, device)
+        prepare_around_attention(self._run, model_runner, device)
         if packed and device.type == "cuda":
             rows = tuning.prefill_rows(model_runner)
             logger.info("mixquant: %s", warm_up(model, linears, experts, rows, device))
@@ -97,8 +95,7 @@ class LoadSteps:
         if self._adapted:
             with refusing():
                 self._check_wrapped(model_runner.model)
-        install_gathering(self._run, model_runner.attn_backend)
-        install_low_attention(self._run, model_runner.attn_backend)
+        install_around_attention(self._run, model_runner.attn_backend)
         if self._pruned is None or model_runner.model is not self._pruned:
             return
         reason = attention.prune_last_attention(model_runner.model, model_runner.attn_backend)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mixquant_sglang import __version__
 from mixquant_sglang.kernels.environment import NOTHING, Environment
@@ -28,6 +28,9 @@ from mixquant_sglang.versions.speculation import is_draft
 from mixquant_sglang.weights.arriving import Arriving
 from mixquant_sglang.weights.incoming import Known
 from mixquant_sglang.weights.refresh import Layer, Weights
+
+if TYPE_CHECKING:
+    from mixquant_sglang.layers.norm_rope import NormRope
 
 
 class Lifecycle(Protocol):
@@ -105,6 +108,7 @@ class Runtime:
         self.experts: Counter[str] = Counter()  # MoE layers by that of prompt rows
         self.gathering: Gathering | None = None  # of keys and values for prefill attention, where it pays
         self.low_attention: LowAttention | None = None  # where the recipe asks for it
+        self.norm_rope: NormRope | None = None  # one kernel between qkv_proj and attention, where it pays
         self.shortage: Callable[[], str] | None = None  # for a server that has too little memory, once it is loaded
         self.unproven: str | None = None  # why the probe could not run
         self.stays_bf16: dict[str, list[str]] = {}  # reason -> modules
@@ -187,6 +191,8 @@ class Runtime:
             state |= {"disaggregation": self.pair.mode}
         if self.gathering is not None:
             state["gathered_attention"] = self.gathering.state()
+        if self.norm_rope is not None:
+            state["norm_rope"] = self.norm_rope.state()
         if self.low_attention is not None:
             low = self.counters.low_attention_rows
             rows = {"fp8": low, "bf16": sum(self.counters.by_phase("prefill").values()) - low}

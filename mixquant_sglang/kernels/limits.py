@@ -19,6 +19,11 @@ GATHERED_PREFIXES = (2048, 4096, 8192, 16384, 32768)
 GATHERED_GAIN = 1.02
 GATHERED_BYTES = 512 * 2**20
 
+# Norm of heads, RoPE and the write of the cache in one kernel: rows of a pass of which it is timed at start; how many
+# times as long SGLang's own kernels take where it is used.
+NORM_ROPE_ROWS = (256, 512, 2048, 8192)
+NORM_ROPE_GAIN = 1.02
+
 # Prefill attention in FP8 (``kernels/attention.py``): new rows of a request from which it is used; keys in a segment,
 # at most; tokens at the start of a sequence that its mean and its scales come from; parts that are merged at once.
 FP8_ROWS = 1024

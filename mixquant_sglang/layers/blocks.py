@@ -50,6 +50,12 @@ def attention_of(layer: Any) -> Any:
     return getattr(layer, "self_attn", layer)
 
 
+def rope_of(attention: torch.nn.Module) -> str | None:
+    """``Family.rope`` of an attention block."""
+    name = _name(attention)
+    return next((family.rope for family in FAMILIES if family.attention == name), None)
+
+
 def takes_q_apart(attention: Any) -> bool:
     """Whether q may be a matrix of its own there: one kernel for norm and RoPE (Qwen3-MoE) reads qkv whole."""
     return is_attention(attention) and not getattr(attention, "use_fused_qk_norm_rope", False)

@@ -22,6 +22,10 @@ class Family:
     ``model``: logits come from ``logits_processor(norm(last layer))`` and nothing else, so of the last layer's rows
     those that nobody samples from may be left out.
 
+    ``rope``: what its attention does between that split and its attention layer, and nothing else: "rope" (rotary
+    embedding of q and k), "norm_rope" (q_norm and k_norm of each head before it), both with nothing but o_proj behind,
+    or "norm_rope_write" (``apply_qk_norm_rope``, which writes the cache too where SGLang's RoPE can).
+
     ``backbone``: where the model has ``layers`` and ``norm``.  ``blocks``: where a decoder layer has its MLP and
     experts.  ``by_rows``: such classes of theirs as give, for rows that are picked out, what they give for them among
     all; they run on the rows that are read.  The last layer of a family without them is as Llama's: its second norm
@@ -34,6 +38,7 @@ class Family:
     mlp: str | None = None
     attention: str | None = None
     model: str | None = None
+    rope: str | None = None
     norms: tuple[tuple[str, str], ...] = (_QKV, _GATE_UP)
     backbone: str = "model"
     blocks: tuple[str, ...] = ("mlp",)
@@ -48,6 +53,7 @@ _LLAMA = Family(
     decoder="sglang.srt.models.llama.LlamaDecoderLayer",
     mlp="sglang.srt.models.llama.LlamaMLP",
     attention="sglang.srt.models.llama.LlamaAttention",
+    rope="rope",
     model="sglang.srt.models.llama.LlamaForCausalLM",
 )
 
@@ -77,6 +83,7 @@ FAMILIES = (
         decoder="sglang.srt.models.qwen2.Qwen2DecoderLayer",
         mlp="sglang.srt.models.qwen2.Qwen2MLP",
         attention="sglang.srt.models.qwen2.Qwen2Attention",
+        rope="rope",
         model="sglang.srt.models.qwen2.Qwen2ForCausalLM",
     ),
     Family(
@@ -86,6 +93,7 @@ FAMILIES = (
         decoder="sglang.srt.models.qwen3.Qwen3DecoderLayer",
         mlp="sglang.srt.models.qwen2.Qwen2MLP",  # which Qwen3 takes from Qwen2
         attention="sglang.srt.models.qwen3.Qwen3Attention",
+        rope="norm_rope",
         model="sglang.srt.models.qwen3.Qwen3ForCausalLM",
     ),
     Family(
@@ -136,6 +144,7 @@ FAMILIES = (
         decoder="sglang.srt.models.qwen3_moe.Qwen3MoeDecoderLayer",
         mlp="sglang.srt.models.qwen2_moe.Qwen2MoeMLP",  # of dense layers; Qwen3MoeMLP is another name for it
         attention="sglang.srt.models.qwen3_moe.Qwen3MoeAttention",
+        rope="norm_rope_write",
         model="sglang.srt.models.qwen3_moe.Qwen3MoeForCausalLM",
         by_rows=("sglang.srt.models.qwen3_moe.Qwen3MoeSparseMoeBlock", "sglang.srt.models.qwen2_moe.Qwen2MoeMLP"),
     ),

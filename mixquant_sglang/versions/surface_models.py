@@ -52,6 +52,42 @@ BLOCKS: tuple[Row, ...] = (
     Row(f"{_MODELS}.qwen3_moe.Qwen3MoeAttention", ("use_fused_qk_norm_rope",), "layers/blocks.py"),
     *(
         Row(
+            f"{_MODELS}.{name}Attention",
+            ("num_heads", "num_kv_heads", "head_dim", "kv_size", "rotary_emb", "forward"),
+            "layers/norm_rope.py, versions/qk.py",
+        )
+        for name in ("llama.Llama", "qwen2.Qwen2", "qwen3.Qwen3", "qwen3_moe.Qwen3Moe")
+    ),
+    *(
+        Row(f"{_MODELS}.{name}Attention", ("q_norm", "k_norm", "alt_stream"), "layers/norm_rope.py, versions/qk.py")
+        for name in ("qwen3.Qwen3", "qwen3_moe.Qwen3Moe")
+    ),
+    Row(
+        f"{_MODELS}.qwen3_moe.Qwen3MoeAttention",
+        ("apply_qk_norm_rope", "compatible_with_fused_kv_buffer", "_used_fused_qk_norm_rope_last_call"),
+        "layers/norm_rope.py",
+    ),
+    Row("sglang.srt.layers.radix_attention.RadixAttention", ("k_scale", "v_scale"), "layers/norm_rope.py"),
+    Row(
+        "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding",
+        (
+            *("cos_sin_cache", "is_neox_style", "head_size", "rotary_dim", "use_fallback_kernel"),
+            *("forward_cuda", "_forward_method"),
+        ),
+        "versions/qk.py, layers/norm_rope.py",
+    ),
+    Row(
+        "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool",
+        ("dtype", "store_dtype", "kv_cache_layout"),
+        "versions/qk.py",
+    ),
+    Row("sglang.srt.mem_cache.memory_pool.MHATokenToKVPool", ("requires_physical_write_loc",), "versions/qk.py", NEW),
+    Row("sglang.srt.model_executor.forward_batch_info.ForwardBatch", ("out_cache_loc",), "layers/norm_rope.py"),
+    Row(
+        "sglang.kernels.ops.attention.rope.FusedSetKVBufferArg", ("k_buffer", "v_buffer", "cache_loc"), "versions/qk.py"
+    ),
+    *(
+        Row(
             f"{_MODELS}.{name}ForCausalLM",
             ("model", "capture_aux_hidden_states", "load_weights"),
             "layers/fused.py",

@@ -10,6 +10,7 @@ fused kernel: their share is that of the work, and can be compared.
 
 SGLang's own SiLU kernel is compiled by nvcc at first use; it takes part with --jit, sgl_kernel's always.
 With --invariant it times FP8 GEMMs instead, by linear: the one of deterministic inference, and those that are tuned.
+--around: what is between qkv_proj and attention instead (bench/around.py), whose kernels nvcc compiles too.
 Prints a table; the last line of stdout is JSON.
 """
 
@@ -30,6 +31,7 @@ from mixquant_sglang.kernels.limits import MANY_ROWS
 from mixquant_sglang.kernels.triton import activations, invariant
 from mixquant_sglang.kernels.triton.few_rows import linear_rows_
 from mixquant_sglang.kernels.tuning import fp8_gemm
+from scripts.bench.around import around
 from scripts.bench.servers import machine
 
 EPS = 1e-6
@@ -164,6 +166,10 @@ def microseconds(arm: Arm, working_set: int, replays: int) -> float:
     return statistics.median(times[3:])
 
 
+def _of_bytes(working_set: int, replays: int, moved: int, make: Callable[[], Call]) -> float:
+    return microseconds(Arm("", moved, 1, 1, make), working_set, replays)
+
+
 def copy_bandwidth(working_set: int, replays: int) -> float:
     """GB/s, read and written."""
     source = randn(1 << 29)
@@ -252,8 +258,14 @@ def main() -> None:
         "--working-set", type=int, default=256 << 20, help="bytes that the sets of an arm have at least"
     )
     parser.add_argument("--protected", nargs="+", type=int, help="numbers of protected rows: their BF16 linears alone")
+    parser.add_argument("--around", action="store_true", help="norms of heads, RoPE and the write of the cache alone")
     parser.add_argument("--invariant", action="store_true", help="the FP8 GEMM of deterministic inference alone")
     args = parser.parse_args()
+    if args.around:
+        torch.manual_seed(0)
+        found = around(args.rows, partial(_of_bytes, args.working_set, args.replays))
+        print(json.dumps({**machine(), "triton": triton.__version__, "around": found}))
+        return
     if args.invariant:
         import sgl_kernel
 

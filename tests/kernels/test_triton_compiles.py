@@ -27,6 +27,7 @@ from mixquant_sglang.kernels.triton import (  # noqa: E402
     grouped,
     invariant,
     launch,
+    norm_rope,
     packed_rows,
     packed_tiles,
     row_kernels,
@@ -114,6 +115,16 @@ def expert_rows_case(kernel: str, act: str = "", interleaved: bool = False) -> C
         constants |= {"ACT": act, "INTERLEAVED": interleaved, "BN": 32}
         return expert_rows._up, pointers | scalars, constants, 4
     return expert_rows._down, pointers, constants | {"BN": 64}, 4
+
+
+def norm_rope_case(size: int, tile: norm_rope.Tile, norm: bool = True) -> Case:
+    types = dict.fromkeys((f"{x}_ptr" for x in ("q", "out", "k", "v", "keys", "values")), "*bf16")
+    types |= dict.fromkeys(("q_weight_ptr", "k_weight_ptr"), "*bf16") if norm else {}
+    types |= {"cos_sin_ptr": "*fp32", "positions_ptr": "*i64", "slots_ptr": "*i64"}
+    types |= dict.fromkeys((f"{x}_stride" for x in ("q", "out", "k", "v", "keys", "values")), "i32") | {"eps": "fp32"}
+    constants: dict[str, Any] = {"QUERIES": 32, "KEYS": 8, "SIZE": size, "HEADS": tile.heads}
+    constants |= {} if norm else {"q_weight_ptr": None, "k_weight_ptr": None}
+    return norm_rope._norm_rope_write, types, constants, tile.warps
 
 
 def invariant_case(codes: str, *, scaled: bool, bias: bool, whole: bool) -> Case:
@@ -267,6 +278,12 @@ CASES: dict[str, Case] = {
     }.items()
 }
 CASES |= {
+    f"norm_rope_{size}_{i}": norm_rope_case(size, tile)
+    for size in (64, 128, 256)
+    for i, tile in enumerate(norm_rope.TILES)
+}
+CASES |= {"rope": norm_rope_case(128, norm_rope.TILES[1], norm=False)}
+CASES |= {
     f"packed_rows_{rows}_of_{'w4' if fp4 else 'w8'}{'_placed' if placed else ''}": packed_rows_case(
         fp4, packed_tiles.choose(n, 4096, rows, fp4), rows, placed
     )
@@ -324,7 +341,10 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
     assert f".target sm_{capability}" in ptx
     for instruction in FLUSHING:
         ptx = ptx.replace(instruction, "")
-    if "gelu" not in case and "merge" not in case:  # whose erf is libdevice's, and whose logarithm a polynomial
+    if "rope" in case:  # which has SGLang's fma, and a row of 128 in loads of 16 bytes
+        assert "fma.rn.f32" in ptx and ".ftz" not in ptx
+        assert case != "norm_rope_128_1" or ptx.count("ld.global.v4.b32") == 18
+    elif "gelu" not in case and "merge" not in case:  # whose erf is libdevice's, and whose logarithm a polynomial
         assert "fma." not in ptx and ".ftz" not in ptx and "div.full" not in ptx  # each would change the numbers
     if case.startswith("activations"):
         e2m1 = "nvfp4" in case and capability >= 100  # has the instruction, and needs the exact quotient

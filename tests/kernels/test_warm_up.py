@@ -178,5 +178,6 @@ def test_every_kernel_is_warmed_or_only_runs_at_load() -> None:
         *("_unpack_weights", "_scale", "_gather", "_scatter", "_search_scales", "_scaled_matmul"),
         *("grouped_matmul", "_up", "_down", "_combine"),
         *("_sample", "_quantize_cache", "_quantize_queries", "_merge"),
+        "_norm_rope_write",
     }
     assert all(hasattr(kernel, "device_caches") for kernel in warm_up.KERNELS)

@@ -28,6 +28,7 @@ NOT_SGLANG = {
     "a tensor's or module's of torch": (
         *("data", "dtype", "index_copy_", "index_select", "new_empty", "numel", "shape", "to", "view", "modules"),
         "named_parameters",
+        "split",
     ),
     "of a transformers config": ("architectures", "to_dict"),
     "Python's own": (

@@ -19,6 +19,7 @@ from mixquant_sglang.kernels.triton import (
     few_rows,
     grouped,
     invariant,
+    norm_rope,
     packed_rows,
     packed_tiles,
     row_kernels,
@@ -38,6 +39,7 @@ KERNELS: tuple[Any, ...] = (
     expert_rows._combine,
     few_rows._linear_rows,
     grouped.grouped_matmul,
+    norm_rope._norm_rope_write,  # the same: layers/norm_rope.py
     invariant._scaled_matmul,
     packed_rows._packed_rows,
     row_kernels.quantize_rows,
