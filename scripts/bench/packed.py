@@ -53,6 +53,7 @@ SWEEP = {
         *(Tiles(128, 128, 1, 3, 8), Tiles(128, 128, 2, 3, 8), Tiles(128, 128, 4, 3, 8)),
     ],
 }
+SWEEP[8] = SWEEP[16]
 SWEEP[32] = SWEEP[64]
 
 

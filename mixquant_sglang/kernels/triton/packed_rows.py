@@ -7,9 +7,11 @@ a block scale of E4M3), and tensor cores add in FP32. Scales are applied to the 
 of ``formats/`` up to the order of the sum, which depends on the weight's shape and the bucket of the number of rows. No
 row depends on another. Up to 128 rows the weights are read once: 1 or 0.5625 bytes each.
 
-Short and wide weights have too few tiles to fill a GPU, so programs may share a tile along K (``Tiles.split``): each
-writes its sum, and the last to arrive adds all of them, in order. ``locks`` count arrivals and are left at zero; no two
-launches that run at the same time may share them.
+There are two kernels, and ``packed_tiles.choose`` says which serves. The one of few rows (``packed_warps.py``) reads
+weights straight into registers and shares K among the warps of a program. The other, here, has them in flight through
+shared memory. Short and wide weights have too few of its tiles to fill a GPU, so programs may share a tile along K
+(``Tiles.split``): each writes its sum, and the last to arrive adds all of them, in order. ``locks`` count arrivals and
+are left at zero; no two launches that run at the same time may share them.
 
 SGLang's Marlin for FP8 and FP4 weights wants them in a layout of its own, a second copy: ``docs/kernels.md``.
 
@@ -26,9 +28,21 @@ import triton
 import triton.language as tl
 
 from mixquant_sglang.kernels.limits import BLOCK, MANY_ROWS
+from mixquant_sglang.kernels.triton.compiled import Compiled
 from mixquant_sglang.kernels.triton.grid import e4m3_value
 from mixquant_sglang.kernels.triton.launch import sm
-from mixquant_sglang.kernels.triton.packed_tiles import BUCKETS, LOCKS, PLACED, Tiles, choose, fitting, shared_memory
+from mixquant_sglang.kernels.triton.packed_tiles import (
+    BUCKETS,
+    LEAST,
+    LOCKS,
+    PLACED,
+    Tiles,
+    Warps,
+    choose,
+    fitting,
+    shared_memory,
+)
+from mixquant_sglang.kernels.triton.packed_warps import _packed_warps
 from mixquant_sglang.kernels.triton.widen import e2m1_to_bf16, e4m3_to_bf16
 
 
@@ -57,7 +71,7 @@ def linear_rows(
     out: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
     rest: torch.Tensor | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | Warps | None = None,
 ) -> torch.Tensor:
     """rows bfloat16 [R, K], bias bfloat16 [N] -> bfloat16 [R, N].
 
@@ -68,7 +82,6 @@ def linear_rows(
     m = len(rows)
     if out is None:
         out = torch.empty((m, n), dtype=torch.bfloat16, device=rows.device)
-    cut = n if rest is None else out.shape[1]
     _check(rows, weight, bias, out, index, rest)
     if m == 0 or n == 0:
         return out
@@ -76,40 +89,107 @@ def linear_rows(
     most = BUCKETS[-1] if index is None else PLACED
     bucket = next((bucket for bucket in BUCKETS if bucket >= min(m, most)), most)
     fp4 = weight.block_scales is not None
-    tiles = fitting(tiles or choose(n, k, bucket, fp4), n, k, m, bucket, fp4, shared_memory(rows.device))
-    over_n, over_m = triton.cdiv(n, tiles.n), triton.cdiv(m, bucket)
+    chosen = fitting(tiles or choose(n, k, bucket, fp4), n, k, m, bucket, fp4, shared_memory(rows.device))
+    if isinstance(chosen, Warps):
+        _by_warps(out, rest, index, rows, weight, bias, bucket, chosen)
+    else:
+        _by_tiles(out, rest, index, rows, weight, bias, bucket, chosen)
+    return out
+
+
+def _by_tiles(
+    out: torch.Tensor,
+    rest: torch.Tensor | None,
+    index: torch.Tensor | None,
+    rows: torch.Tensor,
+    weight: Packed,
+    bias: torch.Tensor | None,
+    bucket: int,
+    tiles: Tiles,
+) -> None:
+    (n, k), m = weight.shape, len(rows)
+    bucket = max(bucket, LEAST)
+    scales = weight.block_scales
     partial = None
     if tiles.split > 1:
         partial = torch.empty((tiles.split, m, n), dtype=torch.float32, device=rows.device)
-    _packed_rows[(over_m * over_n, tiles.split)](
-        out,
-        out if rest is None else rest,
-        index,
-        rows if weight.block_scales is None else rows.view(torch.int32),
-        weight.codes.view(torch.uint8),
-        weight.scale,
-        None if weight.block_scales is None else weight.block_scales.view(torch.uint8),
-        bias,
-        partial,
-        weight.locks,
-        m,
-        n,
-        k,
-        cut,
-        out.stride(0),
-        out.stride(0) if rest is None else rest.stride(0),
-        rows.stride(0) if weight.block_scales is None else rows.stride(0) // 2,
-        ROWS=bucket,
-        BLOCK_N=tiles.n,
-        BLOCK_K=tiles.k,
-        SPLIT=tiles.split,
-        WHOLE=n % tiles.n == 0,
-        SM=sm(rows.device),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        enable_fp_fusion=False,
+    if rest is None:
+        rest, cut = out, n
+    else:
+        cut = out.shape[1]
+    sizes = (n, k, cut, out.stride(0), rest.stride(0), rows.stride(0) if scales is None else rows.stride(0) // 2)
+    constants = (bucket, tiles.n, tiles.k, tiles.split, n % tiles.n == 0, sm(rows.device))
+    _tiled.launch(
+        _packed_rows,
+        (rows.device.index, scales is None, index is None, bias is None, *sizes, *constants, *tiles),
+        _pointers(out, rest, index, rows, weight, bias, partial),
+        (-(-m // bucket) * -(-n // tiles.n), tiles.split, 1),
+        (
+            *(out, rest, index, rows if scales is None else rows.view(torch.int32), weight.codes.view(torch.uint8)),
+            *(weight.scale, None if scales is None else scales.view(torch.uint8), bias, partial, weight.locks),
+            *(m, *sizes),
+        ),
+        constants,
+        {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": False},
     )
-    return out
+
+
+def _by_warps(
+    out: torch.Tensor,
+    rest: torch.Tensor | None,
+    index: torch.Tensor | None,
+    rows: torch.Tensor,
+    weight: Packed,
+    bias: torch.Tensor | None,
+    bucket: int,
+    tiles: Warps,
+) -> None:
+    (n, k), m = weight.shape, len(rows)
+    scales = weight.block_scales
+    if rest is None:
+        rest, cut = out, n
+    else:
+        cut = out.shape[1]
+    width = k if scales is None else k // 2  # bytes
+    unit = 2 if width % 16 else 4  # words that a weight row has some times
+    taken = 8 if bucket <= 8 else 16
+    whole = width % (64 * tiles.pieces * tiles.warps) == 0
+    sizes = (n, width // (4 * unit), cut, out.stride(0), rest.stride(0), rows.stride(0))
+    constants = (taken, tiles.n, tiles.pieces, tiles.warps, unit, n % tiles.n == 0, whole, sm(rows.device))
+    _warped.launch(
+        _packed_warps,
+        (rows.device.index, scales is None, index is None, bias is None, *sizes, *constants),
+        _pointers(out, rest, index, rows, weight, bias, None),
+        (-(-n // tiles.n), -(-m // taken), 1),
+        (
+            *(out, rest, index, rows if scales is None else rows.view(torch.int32), weight.codes.view(torch.int32)),
+            *(weight.scale, None if scales is None else scales.view(torch.uint8), bias),
+            *(m, *sizes),
+        ),
+        constants,
+        {"num_warps": tiles.warps, "num_stages": 1, "enable_fp_fusion": False},
+    )
+
+
+_tiled, _warped = Compiled(), Compiled()
+
+
+def _pointers(
+    out: torch.Tensor,
+    rest: torch.Tensor,
+    index: torch.Tensor | None,
+    rows: torch.Tensor,
+    weight: Packed,
+    bias: torch.Tensor | None,
+    partial: torch.Tensor | None,
+) -> int:
+    """ORed, as ``Compiled`` wants them."""
+    found = out.data_ptr() | rest.data_ptr() | rows.data_ptr() | weight.codes.data_ptr()
+    found |= weight.scale.data_ptr() | weight.locks.data_ptr()
+    for tensor in (index, weight.block_scales, bias, partial):
+        if tensor is not None:
+            found |= tensor.data_ptr()
+    return found
 
 
 def _check(
