@@ -53,7 +53,7 @@ class Choice(NamedTuple):
         return tiles._replace(split=split)
 
 
-# (NVFP4, bucket, wide) -> what serves.  ``scripts/bench_packed --sweep`` prints these lines.  Those of ``Tiles`` were
+# (NVFP4, bucket, wide) -> what serves.  Those of ``Tiles`` were
 # best, or nearly, for Qwen3-8B's weights on an H200. That up to 16 rows of FP8 and 8 of NVFP4 ``Warps`` are faster was
 # measured there with an earlier build of that kernel; their sizes are reckoned, from bytes in flight, and want a sweep.
 _FEW = Choice(Tiles(32, 256, 1, 4, 2), 384)
