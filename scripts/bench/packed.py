@@ -2,9 +2,13 @@
 """Linears of BF16 rows and packed weights (W8A16, W4A16) against torch's BF16 matmul and the limit of memory.
 
 For each weight [N, K] and number of rows M: microseconds of BF16; of reading the packed bytes at copy bandwidth; of
-the kernel with the tiles that serve (``kernels/triton/packed_rows.py``); with --sweep of the best tiles of a list; and
-of the other way, all weights unpacked to BF16 just in time for cuBLAS. Weights rotate over several times the L2 cache,
-and the calls are captured in one CUDA graph. First every kernel is compared with float64 on all codes.
+what serves (``kernels/triton/packed_rows.py``); and of the other way, all weights unpacked to BF16 just in time for
+cuBLAS. Weights rotate over several times the L2 cache, and the calls are captured in one CUDA graph. First every kernel
+is compared with float64 on all codes. The last rows are the sums of all weights.
+
+--sweep tries both kernels with lists of tiles (``packed_sweep.py``), and ends with the lines of
+``packed_tiles.CHOICES``: copy these. --marlin adds SGLang's Marlin, whose weights are a second copy in a layout of its
+own (``packed_marlin.py``).
 
 Prints a table; the last line of stdout is JSON.
 """
@@ -13,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -25,35 +31,13 @@ from mixquant_sglang.formats import fp8, nvfp4
 from mixquant_sglang.kernels.packing import quantize_nvfp4
 from mixquant_sglang.kernels.triton import packed_rows, packed_tiles
 from mixquant_sglang.kernels.triton.packed_rows import Packed
-from mixquant_sglang.kernels.triton.packed_tiles import Tiles
+from mixquant_sglang.kernels.triton.packed_tiles import Tiles, Warps
 from mixquant_sglang.kernels.triton.unpack import unscaled
+from scripts.bench import packed_marlin, packed_sweep
 
 SHAPES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))  # Qwen3-8B
 ROWS = (1, 8, 16, 32, 64, 128, 256)
 WORKING_SET = 512 << 20  # bytes that the weights of an arm have at least
-
-SWEEP = {
-    16: [
-        *(Tiles(16, 256, 1, 6, 4), Tiles(16, 512, 1, 4, 4), Tiles(16, 512, 2, 4, 2)),
-        *(Tiles(32, 128, 1, 6, 4), Tiles(32, 256, 1, 4, 4), Tiles(32, 256, 2, 4, 4), Tiles(32, 512, 1, 4, 4)),
-        *(Tiles(32, 256, 1, 5, 2), Tiles(32, 256, 2, 4, 2), Tiles(32, 256, 4, 4, 2), Tiles(32, 512, 2, 3, 2)),
-        *(Tiles(64, 128, 1, 5, 4), Tiles(64, 128, 2, 5, 4), Tiles(64, 128, 4, 5, 4), Tiles(64, 128, 8, 5, 4)),
-        *(Tiles(64, 256, 1, 4, 4), Tiles(64, 256, 2, 4, 4), Tiles(64, 256, 4, 4, 4)),
-        *(Tiles(128, 128, 1, 4, 8), Tiles(128, 128, 2, 4, 8), Tiles(128, 128, 4, 4, 8)),
-    ],
-    64: [
-        *(Tiles(32, 128, 1, 5, 4), Tiles(32, 256, 1, 3, 4), Tiles(32, 256, 2, 3, 2), Tiles(32, 128, 2, 5, 2)),
-        *(Tiles(64, 64, 1, 6, 4), Tiles(64, 128, 1, 4, 4), Tiles(64, 128, 2, 4, 4), Tiles(64, 128, 4, 4, 4)),
-        *(Tiles(64, 256, 1, 3, 4), Tiles(64, 256, 2, 3, 4), Tiles(128, 64, 2, 5, 8)),
-        *(Tiles(128, 128, 1, 3, 8), Tiles(128, 128, 2, 3, 8), Tiles(128, 128, 4, 3, 8), Tiles(128, 128, 8, 3, 8)),
-    ],
-    128: [
-        *(Tiles(64, 64, 1, 5, 4), Tiles(64, 64, 2, 5, 4), Tiles(64, 128, 1, 3, 4), Tiles(64, 128, 2, 3, 4)),
-        *(Tiles(128, 64, 1, 4, 8), Tiles(128, 64, 2, 4, 8), Tiles(128, 64, 4, 4, 8), Tiles(128, 64, 1, 4, 4)),
-        *(Tiles(128, 128, 1, 3, 8), Tiles(128, 128, 2, 3, 8), Tiles(128, 128, 4, 3, 8)),
-    ],
-}
-SWEEP[32] = SWEEP[64]
 
 
 def packed(fmt: str, weight: torch.Tensor) -> Packed:
@@ -83,6 +67,18 @@ def widened(x: torch.Tensor, weight: Packed) -> torch.Tensor:
     return torch.mm(x, wide.t(), out_dtype=torch.float32).mul_(weight.scale).to(torch.bfloat16)
 
 
+def allowed(x: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product in float64, and what FP32 sums and one rounding may be off."""
+    want = x.double() @ values.t()
+    return want, want.abs() * 2**-8 + 2**-20 * (x.double().abs() @ values.t().abs())
+
+
+def errors(out: torch.Tensor, want: torch.Tensor, may: torch.Tensor) -> float:
+    """The largest, in units of ``may``; infinite where a number is none."""
+    off = (out.double() - want).abs() / may.clamp(min=1e-30)
+    return float(torch.where(off.isnan(), math.inf, off).max())
+
+
 def check() -> float:
     """Compares all codes with float64; the largest error in units of what FP32 sums and one rounding may be off."""
     codes = torch.arange(256, device="cuda").to(torch.uint8)
@@ -98,17 +94,17 @@ def check() -> float:
             for m in (1, 5, 16, 17, 64, 100, 128, 300):
                 x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
                 values = exact(weight)
-                want = x.double() @ values.t()
-                may = want.abs() * 2**-8 + 2**-20 * (x.double().abs() @ values.t().abs())
-                for tiles in (None, Tiles(32, 256, 2, 3, 2), Tiles(64, 128, 4, 4, 4)):
+                want, may = allowed(x, values)
+                for tiles in (None, Tiles(32, 256, 2, 3, 2), Tiles(64, 128, 4, 4, 4), Warps(16, 2, 8), Warps(32, 1, 4)):
                     for _ in range(3):
                         out = packed_rows.linear_rows(x, weight, tiles=tiles)
-                        off = float(((out.double() - want).abs() / may.clamp(min=1e-30)).max())
+                        off = errors(out, want, may)
                         if not off <= 1:
                             raise SystemExit(f"{fmt} [{n}, {k}], {m} rows, {tiles}: {off:.3g} times what it may be off")
                         worst = max(worst, off)
                     alone = packed_rows.linear_rows(x[:1].contiguous(), weight, tiles=tiles)
-                    if m <= 16 and not torch.equal(alone, out[:1]):
+                    bucket = packed_sweep.bucket_of(m)
+                    if bucket == packed_sweep.bucket_of(1) and not torch.equal(alone, out[:1]):
                         raise SystemExit(f"{fmt} [{n}, {k}]: a row depends on the others among {m}")
                 if weight.locks.any():
                     raise SystemExit(f"{fmt} [{n}, {k}]: locks are left")
@@ -146,11 +142,13 @@ def rotating(nbytes: int) -> int:
     return max(2, -(-WORKING_SET // nbytes))
 
 
-def ours(x: torch.Tensor, weights: list[Packed], tiles: Tiles | None, args: Any) -> float:
+def ours(x: torch.Tensor, weights: list[Packed], tiles: Tiles | Warps | None, args: Any) -> float:
     return microseconds([partial(packed_rows.linear_rows, x, w, tiles=tiles) for w in weights], args.replays)
 
 
-def measure(n: int, k: int, rows: tuple[int, ...], args: Any, gbs: float) -> Iterator[dict[str, Any]]:
+def measure(
+    n: int, k: int, rows: tuple[int, ...], args: Any, gbs: float, sweep: packed_sweep.Sweep
+) -> Iterator[dict[str, Any]]:
     base = [torch.randn(n, k, dtype=torch.bfloat16, device="cuda") for _ in range(rotating(2 * n * k))]
     bf16 = {}
     for m in rows:
@@ -160,6 +158,9 @@ def measure(n: int, k: int, rows: tuple[int, ...], args: Any, gbs: float) -> Ite
         first = packed(fmt, base[0])
         size = first.codes.nbytes + (0 if first.block_scales is None else first.block_scales.nbytes)
         weights = [packed(fmt, base[i % len(base)]) for i in range(rotating(size))]
+        marlin = packed_marlin.products(weights) if args.marlin else []
+        if marlin:
+            packed_marlin.check(marlin[0], exact(first), f"{fmt} [{n}, {k}]")
         for m in rows:
             x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
             floor = (size + 2 * m * (n + k)) / gbs / 1e3
@@ -174,40 +175,89 @@ def measure(n: int, k: int, rows: tuple[int, ...], args: Any, gbs: float) -> Ite
             }
             if m >= 32:
                 row["widened"] = microseconds([partial(widened, x, w) for w in weights], args.replays)
+            if args.marlin:
+                row["marlin"] = microseconds([partial(product, x) for product in marlin], args.replays)
             if args.sweep:
-                bucket = next((b for b in packed_tiles.BUCKETS if b >= m), packed_tiles.BUCKETS[-1])
-                tried: dict[Tiles, float] = {}
-                for tiles in SWEEP[bucket]:
-                    try:
-                        tried[tiles] = ours(x, weights, tiles, args)
-                    except triton.runtime.errors.OutOfResources:
-                        continue
+                tried = swept(x, weights, n, k, args)
+                sweep.note(fmt == "w4a16", m, n, k, tried)
                 best = sorted(tried, key=lambda tiles: tried[tiles])[:4]
-                row["best"] = {",".join(map(str, tiles)): round(tried[tiles], 2) for tiles in best}
+                row["best"] = {f"{type(tiles).__name__}{tuple(tiles)}": round(tried[tiles], 2) for tiles in best}
             yield row
+
+
+def swept(x: torch.Tensor, weights: list[Packed], n: int, k: int, args: Any) -> dict[Tiles | Warps, float]:
+    """Microseconds of everything that is tried. What does not fit the GPU is left out; a wrong number ends it all."""
+    want, may = allowed(x, exact(weights[0]))
+    found: dict[Tiles | Warps, float] = {}
+    for tiles in packed_sweep.launches(packed_sweep.bucket_of(len(x)), n, k):
+        try:
+            off = errors(packed_rows.linear_rows(x, weights[0], tiles=tiles), want, may)
+            if not off <= 1:
+                raise SystemExit(f"[{n}, {k}], {len(x)} rows, {tiles}: {off:.3g} times what it may be off")
+            found[tiles] = ours(x, weights, tiles, args)
+        except triton.runtime.errors.OutOfResources:
+            print(f"  [{n}, {k}], {len(x)} rows: {tiles} does not fit this GPU", flush=True)
+    return found
+
+
+def together(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines of all weights together, by format and rows."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in found:
+        groups.setdefault((row["format"], row["m"]), []).append(row)
+    for (fmt, m), rows in groups.items():
+        bf16, said = sum(row["bf16"] for row in rows), ""
+        for arm in ("ours", "marlin", "widened"):
+            if all(arm in row for row in rows):
+                us = sum(row[arm] for row in rows)
+                said += f"  {arm} {us:.1f} ({bf16 / us:.2f}x)"
+        yield f"{fmt} {m:>4} rows, {len(rows)} weights: bf16 {bf16:.1f}{said}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--formats", nargs="+", default=["w8a16", "w4a16"])
-    parser.add_argument("--sweep", action="store_true", help="time a list of tiles too")
+    parser.add_argument("--sweep", action="store_true", help="time lists of tiles too, and say which should serve")
+    parser.add_argument(
+        "--marlin", action="store_true", help="time SGLang's Marlin too, on a second copy of the weights"
+    )
     parser.add_argument("--replays", type=int, default=7)
     args = parser.parse_args()
+    if args.sweep:
+        begin = time.perf_counter()
+        launched = packed_sweep.compile_ahead(args.formats, args.rows, SHAPES)
+        print(f"compiled {launched} launches ahead in {time.perf_counter() - begin:.0f} s", flush=True)
     print(f"all codes and shapes agree with float64: at most {check():.2f} of what they may be off", flush=True)
     gbs = bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copies {gbs:.0f} GB/s; microseconds")
-    head = ("weight", 15), ("M", 5), ("bf16", 8), ("limit", 7), ("ours", 8), ("share", 7), ("x bf16", 8), ("widened", 9)
+    head = (
+        ("weight", 15),
+        ("M", 5),
+        ("bf16", 8),
+        ("limit", 7),
+        ("ours", 8),
+        ("share", 7),
+        ("x bf16", 8),
+        ("widened", 9),
+        ("marlin", 8),
+    )
     print(" " * 6 + "".join(f"{name:>{width}}" for name, width in head) + "  best tiles")
-    found = []
+    found, sweep = [], packed_sweep.Sweep()
     for n, k in SHAPES:
-        for row in measure(n, k, tuple(args.rows), args, gbs):
+        for row in measure(n, k, tuple(args.rows), args, gbs, sweep):
             found.append(row)
             best = "; ".join(f"{tiles}: {us:.1f}" for tiles, us in list(row.get("best", {}).items())[:2])
             limit, own, other = row["limit"], row["ours"], row.get("widened", 0.0)
             line = f"{row['format']:<6}{f'{k}->{n}':>15}{row['m']:>5}{row['bf16']:>8.1f}{limit:>7.1f}{own:>8.1f}"
-            line += f"{limit / own:>7.0%}{row['bf16'] / own:>8.2f}{other:>9.1f}  {best}"
+            line += f"{limit / own:>7.0%}{row['bf16'] / own:>8.2f}{other:>9.1f}{row.get('marlin', 0.0):>8.1f}  {best}"
             print(line, flush=True)
+    for line in together(found):
+        print(line)
+    if args.sweep:
+        print("CHOICES of packed_tiles.py:")
+    for line in sweep.lines():
+        print(line)
     print(json.dumps({"device": torch.cuda.get_device_name(), "copy_gbs": gbs, "arms": found}))
 
 

@@ -35,7 +35,10 @@ class Utils:
     def load_binary(self, *_):
         return 1, 2, 32, 0, 1024
 
+    looks = 0
+
     def get_device_properties(self, device):
+        Utils.looks += 1
         return {"max_shared_mem": 232448}
 
 
@@ -54,9 +57,10 @@ class Driver:
 
 driver.set_active(Driver())
 compiler.max_shared_mem = lambda device: 232448
-from mixquant_sglang.kernels.triton import activations, few_rows, launch
+from mixquant_sglang.kernels.triton import activations, few_rows, launch, packed_rows, packed_tiles
 
-launch.sm = lambda device: 90
+launch.sm = packed_rows.sm = lambda device: 90
+packed_rows.shared_memory = lambda device: packed_tiles.shared_memory(torch.device("cuda", 0))  # tensors lie elsewhere
 
 
 def bf16(*shape):
@@ -119,6 +123,28 @@ for fmt in ("fp8", "nvfp4", "qdq"):
         twice(lambda: activations.rmsnorm(x, weight, 1e-6, fmt, **keeping), [rows])
         twice(lambda: activations.rmsnorm(x, weight, 1e-6, fmt, residual=residual, **keeping), [rows])
         twice(lambda: activations.rmsnorm(x, weight, 1e-6, fmt, zero_centred=True, **keeping), [rows])
+
+# linears over packed weights, by either kernel; the driver, which is slow to say what a device is, is asked once
+tiled, warped = Asked(packed_rows, "_packed_rows"), Asked(packed_rows, "_packed_warps")
+locks, few_looks = torch.zeros(packed_tiles.LOCKS, dtype=torch.int32), Utils.looks
+for fp4, bias, cut, placed in ((False, None, 0, False), (False, bf16(96), 64, True), (True, None, 0, True)):
+    weight = packed_rows.Packed(torch.zeros(96, 64).to(torch.float8_e4m3fn), torch.ones(96), locks)
+    if fp4:
+        scales = torch.zeros(96, 8).to(torch.float8_e4m3fn)
+        weight = packed_rows.Packed(torch.zeros(96, 64, dtype=torch.uint8), torch.tensor(1.0), locks, scales)
+    for m, kernel in ((5, warped), (12, tiled if fp4 else warped), (30, tiled)):
+        x = bf16(m, weight.shape[1])
+        keeping = {}
+        if placed:
+            keeping = {"out": bf16(30, cut or 96), "index": torch.full((m,), -1)}
+            keeping["rest"] = bf16(30, 96 - cut) if cut else None
+        twice(lambda: packed_rows.linear_rows(x, weight, bias, **keeping), [kernel])
+        x = x[:-1]
+        if placed:
+            keeping["index"] = keeping["index"][:-1]
+        packed_rows.linear_rows(x, weight, bias, **keeping)
+        assert kernel.used == 0
+assert Utils.looks == few_looks + 1
 
 # another number of rows is of the same kind, an address between two multiples of 16 is not
 launches.clear()

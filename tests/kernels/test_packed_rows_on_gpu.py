@@ -49,7 +49,7 @@ def test_against_float64(fmt: str, n: int, k: int, m: int) -> None:
 
 
 @pytest.mark.parametrize("fmt", ["w8a16", "w4a16"])
-@pytest.mark.parametrize("m", [16, 64, 300])
+@pytest.mark.parametrize("m", [8, 16, 64, 300])
 def test_a_row_does_not_depend_on_the_others_nor_on_the_call(fmt: str, m: int) -> None:
     from mixquant_sglang.kernels.triton.packed_rows import linear_rows
 
@@ -63,7 +63,10 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_call(fmt: str, m: int) -
 
 
 @pytest.mark.parametrize("fmt", ["w8a16", "w4a16"])
-@pytest.mark.parametrize(("used", "slots"), [(0, 64), (1, 64), (16, 64), (40, 64), (1, 256), (100, 256), (256, 256)])
+@pytest.mark.parametrize(
+    ("used", "slots"),
+    [(1, 1), (0, 8), (3, 8), (16, 16), (0, 64), (1, 64), (16, 64), (40, 64), (1, 256), (100, 256), (256, 256)],
+)
 def test_in_a_graph_in_the_places_of_rows(fmt: str, used: int, slots: int) -> None:
     from mixquant_sglang.kernels.triton.packed_rows import linear_rows
 

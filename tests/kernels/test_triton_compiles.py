@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ from mixquant_sglang.kernels.triton import (  # noqa: E402
     norm_rope,
     packed_rows,
     packed_tiles,
+    packed_warps,
     row_kernels,
     rows,
     scale_search,
@@ -161,6 +163,24 @@ def packed_rows_case(fp4: bool, tiles: packed_tiles.Tiles, rows: int, placed: bo
     return packed_rows._packed_rows, kept, constants, tiles.warps
 
 
+def packed_warps_case(fp4: bool, tiles: packed_tiles.Warps, rows: int, placed: bool = False) -> Case:
+    types = {
+        **dict.fromkeys(("out_ptr", "rest_ptr"), "*bf16"),
+        "index_ptr": "*i64" if placed else None,
+        "rows_ptr": "*i32" if fp4 else "*bf16",
+        "codes_ptr": "*i32",
+        "scale_ptr": "*fp32",
+        "block_scale_ptr": "*u8" if fp4 else None,
+        "bias_ptr": "*bf16" if placed else None,
+        **dict.fromkeys(("rows", "N", "units", "cut", "out_stride", "rest_stride", "rows_stride"), "i32"),
+    }
+    constants: dict[str, Any] = {"ROWS": rows, "BLOCK_N": tiles.n, "PIECES": tiles.pieces, "WARPS": tiles.warps}
+    constants |= {"UNIT": 4, "WHOLE_N": not placed, "WHOLE_K": not placed}
+    constants |= {name: None for name, kind in types.items() if kind is None}
+    kept = {name: kind for name, kind in types.items() if kind}
+    return packed_warps._packed_warps, kept, constants, tiles.warps
+
+
 DEEP = {"SOME_K": 128, "MANY_K": 64}
 
 # kernel, types of its arguments, constants, warps: what the launches in the package pass
@@ -288,7 +308,14 @@ CASES |= {
         fp4, packed_tiles.choose(n, 4096, rows, fp4), rows, placed
     )
     for fp4 in (False, True)
-    for n, rows, placed in ((4096, 16, False), (4096, 64, True), (24576, 128, False))
+    for n, rows, placed in ((4096, 32, False), (4096, 64, True), (24576, 128, False))
+}
+CASES |= {
+    f"packed_warps_{rows}_of_{n}_{'w4' if fp4 else 'w8'}{'_placed' if placed else ''}": packed_warps_case(
+        fp4, packed_tiles.CHOICES[fp4, 8, n >= packed_tiles.WIDE].tiles, rows, placed
+    )
+    for fp4 in (False, True)
+    for n, rows, placed in ((4096, 8, True), (24576, 16, False))
 }
 
 
@@ -325,16 +352,20 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         return  # no such instruction: the package passes a pointer there
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, arguments, constants, warps = CASES[case]
-    if case.startswith(("activations", "packed_rows")):
+    if case.startswith(("activations", "packed")):
         constants = constants | {"SM": capability}
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
         signature=arguments | dict.fromkeys(constants, "constexpr"),
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in arguments.items() if kind[0] == "*"},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in arguments.items()
+            if kind[0] == "*" or ("warps" in case and name.endswith("_stride"))
+        },
     )
-    options = {"num_warps": warps, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "enable_fp_fusion": False} | ({"num_stages": 1} if "warps" in case else {})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 1000
     ptx = compiled.asm["ptx"]
@@ -346,6 +377,13 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         assert case != "norm_rope_128_1" or ptx.count("ld.global.v4.b32") == 18
     elif "gelu" not in case and "merge" not in case:  # whose erf is libdevice's, and whose logarithm a polynomial
         assert "fma." not in ptx and ".ftz" not in ptx and "div.full" not in ptx  # each would change the numbers
+    if "warps" in case:  # weights go from memory to tensor cores; shared memory adds the warps' sums, no more
+        assert "mma.sync" in ptx
+        sums = 4 * warps * constants["BLOCK_N"] * constants["ROWS"]
+        straight = "ldmatrix" not in ptx and "cp.async" not in ptx and compiled.metadata.shared <= sums
+        assert straight == packed_tiles.STRAIGHT
+        rows = constants["BLOCK_N"] // 8 * constants["PIECES"]  # 16 bytes of each are read ahead, and before the loop
+        assert len(re.findall(r"ld\.global\S*evict_first\S*\.v4\.b32|ld\.global\S*v4\.b32", ptx)) >= 2 * rows
     if case.startswith("activations"):
         e2m1 = "nvfp4" in case and capability >= 100  # has the instruction, and needs the exact quotient
         assert ("cvt.rn.satfinite.e2m1x2.f32" in ptx) == e2m1

@@ -12,6 +12,7 @@ Prints one line of JSON for each, from case FIRST on.  A case may have
   ``feature``, the shape of its pixels; where the model asks for them ``grid``, or ``patches``, rows and columns whose
   places it is told.  With other pixels the bits of the first pass are ``other_image``
 * ``steps``: decode steps; ``policy``: generates again, with requests that ask for BF16 prefill
+* ``fp32_sums``: BF16 linears are FP32 sums, rounded once (fp32_sums.py)
 * ``survive``: an error is the case's result, and the next one goes on
 
 With ``TRITON_INTERPRET=1`` Triton kernels run on a CPU, and with them families that have no other code there.
@@ -38,6 +39,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
+from tests.support.fp32_sums import fp32_sums
 from tests.support.processes import free_port
 
 PROMPT = 37
@@ -234,7 +236,7 @@ def _load_and_run(case: dict[str, Any]) -> dict[str, Any]:
     one_batch._set_envs_and_config(args)
     if hasattr(one_batch, "_init_process_global_configs"):
         one_batch._init_process_global_configs()
-    with _multiplied_past(case.get("past", 0)):
+    with _multiplied_past(case.get("past", 0)), fp32_sums(case.get("fp32_sums", False)):
         bench, _ = one_batch.load_model(args, PortArgs.init_new(args), 0, 0)
         runner = bench.torch_runner
         pools = runner.req_to_token_pool, runner.token_to_kv_pool_allocator

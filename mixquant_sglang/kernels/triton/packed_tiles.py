@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,10 +10,14 @@ import triton
 
 from mixquant_sglang.kernels.limits import BLOCK, MANY_ROWS
 
-BUCKETS = (16, 32, 64, 128)  # rows: what a kernel is compiled for; more take several tiles of the last
+BUCKETS = (8, 16, 32, 64, 128)  # rows: what a kernel is compiled for; more take several tiles of the last
 PLACED = 64  # of rows that are put in their places, the last
+LEAST = 16  # rows that ``Tiles`` are made for
 _STEPS = 4  # along K that a program has at least
 LOCKS = 4096  # tiles of which a split launch has at most as many
+WIDE = 96 * 64  # weight rows from which on tiles are others
+# Whether the compiler keeps what ``Warps`` read in registers: from 3.7 on it goes through 64 KB of shared memory.
+STRAIGHT = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
 class Tiles(NamedTuple):
@@ -25,31 +30,80 @@ class Tiles(NamedTuple):
     warps: int
 
 
-def choose(n: int, k: int, bucket: int, fp4: bool) -> Tiles:
-    """The tiles for a weight [n, k] and a bucket of rows: those that were best, or nearly, of the sweep of
-    ``scripts/bench_packed`` over Qwen3-8B's weights on an H200 (``docs/benchmarks.md``).
+class Warps(NamedTuple):
+    """Of ``packed_warps.py``: weight rows of a program; pieces of 64 bytes of a weight row that a warp reads at once;
+    warps, which share K."""
 
-    Few rows are a matter of reading: narrow tiles of two warps, some for each SM.  With more rows wider tiles read
-    these less often from the L2 cache.  Programs share tiles along K until there are ``programs``."""
-    programs = 384
-    if bucket <= 16:
-        tiles = Tiles(32, 256, 1, 4, 2)
-    elif bucket <= 64:
-        tiles = Tiles(64, 128, 1, 4, 4)
-        programs = 384 if fp4 or bucket <= 32 else 192
-    elif fp4 or n < 96 * 64:
-        tiles, programs = Tiles(128, 128, 1, 3, 8), 96
-    else:
-        tiles, programs = Tiles(64, 128, 1, 3, 4), 1
-    over, split = triton.cdiv(n, tiles.n), 1
-    while over * split < programs and k // tiles.k >= 2 * split * _STEPS and split < 4:
-        split *= 2
-    return tiles._replace(split=split)
+    n: int
+    pieces: int
+    warps: int
 
 
-def fitting(tiles: Tiles, n: int, k: int, m: int, bucket: int, fp4: bool, shared: int) -> Tiles:
+class Choice(NamedTuple):
+    """``programs``: of ``Tiles``, along K as many share a tile as it takes to have so many."""
+
+    tiles: Tiles | Warps
+    programs: int = 1
+
+    def of(self, n: int, k: int) -> Tiles | Warps:
+        tiles = self.tiles
+        if isinstance(tiles, Warps):
+            return tiles
+        over, split = triton.cdiv(n, tiles.n), 1
+        while over * split < self.programs and k // tiles.k >= 2 * split * _STEPS and split < 4:
+            split *= 2
+        return tiles._replace(split=split)
+
+
+# (NVFP4, bucket, wide) -> what serves.  ``scripts/bench_packed --sweep`` prints these lines.  Those of ``Tiles`` were
+# best, or nearly, for Qwen3-8B's weights on an H200. That up to 16 rows of FP8 and 8 of NVFP4 ``Warps`` are faster was
+# measured there with an earlier build of that kernel; their sizes are reckoned, from bytes in flight, and want a sweep.
+_FEW = Choice(Tiles(32, 256, 1, 4, 2), 384)
+_SOME = Choice(Tiles(64, 128, 1, 4, 4), 384)
+_MANY = Choice(Tiles(128, 128, 1, 3, 8), 96)
+CHOICES: dict[tuple[bool, int, bool], Choice] = {
+    (False, 8, False): Choice(Warps(16, 2, 8)),
+    (False, 8, True): Choice(Warps(32, 2, 8)),
+    (False, 16, False): Choice(Warps(16, 2, 8)),
+    (False, 16, True): Choice(Warps(32, 2, 8)),
+    (False, 32, False): _SOME,
+    (False, 32, True): _SOME,
+    (False, 64, False): _SOME._replace(programs=192),
+    (False, 64, True): _SOME._replace(programs=192),
+    (False, 128, False): _MANY,
+    (False, 128, True): Choice(Tiles(64, 128, 1, 3, 4)),
+    (True, 8, False): Choice(Warps(16, 2, 8)),
+    (True, 8, True): Choice(Warps(16, 2, 8)),
+    (True, 16, False): _FEW,
+    (True, 16, True): _FEW,
+    (True, 32, False): _SOME,
+    (True, 32, True): _SOME,
+    (True, 64, False): _SOME,
+    (True, 64, True): _SOME,
+    (True, 128, False): _MANY,
+    (True, 128, True): _MANY,
+}
+
+
+@functools.cache
+def choose(n: int, k: int, bucket: int, fp4: bool) -> Tiles | Warps:
+    """The tiles for a weight [n, k] and a bucket of rows.
+
+    Few rows are a matter of reading.  With more rows wider tiles read these less often from the L2 cache.  Programs
+    share tiles along K until there are enough to fill the GPU."""
+    choice = CHOICES[fp4, bucket, n >= WIDE]
+    if isinstance(choice.tiles, Warps) and not STRAIGHT:
+        choice = _FEW
+    return choice.of(n, k)
+
+
+@functools.cache
+def fitting(tiles: Tiles | Warps, n: int, k: int, m: int, bucket: int, fp4: bool, shared: int) -> Tiles | Warps:
     """``tiles`` with no more along K than divides it, in no more programs than there are such tiles, and no more of
-    them in flight than ``shared`` bytes of memory take."""
+    them in flight than ``shared`` bytes of memory take; no warps that would find no weights."""
+    if isinstance(tiles, Warps):
+        return _fitting_warps(tiles, k // 2 if fp4 else k)
+    bucket = max(bucket, LEAST)
     block_k = tiles.k
     while block_k > BLOCK and k % block_k:
         block_k //= 2
@@ -60,8 +114,20 @@ def fitting(tiles: Tiles, n: int, k: int, m: int, bucket: int, fp4: bool, shared
     return tiles._replace(k=block_k, split=split if over <= LOCKS else 1, stages=stages)
 
 
+def _fitting_warps(tiles: Warps, width: int) -> Warps:
+    _, pieces, warps = tiles
+    while pieces > 1 and 64 * pieces * warps > width:
+        pieces //= 2
+    while warps > 1 and 64 * pieces * warps >= 2 * width:
+        warps //= 2
+    return tiles._replace(pieces=pieces, warps=warps)
+
+
+@functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes that a program can have; without a GPU (Triton's interpreter) any."""
+    """Bytes that a program can have; without a GPU (Triton's interpreter) any.
+
+    Asked once: Triton reads the clocks with the other properties, and a driver is slow to say these."""
     if device.type != "cuda":
         return 2**20
     return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])

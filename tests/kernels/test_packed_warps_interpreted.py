@@ -1,0 +1,146 @@
+"""The kernel of few rows over packed weights in Triton's interpreter: exact sums have the bits of ``formats/``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.kernels.test_triton_compiles import BF16_DOT, PREPARE
+
+pytestmark = pytest.mark.slow
+
+COMMON = """
+from mixquant_sglang.kernels.triton import packed_rows, packed_tiles
+from mixquant_sglang.kernels.triton.packed_tiles import Warps
+
+LOCKS = torch.zeros(packed_tiles.LOCKS, dtype=torch.int32)
+SHAPES = [(96, 64), (40, 48), (33, 16), (24, 1040)]
+SIZES = [Warps(16, 2, 8), Warps(32, 1, 2)]
+codes = torch.arange(256).to(torch.uint8)
+
+
+def weight8(bits, scale):
+    return packed_rows.Packed(bits.view(torch.float8_e4m3fn), scale, LOCKS)
+
+
+def weight4(packed, block_scales, scale):
+    return packed_rows.Packed(packed, scale, LOCKS, block_scales)
+
+
+def unscaled(weight):
+    if weight.block_scales is None:
+        return weight.codes.double()
+    return reference.NVFP4Tensor(weight.codes, weight.block_scales, weight.scale).unscaled(torch.float64)
+
+
+def rounded(exact, weight, bias):
+    # of sums that FP32 holds: scaled, with the bias, rounded once
+    total = exact.float()
+    assert (total.double() == exact).all()
+    total = total * weight.scale
+    return (total if bias is None else total + bias.float()).bfloat16()
+
+
+def check(rows, weight, bias, sizes=SIZES):
+    exact = rows.double() @ unscaled(weight).t()
+    for tiles in sizes:
+        for b in (None, bias):
+            same(packed_rows.linear_rows(rows, weight, b, tiles=tiles), rounded(exact, weight, b))
+"""
+
+CODES = """
+# one product in each sum: every code, every block scale, at every place of a piece and of what warps share
+ones = torch.where(codes & 0x7F == 0x7F, 0, codes)
+for (n, k), m in (((48, 256), 8), ((24, 1040), 16)):
+    place = torch.arange(n)[:, None] * 3 + torch.arange(k)[None]
+    scale = torch.rand(n) * 2.0 ** torch.randint(-30, 4, (n,))
+    rows = torch.zeros(m, k)
+    rows[torch.arange(m), torch.randint(0, k, (m,))] = torch.randn(m)
+    rows, bias = rows.bfloat16(), torch.randn(n).bfloat16()
+    check(rows, weight8(ones[place % 256], scale), bias)
+    scales = (torch.arange(n)[:, None] * 5 + torch.arange(k // 16)[None]) % 127
+    packed = codes[place[:, : k // 2] % 256]
+    check(rows, weight4(packed, scales.to(torch.uint8).view(torch.float8_e4m3fn), scale[0]), bias)
+"""
+
+SUMS = """
+# sums of small whole numbers, which FP32 holds in any order; odd sizes, other rows that are not numbers
+digits = torch.arange(-8.0, 9).to(torch.float8_e4m3fn).view(torch.uint8)
+for n, k in SHAPES[1:]:
+    bits = digits[torch.randint(0, 17, (n, k))]
+    whole = torch.tensor([0, 2, 4, 5, 6, 7, 8, 10, 12, 13, 14, 15])  # codes of 0, 1, 2, 3, 4, 6 and their negatives
+    nibbles = whole[torch.randint(0, 12, (n, k))].to(torch.uint8)
+    packed = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+    scales = torch.tensor([0.0, 0.5, 1, 2, 3])[torch.randint(0, 5, (n, k // 16))].to(torch.float8_e4m3fn)
+    bias = torch.randn(n).bfloat16()
+    for weight in (weight8(bits, torch.rand(n)), weight4(packed, scales, torch.tensor(0.37))):
+        for m in (9, 33):
+            rows = torch.randint(-8, 9, (m, k)).bfloat16()
+            check(rows, weight, bias, SIZES if m == 9 else SIZES[:1])
+        exact = rows.double() @ unscaled(weight).t()
+        rows[1::2] = float("inf")
+        rows[::8] = float("nan")
+        fine = torch.arange(33) % 8 != 0
+        fine[1::2] = False
+        out = packed_rows.linear_rows(rows, weight, bias, tiles=SIZES[0])
+        same(out[fine], rounded(exact, weight, bias)[fine])
+        wider = torch.full((33, 2 * k), float("nan")).bfloat16()  # rows that lie apart
+        wider[:, :k] = torch.randint(-8, 9, (33, k)).bfloat16()
+        check(wider[:16, :k], weight, bias, SIZES[:1])
+"""
+
+PLACES = """
+# in their places, some of the columns in another matrix; nothing else is written, unused rows are not read
+for (n, k), (slots, used) in itertools.product(SHAPES[:2], [(1, 1), (5, 0), (16, 3), (16, 16), (40, 17)]):
+    bits = torch.arange(-8.0, 9).to(torch.float8_e4m3fn).view(torch.uint8)[torch.randint(0, 17, (n, k))]
+    weight, bias = weight8(bits, torch.rand(n)), torch.randn(n).bfloat16()
+    rows = torch.randint(-8, 9, (slots, k)).bfloat16()
+    rows[used:] = float("nan")
+    index = torch.full((slots,), -1)
+    index[:used] = torch.randperm(100)[:used]
+    cut = 64 if n > 64 else n
+    out, rest = torch.full((100, cut), 7.0).bfloat16(), torch.full((100, n - cut), 7.0).bfloat16()
+    packed_rows.linear_rows(
+        rows, weight, bias, out=out, index=index, rest=rest if n > cut else None, tiles=SIZES[0]
+    )
+    whole = torch.cat([out, rest], dim=1)
+    same(whole[index[:used]], rounded(rows[:used].double() @ unscaled(weight).t(), weight, bias))
+    whole[index[:used]] = 7
+    assert (whole == 7).all()
+"""
+
+BOUND = """
+# any numbers: k - 1 additions in FP32, each off by 2^-24 of at most the sum of magnitudes; scale, bias and BF16 round
+# by 2^-24, 2^-24 and 2^-8 of what they round
+for (n, k), m in itertools.product(SHAPES, (1, 16)):
+    dense, rows, bias = torch.randn(n, k).bfloat16(), torch.randn(m, k).bfloat16(), torch.randn(n).bfloat16()
+    q8, q4 = fp8.quantize(dense), reference.quantize(dense)
+    for weight in (weight8(q8.data.view(torch.uint8), q8.scales), weight4(q4.packed, q4.block_scales, q4.tensor_scale)):
+        values = unscaled(weight)
+        scale = weight.scale.double()
+        total = (rows.double() @ values.t()) * scale
+        off = (k - 1) * 2.0**-24 * (rows.double().abs() @ values.abs().t()) * scale
+        for fitted in (None, SIZES[1]):
+            out = packed_rows.linear_rows(rows, weight, bias, tiles=fitted)
+            want = total + bias.double()
+            rounding = (want.abs() + off) * (2.0**-8 + 2.0**-23) + total.abs() * 2.0**-23
+            assert ((out.double() - want).abs() <= off + rounding).all(), (n, k, m, fitted)
+"""
+
+
+@pytest.mark.parametrize("script", [CODES, SUMS, PLACES, BOUND], ids=["codes", "sums", "places", "bound"])
+def test_interpreted_warps(script: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", PREPARE + BF16_DOT + COMMON + script],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
