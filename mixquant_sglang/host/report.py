@@ -25,7 +25,7 @@ from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.text import some
 from mixquant_sglang.versions.dialect import dialect
 from mixquant_sglang.weights.incoming import Known
-from mixquant_sglang.weights.names import Names
+from mixquant_sglang.weights.names import Names, gates_and_ups
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,8 @@ def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Modul
         elif isinstance(module, FusedMoE):
             run.experts[method.precision[Role.PROMPT] if isinstance(method, MixQuantExpertsMethod) else "bf16"] += 1
             total += sum(p.nbytes for p in module.parameters(recurse=False))
+            if isinstance(method, MixQuantExpertsMethod) and method.masterless:
+                dropped += sum(weight.nbytes for weight in method.masters[:2])
             reason = method.refusal if isinstance(method, MixQuantExpertsMethod) else asked.get(module) or NOT_OFFERED
         if reason is not None:
             run.stays_bf16.setdefault(reason, []).append(name)
@@ -156,12 +158,16 @@ def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Modul
 
 
 def note_wholes(model: torch.nn.Module, known: Known, matcher: RuleMatcher | None) -> None:
-    """Tells ``known`` which tensors of the checkpoint make the weight of a linear that keeps no BF16 one."""
+    """Tells ``known`` which tensors of the checkpoint make a weight, of a linear or of an expert, that is not kept in
+    BF16."""
     names = Names(known.tensors)
     for name, method in linears(model):
         if method.masterless and matcher is not None:
             parts = [f"{names.of(part)}.weight" for part in matcher.shards(name) or (name,)]
             known.wholes[name] = frozenset(part for part in parts if part in known.tensors)
+    for name, method in experts(model):
+        if method.masterless:
+            known.wholes |= gates_and_ups(known.tensors, names.of(name))
 
 
 def log_precisions(run: Runtime, total: int) -> None:

@@ -115,6 +115,26 @@ KERNELS = (
         *(BLOCK, BLOCK, _BOTH),
         f"{_EXPERTS}.emulated.EmulatedNVFP4Experts",
     ),
+    Kernel(
+        *("w8a16", Kind.EXPERTS, "native", NATIVE_FROM["w8a16"]),
+        *(BLOCK, BLOCK, _BOTH),
+        f"{_EXPERTS}.weight_only.NativeW8A16Experts",
+    ),
+    Kernel(
+        *("w8a16", Kind.EXPERTS, "emulated", None),
+        *(BLOCK, BLOCK, _BOTH),
+        f"{_EXPERTS}.weight_only.EmulatedW8A16Experts",
+    ),
+    Kernel(  # tensor cores take 16 of the even and of the odd numbers along K
+        *("w4a16", Kind.EXPERTS, "native", NATIVE_FROM["w4a16"]),
+        *(2 * BLOCK, 2 * BLOCK, f"experts of [{{n}}, {{k}}] are not a multiple of {2 * BLOCK} in both sizes"),
+        f"{_EXPERTS}.weight_only.NativeW4A16Experts",
+    ),
+    Kernel(
+        *("w4a16", Kind.EXPERTS, "emulated", None),
+        *(BLOCK, BLOCK, _BOTH),
+        f"{_EXPERTS}.weight_only.EmulatedW4A16Experts",
+    ),
 )
 
 

@@ -103,11 +103,15 @@ def halved(case: Case) -> Case:
     return kernel, types, constants | {"HALVES": True, "BM": 128, "BN": 128}, 2 * warps
 
 
-def expert_rows_case(kernel: str, act: str = "", interleaved: bool = False) -> Case:
-    pointers = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), "*bf16")
+def expert_rows_case(kernel: str, act: str = "", interleaved: bool = False, fmt: str = "bf16") -> Case:
+    packed = {"fp8": ("scale_ptr",), "nvfp4": ("scale_ptr", "block_scale_ptr")}.get(fmt, ())
+    pointers = {"x_ptr": "*i32" if fmt == "nvfp4" else "*bf16", "weight_ptr": "*u8" if packed else "*bf16"}
+    pointers |= {"out_ptr": "*bf16"} | dict.fromkeys(packed, "*fp32")
+    pointers |= {"block_scale_ptr": "*u8"} if fmt == "nvfp4" else {}
     pointers |= {"route_weight_ptr": "*fp32", "index_ptr": "*i64", "ids_ptr": "*i32", "slots": "i32"}
     constants: dict[str, Any] = {"bias_ptr": None, "TOP_K": 8, "PAIRS": 512, "SLOTS": 64, "MEMBERS": 16, "LANES": 32}
-    constants |= {"I": 768, "H": 2048, "BK": 128}
+    constants |= {"I": 768, "H": 2048, "BK": 128, "FORMAT": fmt}
+    constants |= {name: None for name in ("scale_ptr", "block_scale_ptr") if name not in pointers}
     if kernel == "_up":
         scalars = dict.fromkeys(("alpha", "limit"), "fp32")
         constants |= {"ACT": act, "INTERLEAVED": interleaved, "BN": 32}
@@ -197,6 +201,10 @@ CASES: dict[str, Case] = {
     "expert_rows_up": expert_rows_case("_up", "silu"),
     "expert_rows_up_interleaved": expert_rows_case("_up", "swiglu_oai", interleaved=True),
     "expert_rows_down": expert_rows_case("_down"),
+    "expert_rows_up_of_w8": expert_rows_case("_up", "silu", fmt="fp8"),
+    "expert_rows_down_of_w8": expert_rows_case("_down", fmt="fp8"),
+    "expert_rows_up_of_w4": expert_rows_case("_up", "silu", fmt="nvfp4"),
+    "expert_rows_down_of_w4": expert_rows_case("_down", fmt="nvfp4"),
     "attention_sample": (
         attention._sample,
         {"k_ptr": "*bf16", "v_ptr": "*bf16", "slots_ptr": "*i32", "out_ptr": "*fp32", "tokens": "i32", "width": "i32"},
@@ -289,7 +297,7 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         return  # no such instruction: the package passes a pointer there
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, arguments, constants, warps = CASES[case]
-    if case.startswith(("activations", "packed_rows")):
+    if case.startswith(("activations", "packed_rows")) or case.startswith(("expert_rows_up", "expert_rows_down")):
         constants = constants | {"SM": capability}
     names = kernel.arg_names
     source = ASTSource(
