@@ -59,7 +59,7 @@ class Layer(Protocol):
     def masterless(self) -> bool:
         """Whether it has no master: new weights are packed as they arrive."""
 
-    def pack_arrived(self, weight: torch.Tensor) -> None: ...
+    def pack_arrived(self, weight: Any) -> None: ...
 
     def forget_arrived(self) -> None: ...
 
@@ -97,8 +97,9 @@ class Weights:
             self.changed()  # a path that we do not hook
         self._pack(layer)
 
-    def arrived(self, layer: Layer, weight: torch.Tensor) -> None:
-        """All of the BF16 ``weight`` [N, K] of a layer that keeps none, at load and in an update."""
+    def arrived(self, layer: Layer, weight: Any) -> None:
+        """All of the ``weight`` of a layer that has no master, at load and in an update: BF16 [N, K], or what a
+        quantised checkpoint has in its place."""
         if not self._loading and self.current:
             self.hold("new weights arrived")  # by a path that we do not hook
             self._due = True
