@@ -31,6 +31,7 @@ from mixquant_sglang.layers.quantised import QuantisedLinearMethod
 from mixquant_sglang.recipe import pairs
 from mixquant_sglang.versions import fp4, fp8_blocks, machine
 from mixquant_sglang.weights.quantised import QuantisedCheckpoint
+from mixquant_sglang.weights.quantised_config import check_recipe
 from mixquant_sglang.weights.ready_made import ReadyMadeWeights
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 ready = ReadyMadeWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
             if checkpoint is not None:
                 master = QuantisedCheckpoint.open(Path(checkpoint))
-                quantised.check(self._recipe, master.family, checkpoint)
+                check_recipe(self._recipe, master.family, checkpoint)
                 quantised.check_cache(master)
                 if master.family.blocks and selection.kernels.get("fp8") == "native":
                     environment = Environment(fp8_block_linear=fp8_blocks.block_linear(device))

@@ -1,4 +1,4 @@
-"""A quantised checkpoint as the only copy of the weights: which recipe takes it, and what of it is not used."""
+"""A quantised checkpoint as the only copy of the weights: what of it is not used, and what is said of it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,12 @@ import logging
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host.runtime import Runtime
-from mixquant_sglang.recipe import Recipe
-from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY, stored
 from mixquant_sglang.recipe.text import some
 from mixquant_sglang.versions.groups import over_stages
 from mixquant_sglang.versions.loading import cache_dtype, loads_dummy
 from mixquant_sglang.weights.quantised import QuantisedCheckpoint
-from mixquant_sglang.weights.quantised_config import Family
 
 logger = logging.getLogger(__name__)
-
-
-def check(recipe: Recipe, family: Family, path: str) -> None:
-    """Raises ``MixQuantError`` unless ``recipe`` takes the quantised checkpoint at ``path`` as it is."""
-    if recipe.decode not in WEIGHT_ONLY or {stored(recipe.prefill), stored(recipe.decode)} != {family.precision}:
-        raise MixQuantError(
-            f"{path} is already quantised ({family.words}); recipe {recipe.name} derives its packed weights from a "
-            f"plain BF16 checkpoint: give it the original one, or serve this one with recipe {family.recipe}"
-        )
 
 
 def check_cache(checkpoint: QuantisedCheckpoint) -> None:

@@ -9,6 +9,7 @@
 | Qwen, DeepSeek | quant_method fp8, with or without weight_block_size | FP8 |
 
 Refused (MixQuantError): all others, blocks that are not 128 x 128, weights that were transformed or are sparse.
+No torch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import BLOCK, TILE
+from mixquant_sglang.recipe import Recipe
+from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY, stored
 from mixquant_sglang.weights.layouts import COMPRESSED_TENSORS, MODELOPT, Layout
 
 FIELDS = ("quantization_config", "compression_config")
@@ -86,6 +89,15 @@ def family(where: str, config: Mapping[str, Any]) -> Family:
             _check_blocks(where, "weight_block_size", blocks)
         return Family("fp8 in blocks" if blocks else "fp8", "fp8", blocks=bool(blocks), kv_cache=kv_cache)
     raise MixQuantError(f"{where}: quant_method is {method!r}; {_KNOWN}")
+
+
+def check_recipe(recipe: Recipe, found: Family, path: str) -> None:
+    """Raises ``MixQuantError`` unless ``recipe`` takes the quantised checkpoint at ``path`` as it is."""
+    if recipe.decode not in WEIGHT_ONLY or {stored(recipe.prefill), stored(recipe.decode)} != {found.precision}:
+        raise MixQuantError(
+            f"{path} is already quantised ({found.words}); recipe {recipe.name} derives its packed weights from a "
+            f"plain BF16 checkpoint: give it the original one, or serve this one with recipe {found.recipe}"
+        )
 
 
 def _compressed(where: str, config: Mapping[str, Any], kv_cache: str) -> Family:

@@ -16,7 +16,7 @@ import torch
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError, refusing
-from mixquant_sglang.host import quantised, stock
+from mixquant_sglang.host import stock
 from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.host.refusal import gathers
@@ -26,7 +26,7 @@ from mixquant_sglang.versions import machine
 from mixquant_sglang.versions.dialect import dialect
 from mixquant_sglang.weights.hub import find
 from mixquant_sglang.weights.quantised import QuantisedCheckpoint
-from mixquant_sglang.weights.quantised_config import FIELDS, family, said
+from mixquant_sglang.weights.quantised_config import FIELDS, check_recipe, family, said
 
 
 @dataclass
@@ -195,8 +195,11 @@ def _take_quantised(model_config: Any) -> None:
             f"{model_config.model_path} is already quantised ({quantization.get('quant_method')}); mixquant derives "
             f"its packed weights from a plain BF16 checkpoint: give it the original one ({error})"
         ) from None
-    quantised.check(chosen, what, model_config.model_path)
-    opened = QuantisedCheckpoint.open(find(model_config.model_path, getattr(model_config, "revision", None)))
+    check_recipe(chosen, what, model_config.model_path)
+    if asked.noted is None:  # the doctor downloads nothing
+        folder = find(model_config.model_path, getattr(model_config, "revision", None))
+    if folder.is_dir():
+        QuantisedCheckpoint.open(folder)
     text = model_config.hf_text_config is model_config.hf_config
     model_config.hf_config = copy(model_config.hf_config)  # SGLang keeps one for all that ask, drafts among them
     model_config.hf_text_config = model_config.hf_config if text else copy(model_config.hf_text_config)
@@ -204,7 +207,7 @@ def _take_quantised(model_config: Any) -> None:
         for field_name in FIELDS:
             if getattr(each, field_name, None) is not None:
                 setattr(each, field_name, None)
-    model_config.hf_config.quantization_config = {"quant_method": machine.NAME, "checkpoint": str(opened.folder)}
+    model_config.hf_config.quantization_config = {"quant_method": machine.NAME, "checkpoint": str(folder)}
 
 
 def asked_recipe() -> Recipe | None:
