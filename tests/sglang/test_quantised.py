@@ -47,11 +47,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Resu
         cases[kind, "plain"] = {"model": str(plain), "recipe": recipe(folder, prefill, decode, LEFT)}
     blocks = cases["fp8 blocks", "quantised"]["model"]
     cases["fp8 blocks", "compact"] = {"model": blocks, "recipe": recipe(folder, "fp8", "w8a16", DOWN)}
-    cases["fp8 blocks", "auto"] = {"model": blocks, "recipe": "auto"}
     cases["fp8 blocks", "no rule"] = {"model": blocks, "recipe": "fp8-compact"}
     rows = cases["fp8 tensor", "quantised"]["model"]
     cases["fp8 tensor", "cache"] = {"model": rows, "recipe": "fp8-compact", "args": {"kv_cache_dtype": "fp8_e4m3"}}
-    common = {"prompts": [20], "steps": 3, "wide": True, "survive": True}
+    cases["fp8 blocks", "auto"] = {"model": blocks, "recipe": "auto"}
+    common = {"prompts": [20], "steps": 2, "wide": True, "survive": True}
     found = model_runs.run([case | common for case in cases.values()], folder, model_runs.CPU, 600)
     return dict(zip(cases, found, strict=True))
 
@@ -62,14 +62,14 @@ def test_logits_are_those_of_the_same_weights_multiplied_out(runs: dict[tuple[st
     the same numbers."""
     one, other = runs[kind, "quantised"], runs[kind, "plain"]
     assert "bits" in one and "bits" in other, (one, other)
-    assert len(one["bits"]) == 4 and one["bits"] == other["bits"]
+    assert len(one["bits"]) == 3 and one["bits"] == other["bits"]
 
 
 def test_what_ran_is_what_is_said(runs: dict[tuple[str, str], Results]) -> None:
     for kind, (prefill, decode) in COMPACT.items():
         found = runs[kind, "quantised"]
         tokens, state = found["after"]["tokens"], found["state"]
-        assert tokens["prefill"] == {prefill: 19, decode: 1} and tokens["decode"] == {decode: 3}
+        assert tokens["prefill"] == {prefill: 19, decode: 1} and tokens["decode"] == {decode: 2}
         assert state["linear_weight_bytes"] < {"fp8": 0.53, "nvfp4": 0.31}[prefill] * state["bf16_linear_bytes"]
         assert any("as they are; its scales of activations are not used" in line for line in found["log"])
         assert f"mixquant: stays BF16 (BF16 in the checkpoint): {quantised_checkpoints.LEFT}" in found["log"]
