@@ -19,6 +19,7 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
+from mixquant_sglang.layers.quantised import QuantisedLinearMethod
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import NEVER, OUTSIDE, why_bf16
 from mixquant_sglang.recipe.roles import Role
@@ -26,6 +27,7 @@ from mixquant_sglang.recipe.text import some
 from mixquant_sglang.versions.dialect import dialect
 from mixquant_sglang.weights.incoming import Known
 from mixquant_sglang.weights.names import Names, gates_and_ups
+from mixquant_sglang.weights.quantised import QuantisedCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -162,12 +164,17 @@ def note_wholes(model: torch.nn.Module, known: Known, matcher: RuleMatcher | Non
     BF16."""
     names = Names(known.tensors)
     for name, method in linears(model):
-        if method.masterless and matcher is not None:
+        if isinstance(method, QuantisedLinearMethod):
+            known.wholes[name] = frozenset(method.source.checkpoint.leaves_of(method.source.modules))
+        elif method.masterless and matcher is not None:
             parts = [f"{names.of(part)}.weight" for part in matcher.shards(name) or (name,)]
             known.wholes[name] = frozenset(part for part in parts if part in known.tensors)
     for name, method in experts(model):
         if method.masterless:
             known.wholes |= gates_and_ups(known.tensors, names.of(name))
+    if isinstance(known.quantised, QuantisedCheckpoint):
+        for module in known.quantised.kept:
+            known.wholes[module] = frozenset(known.quantised.leaves_of([module]))
 
 
 def log_precisions(run: Runtime, total: int) -> None:

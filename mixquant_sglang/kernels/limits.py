@@ -33,3 +33,6 @@ FP8_BYTES = 512 * 2**20  # of keys and values together, at most
 
 # Numbers along K that share a scale in NVFP4, and the multiple that K must be of for every kernel here.
 BLOCK = formats.BLOCK
+
+# Rows and columns of FP8 weights that share a scale in checkpoints with blocks.
+TILE = formats.TILE

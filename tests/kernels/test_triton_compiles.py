@@ -22,6 +22,7 @@ from mixquant_sglang.kernels import triton as package  # noqa: E402
 from mixquant_sglang.kernels.triton import (  # noqa: E402
     activations,
     attention,
+    block_rows,
     expert_rows,
     few_rows,
     grouped,
@@ -136,6 +137,20 @@ def packed_rows_case(fp4: bool, tiles: packed_tiles.Tiles, rows: int, placed: bo
     constants |= {"WHOLE": not placed} | {name: None for name, kind in types.items() if kind is None}
     kept = {name: kind for name, kind in types.items() if kind}
     return packed_rows._packed_rows, kept, constants, tiles.warps
+
+
+def block_rows_case(rows: int, placed: bool) -> Case:
+    types = {
+        **dict.fromkeys(("out_ptr", "rest_ptr", "rows_ptr"), "*bf16"),
+        "index_ptr": "*i64" if placed else None,
+        "codes_ptr": "*u8",
+        "scale_ptr": "*fp32",
+        "bias_ptr": "*bf16" if placed else None,
+        **dict.fromkeys(("rows", "N", "K", "cut", "out_stride", "rest_stride", "rows_stride"), "i32"),
+    }
+    constants: dict[str, Any] = {"ROWS": rows, "BLOCK_N": block_rows.BLOCK_N, "TILE": 128, "WHOLE": not placed}
+    constants |= {name: None for name, kind in types.items() if kind is None}
+    return block_rows._block_rows, {name: kind for name, kind in types.items() if kind}, constants, 4
 
 
 DEEP = {"SOME_K": 128, "MANY_K": 64}
@@ -255,6 +270,7 @@ CASES: dict[str, Case] = {
         "one_of_48": {"K": 48, "MANY": 16, "BLOCK_N": 32, "FEW_K": 16, "SOME_K": 16, "MANY_K": 16, "WHOLE": False},
     }.items()
 }
+CASES |= {f"block_rows_{rows}": block_rows_case(rows, rows > 16) for rows in block_rows.BUCKETS}
 CASES |= {
     f"packed_rows_{rows}_of_{'w4' if fp4 else 'w8'}{'_placed' if placed else ''}": packed_rows_case(
         fp4, packed_tiles.choose(n, 4096, rows, fp4), rows, placed
@@ -297,7 +313,7 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         return  # no such instruction: the package passes a pointer there
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, arguments, constants, warps = CASES[case]
-    if case.startswith(("activations", "packed_rows")) or case.startswith(("expert_rows_up", "expert_rows_down")):
+    if case.startswith(("activations", "packed_rows", "block_rows", "expert_rows_up", "expert_rows_down")):
         constants = constants | {"SM": capability}
     names = kernel.arg_names
     source = ASTSource(

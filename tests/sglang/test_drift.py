@@ -29,7 +29,7 @@ NOT_SGLANG = {
         *("data", "dtype", "index_copy_", "index_select", "new_empty", "numel", "shape", "to", "view", "modules"),
         "named_parameters",
     ),
-    "of a transformers config": ("architectures", "to_dict"),
+    "of a transformers config": ("architectures", "quantization_config", "to_dict"),
     "Python's own": (
         *(
             "__closure__",
