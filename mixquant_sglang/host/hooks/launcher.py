@@ -182,7 +182,7 @@ def _take_quantised(model_config: Any) -> None:
     """Of a quantised checkpoint that the recipe takes, SGLang is told our name in place of its format's: it builds
     ``MixQuantConfig`` of it, with the folder."""
     folder = Path(model_config.model_path)
-    config = model_config.hf_config.to_dict()
+    config = {**_fields(model_config.hf_config), "text_config": _fields(model_config.hf_text_config)}
     found = said(config, folder if folder.is_dir() else None)
     if found is None:
         return
@@ -208,6 +208,12 @@ def _take_quantised(model_config: Any) -> None:
             if getattr(each, field_name, None) is not None:
                 setattr(each, field_name, None)
     model_config.hf_config.quantization_config = {"quant_method": machine.NAME, "checkpoint": str(folder)}
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """What a model's config says of quantisation."""
+    found: dict[str, Any] = {name: getattr(config, name, None) for name in FIELDS}
+    return {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in found.items()}
 
 
 def asked_recipe() -> Recipe | None:
