@@ -8,10 +8,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY, stored
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import FUSED, NEVER, is_experts, why_bf16
 from mixquant_sglang.recipe.schema import LayerRule, Recipe
 from mixquant_sglang.recipe.select import Selection
+from mixquant_sglang.weights.quantised import QuantisedCheckpoint
+from mixquant_sglang.weights.quantised_linear import QuantisedLinear
 from mixquant_sglang.weights.ready_made import ReadyMadeWeights
 from mixquant_sglang.weights.ready_made_experts import ReadyMadeExperts
 from mixquant_sglang.weights.ready_made_linear import ReadyMadeLinear
@@ -19,13 +23,15 @@ from mixquant_sglang.weights.ready_made_linear import ReadyMadeLinear
 
 @dataclass(frozen=True)
 class Assigned:
-    """``why``: what makes it BF16, where it is; ``ready``: where its NVFP4 weights are, if they are ready-made."""
+    """``why``: what makes it BF16, where it is; ``ready``: where its NVFP4 weights are, if they are ready-made;
+    ``quantised``: where its only weight is, if the checkpoint is quantised."""
 
     prefill: str
     decode: str
     why: str
     ready: ReadyMadeLinear | None = None
     ready_experts: ReadyMadeExperts | None = None
+    quantised: QuantisedLinear | None = None
 
     @property
     def bf16(self) -> bool:
@@ -35,10 +41,17 @@ class Assigned:
 class Assignment:
     """Of one model that SGLang builds."""
 
-    def __init__(self, recipe: Recipe, selection: Selection, ready: ReadyMadeWeights | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        selection: Selection,
+        ready: ReadyMadeWeights | None,
+        quantised: QuantisedCheckpoint | None = None,
+    ) -> None:
         self.names: dict[str, None] = {}  # that SGLang asked about, in its order
         self.left: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()  # to SGLang, and why
         self.ready = ready
+        self.quantised = quantised
         self.matcher: RuleMatcher | None = None
         self._recipe = recipe
         self._selection = selection
@@ -55,6 +68,8 @@ class Assignment:
         if never:
             prefill = decode = "bf16"
             why = never
+        if self.quantised is not None:
+            return self._of_quantised(self.quantised, name, shards, prefill, decode, why)
         linear = experts = None
         if self.ready is not None and "nvfp4" in (prefill, decode):
             if is_experts(name):
@@ -69,6 +84,33 @@ class Assignment:
         elif self.ready is not None:
             self.ready.keep(name, shards, NEVER if never else why)
         return Assigned(prefill, decode, why, linear, experts)
+
+    def _of_quantised(
+        self,
+        checkpoint: QuantisedCheckpoint,
+        name: str,
+        shards: Sequence[str],
+        prefill: str,
+        decode: str,
+        why: str,
+    ) -> Assigned:
+        """What the checkpoint has in BF16 stays BF16; what it has quantised runs as it is, or is multiplied out."""
+        if is_experts(name):
+            checkpoint.check_experts(name)
+            return Assigned("bf16", "bf16", "BF16 in the checkpoint")
+        if (prefill, decode) == ("bf16", "bf16"):
+            checkpoint.keep(name, shards, why)
+            return Assigned(prefill, decode, why)
+        modules = checkpoint.of_linear(name, shards)
+        if not modules:
+            return Assigned("bf16", "bf16", "BF16 in the checkpoint")
+        precision = checkpoint.family.precision
+        if decode not in WEIGHT_ONLY or {stored(prefill), stored(decode)} != {precision}:
+            raise MixQuantError(
+                f"{checkpoint.folder}: {modules[0]} is {precision.upper()}, but recipe {self._recipe.name} wants "
+                f"{name} in {prefill} and {decode}; ask for what {checkpoint.family.recipe} does, or bf16 in both"
+            )
+        return Assigned(prefill, decode, why, quantised=QuantisedLinear(checkpoint, name, modules))
 
     def asking(self, name: str) -> tuple[LayerRule, ...]:
         """The rules that want the linear ``name`` low, not counting optional ones."""

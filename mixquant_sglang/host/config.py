@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 from mixquant_sglang import __version__, recipe
 from mixquant_sglang.errors import refusing
-from mixquant_sglang.host import refusals, runtime
+from mixquant_sglang.host import quantised, refusals, runtime
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.lifecycle import LoadSteps
@@ -26,8 +27,11 @@ from mixquant_sglang.host.runtime import Pair, Runtime
 from mixquant_sglang.kernels.environment import Environment
 from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
+from mixquant_sglang.layers.quantised import QuantisedLinearMethod
 from mixquant_sglang.recipe import pairs
-from mixquant_sglang.versions import fp4, machine
+from mixquant_sglang.versions import fp4, fp8_blocks, machine
+from mixquant_sglang.weights.quantised import QuantisedCheckpoint
+from mixquant_sglang.weights.quantised_config import check_recipe
 from mixquant_sglang.weights.ready_made import ReadyMadeWeights
 
 logger = logging.getLogger(__name__)
@@ -38,9 +42,11 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
 
     weight_block_size = None  # some models read it off any config that they get
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoint: str | None = None) -> None:
+        """``checkpoint``: the folder of a quantised one, whose weights are the only ones."""
         super().__init__()
         ready: ReadyMadeWeights | None = None
+        master: QuantisedCheckpoint | None = None
         with refusing():
             registry.check_hooks_took_effect()
             asked, device, mode = recipe.load_requested(), machine.device(), machine.disaggregation()
@@ -52,6 +58,12 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 environment = fp4.environment(own_quantizer=self._recipe.fuse)
             if self._recipe.prefill_weights:
                 ready = ReadyMadeWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
+            if checkpoint is not None:
+                master = QuantisedCheckpoint.open(Path(checkpoint))
+                check_recipe(self._recipe, master.family, checkpoint)
+                quantised.check_cache(master)
+                if master.family.blocks and selection.kernels.get("fp8") == "native":
+                    environment = Environment(fp8_block_linear=fp8_blocks.block_linear(device))
         known = runtime.current()
         if known is None or known.recipe != self._recipe:
             # SGLang builds the config more than once per load; only the first time is news.
@@ -68,9 +80,10 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         current = runtime.current()
         assert current is not None
         self._runtime = current
-        self._assignment = Assignment(self._recipe, selection, ready)
+        self._assignment = Assignment(self._recipe, selection, ready, master)
         if current.lifecycle is None or current.lifecycle.loading:
             current.lifecycle = LoadSteps(current, self._assignment)
+            current.use_quantised(master)
         else:  # no path of SGLang that is not refused does this
             logger.warning("mixquant: SGLang built the quantization config again after the model was loaded: not used")
 
@@ -92,7 +105,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MixQuantConfig:
-        return cls()
+        return cls(config.get("checkpoint"))
 
     def get_scaled_act_names(self) -> list[str]:
         return []
@@ -109,6 +122,9 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             flags = layer.use_triton_kernels, layer.use_flashinfer_trtllm_moe, layer.use_deep_gemm
             precisions = assigned.prefill, assigned.decode
             return MixQuantExpertsMethod(self._runtime, prefix, *precisions, assigned.ready_experts, flags=flags)
+        if assigned.quantised is not None:
+            precisions = assigned.prefill, assigned.decode
+            return QuantisedLinearMethod(self._runtime, prefix, *precisions, assigned.quantised)
         return MixQuantLinearMethod(self._runtime, prefix, assigned.prefill, assigned.decode, assigned.ready)
 
 

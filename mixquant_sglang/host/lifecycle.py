@@ -11,7 +11,7 @@ import torch
 
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError, refusing
-from mixquant_sglang.host import deterministic, min_tokens, probe, refusals, report, tuning
+from mixquant_sglang.host import deterministic, min_tokens, probe, quantised, refusals, report, tuning
 from mixquant_sglang.host.around_attention import install_around_attention, prepare_around_attention
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.ranks import check_same
@@ -120,6 +120,7 @@ class LoadSteps:
         run.weights.agree = agree
         run.known.add_parameters(model, ranks=tensor_parallel_ranks())
         report.note_wholes(model, run.known, self._assignment.matcher)
+        quantised.check_all_asked(run)
         run.weights.keep(module.quant_method for module in model.modules() if hasattr(module, "quant_method"))
         try:
             run.weights.finish_load()
@@ -237,6 +238,7 @@ class LoadSteps:
                 peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
                 logger.info("mixquant: memory peaked %.1f MiB above the loaded size while loading", peak / 2**20)
             report.log_reasons(run, run.stays_bf16)
+        quantised.tell(run.quantised)
         if self._ready is not None:
             logger.info("mixquant: NVFP4 weights come from %s (%s)", self._ready.folder, self._ready.layout.name)
             for reason in sorted({*self._ready.unused.values()}):

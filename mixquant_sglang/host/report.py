@@ -23,13 +23,15 @@ from mixquant_sglang.layers.blocks import is_decoder, norms
 from mixquant_sglang.layers.experts import MixQuantExpertsMethod
 from mixquant_sglang.layers.fused import FusedNorm
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
+from mixquant_sglang.layers.quantised import QuantisedLinearMethod
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import NEVER, OUTSIDE, TIED, why_bf16
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.text import some
 from mixquant_sglang.versions.dialect import dialect
 from mixquant_sglang.weights.incoming import Known
-from mixquant_sglang.weights.names import Names
+from mixquant_sglang.weights.names import Names, gates_and_ups
+from mixquant_sglang.weights.quantised import QuantisedCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +153,8 @@ def describe(model: torch.nn.Module, run: Runtime, asked: Mapping[torch.nn.Modul
         elif isinstance(module, FusedMoE):
             run.experts[method.precision[Role.PROMPT] if isinstance(method, MixQuantExpertsMethod) else "bf16"] += 1
             total += sum(p.nbytes for p in module.parameters(recurse=False))
+            if isinstance(method, MixQuantExpertsMethod) and method.masterless:
+                dropped += sum(weight.nbytes for weight in method.masters[:2])
             reason = method.refusal if isinstance(method, MixQuantExpertsMethod) else asked.get(module) or NOT_OFFERED
         if reason is not None:
             run.stays_bf16.setdefault(reason, []).append(name)
@@ -207,12 +211,21 @@ def log_unfused(model: torch.nn.Module) -> None:
 
 
 def note_wholes(model: torch.nn.Module, known: Known, matcher: RuleMatcher | None) -> None:
-    """Tells ``known`` which tensors of the checkpoint make the weight of a linear that keeps no BF16 one."""
+    """Tells ``known`` which tensors of the checkpoint make a weight, of a linear or of an expert, that is not kept in
+    BF16."""
     names = Names(known.tensors)
     for name, method in linears(model):
-        if method.masterless and matcher is not None:
+        if isinstance(method, QuantisedLinearMethod):
+            known.wholes[name] = frozenset(method.source.checkpoint.leaves_of(method.source.modules))
+        elif method.masterless and matcher is not None:
             parts = [f"{names.of(part)}.weight" for part in matcher.shards(name) or (name,)]
             known.wholes[name] = frozenset(part for part in parts if part in known.tensors)
+    for name, method in experts(model):
+        if method.masterless:
+            known.wholes |= gates_and_ups(known.tensors, names.of(name))
+    if isinstance(known.quantised, QuantisedCheckpoint):
+        for module in known.quantised.kept:
+            known.wholes[module] = frozenset(known.quantised.leaves_of([module]))
 
 
 def log_precisions(run: Runtime, total: int) -> None:

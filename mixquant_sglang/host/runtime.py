@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +27,7 @@ from mixquant_sglang.recipe.text import some
 from mixquant_sglang.versions.speculation import is_draft
 from mixquant_sglang.weights.arriving import Arriving
 from mixquant_sglang.weights.incoming import Known
+from mixquant_sglang.weights.quantised import QuantisedCheckpoint
 from mixquant_sglang.weights.refresh import Layer, Weights
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class Runtime:
         self.graphs = Graphs(self.schedule, self.weights)
         self.lifecycle: Lifecycle | None = None
         self.known = Known()  # of the checkpoint that was loaded at start
+        self.quantised: QuantisedCheckpoint | None = None  # where its weights are the only ones
         self.arriving = Arriving()  # the weight update that SGLang carries out
         self.precisions: Counter[str] = Counter()  # linears by the precision of prompt rows
         self.experts: Counter[str] = Counter()  # MoE layers by that of prompt rows
@@ -116,6 +118,13 @@ class Runtime:
         self.dropped_bytes = 0  # of those, what is not kept
         self.phases: tuple[str, ...] = ("prefill", "decode")  # and "verify", where the server speculates
         self.stages: list[Stage] = []  # of all ranks of the pipeline, once the model is loaded
+
+    def use_quantised(self, checkpoint: QuantisedCheckpoint | None) -> None:
+        self.quantised = self.known.quantised = checkpoint
+
+    def loaders_see(self, weights: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
+        """What SGLang's loaders are to see of the tensors of a checkpoint or an update."""
+        return weights if self.quantised is None else self.quantised.sorted_out(weights)
 
     @property
     def loading(self) -> bool:

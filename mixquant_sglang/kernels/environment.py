@@ -51,12 +51,15 @@ class Environment:
     ``fp4_linear_method`` makes SGLang's FP4 linear method, None where there is no native NVFP4.  ``own_quantizer``:
     activations of native NVFP4 are quantised by our kernels, fused where that is possible, or by FlashInfer's.
     ``fp4_experts``: None where there are no native NVFP4 experts.  ``invariant``: the bits of a row must not depend on
-    how many others there are (deterministic inference)."""
+    how many others there are (deterministic inference).  ``fp8_block_linear``: SGLang's linear of FP8 weights in blocks
+    of 128 x 128, which quantises activations itself: (bfloat16 [M, K], codes, scales) -> bfloat16 [M, N]; None where no
+    such weights are served natively."""
 
     fp4_linear_method: Callable[[], Any] | None = None
     own_quantizer: bool = True
     fp4_experts: FP4Experts | None = None
     invariant: bool = False
+    fp8_block_linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 NOTHING = Environment()

@@ -11,6 +11,10 @@ MANY_ROWS = 256
 # BF16 just in time.
 WIDE = 256
 
+# BF16 rows up to which experts in NVFP4 are read again for each FEW_ROWS of them, at 0.56 bytes a weight; for more the
+# experts of the layer are unpacked, at 4.6. By these bytes, not timed.
+PIECES = 8 * FEW_ROWS
+
 # Prefill attention of keys and values gathered out of their pages: new rows of a request and tokens before them, of
 # which it is timed at start; how many times as long attention over pages takes where it is left; bytes of the scratch,
 # keys and values together, at most.
@@ -34,3 +38,6 @@ FP8_BYTES = 512 * 2**20  # of keys and values together, at most
 
 # Numbers along K that share a scale in NVFP4, and the multiple that K must be of for every kernel here.
 BLOCK = formats.BLOCK
+
+# Rows and columns of FP8 weights that share a scale in checkpoints with blocks.
+TILE = formats.TILE

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mixquant_sglang.kernels.limits import BLOCK
+from mixquant_sglang.kernels.limits import BLOCK, TILE
 from mixquant_sglang.recipe.capabilities import NATIVE_FROM
 from mixquant_sglang.recipe.roles import Kind
 
@@ -25,7 +25,7 @@ class Kernel:
     None where it runs on any machine.  A weight [N, K] must have multiples of ``n`` and ``k``, and K > 0; ``refusal``
     is formatted with ``n`` and ``k`` of one that has not.  Of experts these are the sizes [I, H] of each: w13 is
     [2I, H], w2 [H, I].  ``path``: module and class.  ``below``: the least capability that it does not run on, and
-    ``elsewhere`` what is said there."""
+    ``elsewhere`` what is said there.  ``form``: of the weights, "blocks" for a scale for each 128 x 128 of them."""
 
     precision: str
     kind: Kind
@@ -37,6 +37,7 @@ class Kernel:
     path: str
     below: tuple[int, int] | None = None
     elsewhere: str = ""
+    form: str = ""
 
     def refuses(self, n: int, k: int, capability: tuple[int, int] | None = None) -> str | None:
         """Why no [n, k] weight can be packed on a GPU of ``capability``, or None if it can."""
@@ -52,6 +53,7 @@ class Kernel:
 _HERE = "mixquant_sglang.kernels.linear"
 _EXPERTS = "mixquant_sglang.kernels.experts"
 _BOTH = f"experts of [{{n}}, {{k}}] are not a multiple of {BLOCK} in both sizes"
+_BLOCKS = f"K = {{k}} is not a multiple of {TILE}, for which its blocks have a scale"
 KERNELS = (
     Kernel(
         *("nvfp4", Kind.LINEAR, "native", NATIVE_FROM["nvfp4"]),
@@ -74,6 +76,18 @@ KERNELS = (
         f"{_HERE}.emulated_fp8.EmulatedFP8",
     ),
     Kernel(
+        *("fp8", Kind.LINEAR, "native", NATIVE_FROM["fp8"]),
+        *(1, TILE, _BLOCKS),
+        f"{_HERE}.fp8_blocks.NativeBlockFP8",
+        form="blocks",
+    ),
+    Kernel(
+        *("fp8", Kind.LINEAR, "emulated", None),
+        *(1, TILE, _BLOCKS),
+        f"{_HERE}.fp8_blocks.EmulatedBlockFP8",
+        form="blocks",
+    ),
+    Kernel(
         *("w8a16", Kind.LINEAR, "native", NATIVE_FROM["w8a16"]),
         *(1, BLOCK, f"K = {{k}} is not a multiple of {BLOCK}"),
         f"{_HERE}.w8a16.NativeW8A16",
@@ -82,6 +96,18 @@ KERNELS = (
         *("w8a16", Kind.LINEAR, "emulated", None),
         *(1, BLOCK, f"K = {{k}} is not a multiple of {BLOCK}"),
         f"{_HERE}.w8a16.EmulatedW8A16",
+    ),
+    Kernel(
+        *("w8a16", Kind.LINEAR, "native", NATIVE_FROM["w8a16"]),
+        *(1, TILE, _BLOCKS),
+        f"{_HERE}.w8a16_blocks.NativeBlockW8A16",
+        form="blocks",
+    ),
+    Kernel(
+        *("w8a16", Kind.LINEAR, "emulated", None),
+        *(1, TILE, _BLOCKS),
+        f"{_HERE}.w8a16_blocks.EmulatedBlockW8A16",
+        form="blocks",
     ),
     Kernel(
         *("w4a16", Kind.LINEAR, "native", NATIVE_FROM["w4a16"]),
@@ -115,15 +141,35 @@ KERNELS = (
         *(BLOCK, BLOCK, _BOTH),
         f"{_EXPERTS}.emulated.EmulatedNVFP4Experts",
     ),
+    Kernel(
+        *("w8a16", Kind.EXPERTS, "native", NATIVE_FROM["w8a16"]),
+        *(BLOCK, BLOCK, _BOTH),
+        f"{_EXPERTS}.weight_only.NativeW8A16Experts",
+    ),
+    Kernel(
+        *("w8a16", Kind.EXPERTS, "emulated", None),
+        *(BLOCK, BLOCK, _BOTH),
+        f"{_EXPERTS}.weight_only.EmulatedW8A16Experts",
+    ),
+    Kernel(  # tensor cores take 16 of the even and of the odd numbers along K
+        *("w4a16", Kind.EXPERTS, "native", NATIVE_FROM["w4a16"]),
+        *(2 * BLOCK, 2 * BLOCK, f"experts of [{{n}}, {{k}}] are not a multiple of {2 * BLOCK} in both sizes"),
+        f"{_EXPERTS}.weight_only.NativeW4A16Experts",
+    ),
+    Kernel(
+        *("w4a16", Kind.EXPERTS, "emulated", None),
+        *(BLOCK, BLOCK, _BOTH),
+        f"{_EXPERTS}.weight_only.EmulatedW4A16Experts",
+    ),
 )
 
 
-def find(precision: str, kernel: str, kind: Kind = Kind.LINEAR) -> Kernel:
+def find(precision: str, kernel: str, kind: Kind = Kind.LINEAR, form: str = "") -> Kernel:
     """The row; ``LookupError`` if there is none."""
     for row in KERNELS:
-        if (row.precision, row.kernel, row.kind) == (precision, kernel, kind):
+        if (row.precision, row.kernel, row.kind, row.form) == (precision, kernel, kind, form):
             return row
-    raise LookupError(f"no {kernel} kernel for {kind.value} in {precision}")
+    raise LookupError(f"no {kernel} kernel for {kind.value} in {precision}" + (f" in {form}" if form else ""))
 
 
 def refusal(
@@ -133,17 +179,18 @@ def refusal(
     k: int,
     kind: Kind = Kind.LINEAR,
     capability: tuple[int, int] | None = None,
+    form: str = "",
 ) -> str | None:
     """Why ``kernel`` packs no [n, k] weight in ``precision`` on a GPU of ``capability``, or None if it does."""
     try:
-        return find(precision, kernel, kind).refuses(n, k, capability)
+        return find(precision, kernel, kind, form).refuses(n, k, capability)
     except LookupError as error:
         return str(error)
 
 
-def packed_linear(precision: str, kernel: str) -> type[PackedLinear]:
+def packed_linear(precision: str, kernel: str, form: str = "") -> type[PackedLinear]:
     """The class that packs weights in ``precision`` for ``kernel``."""
-    found: type[PackedLinear] = find(precision, kernel).load()
+    found: type[PackedLinear] = find(precision, kernel, form=form).load()
     return found
 
 

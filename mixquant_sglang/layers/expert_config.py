@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from sglang.srt.layers.moe.topk import TopK
 
-from mixquant_sglang.kernels.experts.base import Form
+from mixquant_sglang.kernels.experts.base import Form, Masters
+from mixquant_sglang.weights.ready_made_experts import ExpertShare
 
 
 def choices_of(layer: torch.nn.Module, model: torch.nn.Module) -> int | None:
@@ -41,3 +42,12 @@ def form_of(config: Any) -> Form | str:
         return "experts whose activation has a limit alone are not known here"
     interleaved = bool(config.gate_up_interleaved)
     return replace(form, activation="swiglu_oai", interleaved=interleaved, alpha=float(alpha), limit=float(limit))
+
+
+def share_of(layer: Any, masters: Masters) -> ExpertShare:
+    """What this rank holds of the FusedMoE ``layer``; as ``FusedMoE._map_global_expert_id_to_local_expert_id``."""
+    shared: int = layer.num_fused_shared_experts
+    held, hidden, inner = masters.w2.shape
+    first = layer.moe_ep_rank * (held - shared)
+    local = tuple(range(first, first + held - shared))
+    return ExpertShare(layer.num_experts - shared, local, inner, hidden, layer.moe_tp_rank, layer.moe_tp_size, shared)

@@ -24,6 +24,7 @@ from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY, keeps_master, store
 from mixquant_sglang.recipe.roles import Kind, Role, by_role
 from mixquant_sglang.versions.dialect import dialect
 from mixquant_sglang.versions.loading import loads_dummy
+from mixquant_sglang.weights.quantised_linear import QuantisedLinear
 from mixquant_sglang.weights.ready_made_linear import ReadyMadeLinear, Share
 from mixquant_sglang.weights.refresh import fingerprint
 from mixquant_sglang.weights.staging import Staging
@@ -49,6 +50,7 @@ class Server(Protocol):
 
 class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     kind = Kind.LINEAR
+    form = ""  # of the packed weights, a kernel's (``registry.py``)
 
     def __init__(
         self, runtime: Server, name: str, prefill: str, decode: str, ready: ReadyMadeLinear | None = None
@@ -63,7 +65,7 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self._layer: torch.nn.Module | None = None
         self._ready = ready
         self._packed: dict[str, PackedLinear] = {}
-        self._staging: Staging | None = None  # where there is no master
+        self._staging: Staging | QuantisedLinear | None = None  # where there is no master
         self._failed: str | None = None  # why the weights that came last to where there is no master are not packed
         self._print: tuple[int, int] | None = None  # of the master that the copies were packed from
         self._ready_print: tuple[int, int] | None = None  # of the master that the ready-made weights belong to
@@ -125,33 +127,28 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        self._layer = layer
-        n, k = sum(output_partition_sizes), input_size_per_partition
+        self._choose(layer, sum(output_partition_sizes), input_size_per_partition, params_dtype)
+        if self.masterless and not loads_dummy():
+            self._stage(layer, self._size, params_dtype, extra_weight_attrs)
+        else:
+            sizes = input_size_per_partition, output_partition_sizes, input_size, output_size
+            super().create_weights(layer, *sizes, params_dtype, **extra_weight_attrs)
+        if self._ready is not None and self.refusal is None:
+            with refusing():
+                self._ready.place(share_of(layer, output_partition_sizes, input_size_per_partition, input_size))
+        self._runtime.weights.layers.append(self)
+
+    def _choose(self, layer: torch.nn.Module, n: int, k: int, dtype: torch.dtype) -> None:
+        """Makes BF16 what no kernel takes."""
+        self._layer, self._size = layer, (n, k)
         for precision in self.low:
-            refusal = registry.refusal(precision, self._runtime.selection.kernels[precision], n, k)
-            if params_dtype != torch.bfloat16:  # some routers, whose rows are of that dtype too
-                refusal = f"its weight is {str(params_dtype).removeprefix('torch.')}, not bfloat16"
+            refusal = registry.refusal(precision, self._runtime.selection.kernels[precision], n, k, form=self.form)
+            if dtype != torch.bfloat16:  # some routers, whose rows are of that dtype too
+                refusal = f"its weight is {str(dtype).removeprefix('torch.')}, not bfloat16"
             if refusal:
                 self.refusal = refusal
                 self.precision = by_role("bf16", "bf16")
                 self.split = False
-        if self.masterless and not loads_dummy():
-            self._stage(layer, (n, k), params_dtype, extra_weight_attrs)
-        else:
-            super().create_weights(
-                layer,
-                input_size_per_partition,
-                output_partition_sizes,
-                input_size,
-                output_size,
-                params_dtype,
-                **extra_weight_attrs,
-            )
-        if self._ready is not None and self.refusal is None:
-            sizes, replicas = tuple(output_partition_sizes), getattr(layer, "num_kv_head_replicas", 1)
-            with refusing():
-                self._ready.place(Share(sizes, k, input_size, *dialect().tensor_parallel(layer), replicas))
-        self._runtime.weights.layers.append(self)
 
     def _stage(
         self, layer: torch.nn.Module, shape: tuple[int, int], dtype: torch.dtype, attributes: dict[str, Any]
@@ -232,7 +229,7 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self._pack(weight, now)
         self._print = now
 
-    def pack_arrived(self, weight: torch.Tensor) -> None:
+    def pack_arrived(self, weight: Any) -> None:
         """Where there is no master: packs ``weight`` BF16 [N, K], which is not kept.  Raises as ``pack``."""
         self._failed = "what arrived last was not packed"
         try:
@@ -254,7 +251,7 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         if self._failed is not None or not self._packed:
             raise MixQuantError(self._failed or "its weight did not arrive")
 
-    def _pack(self, weight: torch.Tensor, now: tuple[int, int] | None) -> None:
+    def _pack(self, weight: Any, now: tuple[int, int] | None) -> None:
         for precision in sorted({stored(precision) for precision in self.low}):
             packed = self._packed.get(precision)
             if packed is None:
@@ -269,8 +266,12 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                 packed.refresh(weight)
                 if self._ready is not None and precision == "nvfp4":
                     self._ready.warn_updated()
+        self._add_readers()
+
+    def _add_readers(self) -> None:
+        """Kernels that read what others packed."""
         for precision in self.low & WEIGHT_ONLY.keys() - self._packed.keys():
-            reader = packed_linear(precision, self._runtime.selection.kernels[precision])
+            reader = packed_linear(precision, self._runtime.selection.kernels[precision], self.form)
             assert issubclass(reader, WeightOnly)
             self._packed[precision] = reader.of(self._packed[stored(precision)])
 
@@ -346,3 +347,8 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             return high
         rows.scatter(out, high)
         return out
+
+
+def share_of(layer: torch.nn.Module, sizes: list[int], k: int, full_k: int) -> Share:
+    replicas = getattr(layer, "num_kv_head_replicas", 1)
+    return Share(tuple(sizes), k, full_k, *dialect().tensor_parallel(layer), replicas)

@@ -93,7 +93,7 @@ SURFACE: tuple[Row, ...] = (
     Row(
         "sglang.srt.configs.model_config.ModelConfig",
         (
-            *("quantization", "hf_config", "hf_text_config", "dtype", "model_path"),
+            *("quantization", "hf_config", "hf_text_config", "dtype", "model_path", "revision"),
             *("is_encoder_decoder", "context_len", "vocab_size"),
         ),
         "host/hooks/launcher.py, host/stock.py, host/probe.py",

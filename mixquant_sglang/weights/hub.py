@@ -9,7 +9,7 @@ from mixquant_sglang.errors import MixQuantError
 
 
 @functools.cache
-def find(asked: str) -> Path:
+def find(asked: str, revision: str | None = None) -> Path:
     """The folder ``asked``, or that of the hub's snapshot of that name, downloaded unless it is there already."""
     if Path(asked).is_dir():
         return Path(asked)
@@ -17,8 +17,9 @@ def find(asked: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json"]
-        return Path(snapshot_download(asked, allow_patterns=patterns, ignore_patterns=["original/*", "consolidated*"]))
+        patterns, ignored = ["*.safetensors", "*.json"], ["original/*", "consolidated*"]
+        where = snapshot_download(asked, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
+        return Path(where)
     except (OSError, ValueError, httpx.HTTPError) as error:
         reason = " ".join(str(error).split())
         raise MixQuantError(f"{asked}: is no folder, and fetching it from the hub failed: {reason[:300]}") from None

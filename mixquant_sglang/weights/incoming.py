@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -25,6 +26,14 @@ _CHUNK = 2**24  # elements in flight to the device
 SKIPPED = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
 
 
+class Quantised(Protocol):
+    """A quantised checkpoint (``quantised.py``)."""
+
+    def problem(self, name: str, tensor: torch.Tensor) -> str | None: ...
+
+    def differing(self, tensors: Mapping[str, torch.Tensor]) -> str | None: ...
+
+
 @dataclass
 class Known:
     """Tensors of the checkpoint by name: shape and dtype."""
@@ -33,6 +42,7 @@ class Known:
     parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)  # whole shapes, of one rank alone
     same: dict[str, set[str]] = field(default_factory=dict)  # name -> other names of its parameter
     wholes: dict[str, frozenset[str]] = field(default_factory=dict)  # linear -> tensors that must come together
+    quantised: Quantised | None = None  # where the checkpoint is
     blocks: float = math.inf  # of the served model; a checkpoint may have draft blocks after them
 
     def record(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -100,7 +110,15 @@ class Known:
         if tensor.dtype not in FLOATING and (before is None or tensor.dtype != before[1]):
             wanted = before[1] if before else torch.bfloat16
             return f"{name} is {tensor.dtype}, not {wanted}: a quantised checkpoint does not fit this server"
+        if self.quantised is not None and (problem := self.quantised.problem(name, tensor)):
+            return problem
         return None if _finite(tensor, device) else f"{name} holds NaN or infinity, in BF16 at least"
+
+    def differing(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+        """Why an update by ``tensors`` is refused: numbers that a layer holds as one are not equal in it."""
+        if self.quantised is None:
+            return None
+        return self.quantised.differing({name: tensor for name, tensor in tensors if tensor.numel() == 1})
 
     def problem_of_parameter(
         self, name: str, tensor: torch.Tensor, parameters: dict[str, torch.nn.Parameter]

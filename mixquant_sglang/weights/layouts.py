@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import BLOCK
-from mixquant_sglang.weights.checkpoint import Source
+
+if TYPE_CHECKING:
+    from mixquant_sglang.weights.checkpoint import Source
 
 _COMPRESSED = "nvfp4-pack-quantized"
 _MODELOPT = ("NVFP4", "W4A16_NVFP4")  # the same weights

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from mixquant_sglang.recipe.modules import is_draft, is_outside
 
+_EXPERT = re.compile(r"(.*\.\d+)\.(?:gate_proj|up_proj|w1|w3)\.weight")
 _HEAD = re.compile(r"((?:.*?\.)?)layers\.\d+\.")
 
 
@@ -31,3 +32,13 @@ class Names:
             return name
         (head,) = self._heads
         return head + name.removeprefix(found[1])
+
+
+def gates_and_ups(tensors: Iterable[str], layer: str) -> dict[str, frozenset[str]]:
+    """Of the experts of ``layer`` that have a tensor for each matrix: the module of an expert -> those of its gate and
+    up projections, which are one weight here (``w1`` and ``w3`` in Mixtral's names)."""
+    found: dict[str, set[str]] = {}
+    for name in tensors:
+        if name.startswith(f"{layer}.") and (of := _EXPERT.fullmatch(name)):
+            found.setdefault(of[1], set()).add(name)
+    return {f"{expert} (gate and up)": frozenset(names) for expert, names in found.items()}

@@ -59,7 +59,7 @@ class Layer(Protocol):
     def masterless(self) -> bool:
         """Whether it has no master: new weights are packed as they arrive."""
 
-    def pack_arrived(self, weight: torch.Tensor) -> None: ...
+    def pack_arrived(self, weight: Any, at: Any = None) -> None: ...
 
     def forget_arrived(self) -> None: ...
 
@@ -104,12 +104,18 @@ class Weights:
             self.changed()  # a path that we do not hook
         self._pack(layer)
 
-    def arrived(self, layer: Layer, weight: torch.Tensor) -> None:
-        """All of the BF16 ``weight`` [N, K] of a layer that keeps none, at load and in an update."""
+    def arrived(self, layer: Layer, weight: Any, at: Any = None) -> None:
+        """All of a ``weight`` that is not kept, at load and in an update: BF16 [N, K] of a linear, or what a quantised
+        checkpoint has in its place; with ``at``, a part of a layer, which says when it is to be packed whether all of
+        them came."""
         if not self._loading and self.current:
             self.hold("new weights arrived")  # by a path that we do not hook
             self._due = True
-        self._try(layer, lambda: layer.pack_arrived(weight))
+        if at is None:
+            self._try(layer, lambda: layer.pack_arrived(weight))
+        else:
+            self._try(layer, lambda: layer.pack_arrived(weight, at))
+            self._packed.discard(id(layer))
 
     def keep(self, methods: Iterable[Any]) -> None:
         """Forgets layers that are not among ``methods``: of a model that SGLang built and threw away."""

@@ -25,13 +25,14 @@ Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset, shape and stride
 
 
 class Staging:
-    """Of a weight [N, K]; ``whole`` is called with it, in BF16, when all of it has arrived, and must not keep it.
+    """Of a weight [N, K], or of all experts [E, N, K]; ``whole`` is called with it, in BF16, when all of it has
+    arrived, and must not keep it.
 
     ``attributes``: what loaders read of the parameter, with their ``weight_loader``."""
 
     def __init__(
         self,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
         attributes: Mapping[str, Any],
@@ -58,11 +59,12 @@ class Staging:
             empty = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             self._buffer = self._with_attributes(torch.nn.Parameter(empty, requires_grad=False))
             self._missing = self._buffer.numel()
-        with _Written(self._buffer) as written:
+        with Written() as written:
             self._loader(self._buffer, loaded, *args, **kwargs)
+        places = written.places.get(self._buffer.untyped_storage().data_ptr(), {})
         # A part that came before, once more: the last one counts, and the others are still to come.
-        self._missing -= sum(numbers for place, numbers in written.places.items() if place not in self._there)
-        self._there |= written.places.keys()
+        self._missing -= sum(numbers for place, numbers in places.items() if place not in self._there)
+        self._there |= places.keys()
         if self._missing <= 0:
             buffer = self._buffer
             self.forget()
@@ -100,17 +102,16 @@ class Absent(torch.nn.Parameter):
         return args[0] if isinstance(found, torch.Tensor) and found.is_meta else found
 
 
-class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes where in ``buffer`` ``copy_`` writes while it is open, and how many numbers."""
+class Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes where ``copy_`` writes while it is open: by the address of the memory, the places and how many numbers."""
 
-    def __init__(self, buffer: torch.Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._buffer = buffer.untyped_storage().data_ptr()
-        self.places: dict[Place, int] = {}
+        self.places: dict[int, dict[Place, int]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten.copy_.default:
             target = args[0]
-            if target.untyped_storage().data_ptr() == self._buffer:
-                self.places[target.storage_offset(), tuple(target.shape), target.stride()] = target.numel()
+            places = self.places.setdefault(target.untyped_storage().data_ptr(), {})
+            places[target.storage_offset(), tuple(target.shape), target.stride()] = target.numel()
         return function(*args, **(kwargs or {}))

@@ -125,6 +125,7 @@ for fmt in ("fp8", "nvfp4", "qdq"):
         twice(lambda: activations.rmsnorm(x, weight, 1e-6, fmt, zero_centred=True, **keeping), [rows])
 
 # linears over packed weights, by either kernel; the driver, which is slow to say what a device is, is asked once
+packed_tiles.STRAIGHT = True  # whatever Triton this is
 tiled, warped = Asked(packed_rows, "_packed_rows"), Asked(packed_rows, "_packed_warps")
 locks, few_looks = torch.zeros(packed_tiles.LOCKS, dtype=torch.int32), Utils.looks
 for fp4, bias, cut, placed in ((False, None, 0, False), (False, bf16(96), 64, True), (True, None, 0, True)):

@@ -19,12 +19,15 @@ def test_every_kind_of_launch_has_a_choice() -> None:
     assert CHOICES.keys() == set(itertools.product((False, True), BUCKETS, (False, True)))
 
 
+@pytest.mark.parametrize("straight", [False, True])
 @pytest.mark.parametrize("fp4", [False, True])
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_few_rows_are_for_warps(n: int, k: int, fp4: bool) -> None:
+def test_few_rows_are_for_warps(n: int, k: int, fp4: bool, straight: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the compiler leaves what they read in registers."""
+    monkeypatch.setattr(packed_tiles, "STRAIGHT", straight)
     for bucket in BUCKETS:
-        chosen = choose(n, k, bucket, fp4)
-        assert isinstance(chosen, Warps) == (bucket <= (8 if fp4 else 16))
+        chosen = choose.__wrapped__(n, k, bucket, fp4)
+        assert isinstance(chosen, Warps) == (straight and bucket <= (8 if fp4 else 16))
         fitted = [fitting(chosen, n, k, m, bucket, fp4, 232448) for m in (1, bucket)]
         assert fitted[0] == fitted[1]  # a row's bits do not depend on how many of a bucket there are
         if isinstance(fitted[0], Warps):

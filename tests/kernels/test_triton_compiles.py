@@ -23,6 +23,7 @@ from mixquant_sglang.kernels import triton as package  # noqa: E402
 from mixquant_sglang.kernels.triton import (  # noqa: E402
     activations,
     attention,
+    block_rows,
     expert_rows,
     few_rows,
     grouped,
@@ -107,11 +108,15 @@ def halved(case: Case) -> Case:
     return kernel, types, constants | {"HALVES": True, "BM": 128, "BN": 128}, 2 * warps
 
 
-def expert_rows_case(kernel: str, act: str = "", interleaved: bool = False) -> Case:
-    pointers = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), "*bf16")
+def expert_rows_case(kernel: str, act: str = "", interleaved: bool = False, fmt: str = "bf16") -> Case:
+    packed = {"fp8": ("scale_ptr",), "nvfp4": ("scale_ptr", "block_scale_ptr")}.get(fmt, ())
+    pointers = {"x_ptr": "*i32" if fmt == "nvfp4" else "*bf16", "weight_ptr": "*u8" if packed else "*bf16"}
+    pointers |= {"out_ptr": "*bf16"} | dict.fromkeys(packed, "*fp32")
+    pointers |= {"block_scale_ptr": "*u8"} if fmt == "nvfp4" else {}
     pointers |= {"route_weight_ptr": "*fp32", "index_ptr": "*i64", "ids_ptr": "*i32", "slots": "i32"}
     constants: dict[str, Any] = {"bias_ptr": None, "TOP_K": 8, "PAIRS": 512, "SLOTS": 64, "MEMBERS": 16, "LANES": 32}
-    constants |= {"I": 768, "H": 2048, "BK": 128}
+    constants |= {"I": 768, "H": 2048, "BK": 128, "FORMAT": fmt}
+    constants |= {name: None for name in ("scale_ptr", "block_scale_ptr") if name not in pointers}
     if kernel == "_up":
         scalars = dict.fromkeys(("alpha", "limit"), "fp32")
         constants |= {"ACT": act, "INTERLEAVED": interleaved, "BN": 32}
@@ -181,6 +186,20 @@ def packed_warps_case(fp4: bool, tiles: packed_tiles.Warps, rows: int, placed: b
     return packed_warps._packed_warps, kept, constants, tiles.warps
 
 
+def block_rows_case(rows: int, placed: bool) -> Case:
+    types = {
+        **dict.fromkeys(("out_ptr", "rest_ptr", "rows_ptr"), "*bf16"),
+        "index_ptr": "*i64" if placed else None,
+        "codes_ptr": "*u8",
+        "scale_ptr": "*fp32",
+        "bias_ptr": "*bf16" if placed else None,
+        **dict.fromkeys(("rows", "N", "K", "cut", "out_stride", "rest_stride", "rows_stride"), "i32"),
+    }
+    constants: dict[str, Any] = {"ROWS": rows, "BLOCK_N": block_rows.BLOCK_N, "TILE": 128, "WHOLE": not placed}
+    constants |= {name: None for name, kind in types.items() if kind is None}
+    return block_rows._block_rows, {name: kind for name, kind in types.items() if kind}, constants, 4
+
+
 DEEP = {"SOME_K": 128, "MANY_K": 64}
 
 # kernel, types of its arguments, constants, warps: what the launches in the package pass
@@ -247,6 +266,10 @@ CASES: dict[str, Case] = {
     "expert_rows_up": expert_rows_case("_up", "silu"),
     "expert_rows_up_interleaved": expert_rows_case("_up", "swiglu_oai", interleaved=True),
     "expert_rows_down": expert_rows_case("_down"),
+    "expert_rows_up_of_w8": expert_rows_case("_up", "silu", fmt="fp8"),
+    "expert_rows_down_of_w8": expert_rows_case("_down", fmt="fp8"),
+    "expert_rows_up_of_w4": expert_rows_case("_up", "silu", fmt="nvfp4"),
+    "expert_rows_down_of_w4": expert_rows_case("_down", fmt="nvfp4"),
     "attention_sample": (
         attention._sample,
         {"k_ptr": "*bf16", "v_ptr": "*bf16", "slots_ptr": "*i32", "out_ptr": "*fp32", "tokens": "i32", "width": "i32"},
@@ -297,6 +320,7 @@ CASES: dict[str, Case] = {
         "one_of_48": {"K": 48, "MANY": 16, "BLOCK_N": 32, "FEW_K": 16, "SOME_K": 16, "MANY_K": 16, "WHOLE": False},
     }.items()
 }
+CASES |= {f"block_rows_{rows}": block_rows_case(rows, rows > 16) for rows in block_rows.BUCKETS}
 CASES |= {
     f"norm_rope_{size}_{i}": norm_rope_case(size, tile)
     for size in (64, 128, 256)
@@ -352,7 +376,7 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         return  # no such instruction: the package passes a pointer there
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, arguments, constants, warps = CASES[case]
-    if case.startswith(("activations", "packed")):
+    if case.startswith(("activations", "packed", "block_rows", "expert_rows_up", "expert_rows_down")):
         constants = constants | {"SM": capability}
     names = kernel.arg_names
     source = ASTSource(

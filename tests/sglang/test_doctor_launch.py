@@ -15,6 +15,7 @@ import pytest
 
 from mixquant_sglang.tools import doctor, launch
 from tests.sglang.test_deployments import LAUNCHED, differs
+from tests.support import quantised_checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CPU = ["--device", "cpu", "--attention-backend", "torch_native"]
@@ -48,6 +49,11 @@ COMMANDS: dict[str, tuple[list[str], list[list[str]]]] = {
     "a word that SGLang does not know": ([*CPU, "--kv-cache-dtype", "fp3"], [["invalid choice: 'fp3'"]]),
     "a flag that SGLang does not know": ([*CPU, "--no-such-flag"], [["unrecognized arguments: --no-such-flag"]]),
     "a float32 checkpoint": (["--model-path", "FLOAT32", *CPU], [["is a float32 checkpoint", "--dtype bfloat16"]]),
+    "a quantised checkpoint": (["--model-path", "FP8", *CPU, "--mixquant-recipe", "fp8-compact"], []),
+    "a quantised checkpoint and another recipe": (
+        ["--model-path", "FP8", *CPU, "--mixquant-recipe", "nvfp4-compact"],
+        [["is already quantised (compressed-tensors float-quantized)", "recipe nvfp4-compact", "recipe fp8-compact"]],
+    ),
     "a variable": (
         ["SGLANG_RUST_SERVER=1", "python", "-m", "sglang.launch_server", "--model-path", "MODEL", *CPU],
         [["does not go with SGLANG_RUST_SERVER", "unset it"]],
@@ -91,6 +97,7 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(f"device: cpu\n{text}")
     models = {"MODEL": str(tiny_model), "FLOAT32": str(folder)} | {n: str(folder / f"{n}.yaml") for n in files}
+    models["FP8"] = str(quantised_checkpoints.write(tiny_model, folder / "fp8", "fp8 rows")[0])
     words = [[models.get(word, word) for word in words] for words, _ in COMMANDS.values()]
     (folder / "ask.py").write_text(SCRIPT)
     command = [sys.executable, "-W", "ignore", str(folder / "ask.py"), json.dumps(words)]

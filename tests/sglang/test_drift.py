@@ -30,7 +30,7 @@ NOT_SGLANG = {
         "named_parameters",
         "split",
     ),
-    "of a transformers config": ("architectures", "to_dict"),
+    "of a transformers config": ("architectures", "quantization_config", "to_dict"),
     "Python's own": (
         *(
             "__closure__",

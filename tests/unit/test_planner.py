@@ -529,7 +529,7 @@ def test_model_names_and_directories(tmp_path: Path) -> None:
         ({"kv_lora_rank": 512}, "qk_nope_head_dim: is missing"),
         ({"text_config": {"hidden_size": 1}}, "num_hidden_layers: is missing"),
         ({"text_config": {"is_encoder_decoder": True}}, "is_encoder_decoder: is an encoder-decoder"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: is a quantised checkpoint"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: quant_method is 'gptq'; known: "),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types: 2 entries for 36 layers"),
         ({"layer_types": ["linear_attention"] * 36}, "layer_types: is linear_attention without linear_num_value_heads"),
         ({"layer_types": ["mamba"] * 36}, "layer_types: mamba; allowed: full_attention, sliding_attention"),
@@ -547,6 +547,18 @@ def test_model_names_and_directories(tmp_path: Path) -> None:
 def test_configs_that_are_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **change}))
     assert says in refusal(str(tmp_path), "--gpu", "H200", "--input-len", "512")
+
+
+def test_a_quantised_checkpoint_is_planned_with_the_recipe_that_takes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **blocks}))
+    asked = (str(tmp_path), "--gpu", "H200", "--input-len", "2048")
+    assert run(*asked, "--json") == 0
+    assert {*json.loads(capsys.readouterr().out)} == {"fp8-compact"}
+    said = refusal(*asked, "--recipe", "fp8-compact", "auto")
+    assert "is already quantised (fp8 in blocks); recipe auto derives" in said and "recipe fp8-compact" in said
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_each_row_is_of_its_class() -> None:
     for row in KERNELS:
         packed = row.load()
         assert (packed.precision, packed.kernel) == (row.precision, row.kernel)
-        assert find(row.precision, row.kernel, row.kind) is row  # no two rows for the same
+        assert find(row.precision, row.kernel, row.kind, row.form) is row  # no two rows for the same
 
 
 def test_a_native_kernel_needs_what_selection_asks_for() -> None:

@@ -7,7 +7,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from mixquant_sglang.host.refusals import check_server_args, refused_lines
 from mixquant_sglang.recipe import Recipe, fingerprint, pairs
 from mixquant_sglang.versions import machine
 from mixquant_sglang.versions.dialect import dialect
+from mixquant_sglang.weights.hub import find
+from mixquant_sglang.weights.quantised import QuantisedCheckpoint
+from mixquant_sglang.weights.quantised_config import FIELDS, check_recipe, family, said
 
 
 @dataclass
@@ -156,20 +161,13 @@ def register_config() -> None:
 
 @handler
 def check_checkpoint(model_config: Any) -> None:
-    """Refuses quantised checkpoints, those of another dtype unless ``--dtype bfloat16`` asks for the cast, models that
-    SGLang would not decode as stock, and ready-made prefill weights of another model."""
+    """Refuses quantised checkpoints, but for those that the recipe takes as they are, those of another dtype unless
+    ``--dtype bfloat16`` asks for the cast, models that SGLang would not decode as stock, and ready-made prefill weights
+    of another model."""
     if model_config.quantization != machine.NAME:
         return
     with _refusing():
-        for config in (model_config.hf_config, model_config.hf_text_config):
-            for field in ("quantization_config", "compression_config"):
-                found = getattr(config, field, None)
-                if found:
-                    method = found.get("quant_method") if isinstance(found, dict) else type(found).__name__
-                    raise MixQuantError(
-                        f"{model_config.model_path} is already quantised ({method}); "
-                        "mixquant derives its packed weights from a plain BF16 checkpoint: give it the original one"
-                    )
+        _take_quantised(model_config)
         stored = getattr(model_config.hf_text_config, "dtype", None)
         stored = getattr(torch, stored, stored) if isinstance(stored, str) else stored
         cast_unasked = stored is not torch.bfloat16 and asked.dtype == "auto"
@@ -185,6 +183,44 @@ def check_checkpoint(model_config: Any) -> None:
 
             ready = ReadyMadeWeights.open(asked.recipe.prefill_weights, asked.recipe.prefill_weights_at)
             ready.check_model(model_config.hf_text_config)
+
+
+def _take_quantised(model_config: Any) -> None:
+    """Of a quantised checkpoint that the recipe takes, SGLang is told our name in place of its format's: it builds
+    ``MixQuantConfig`` of it, with the folder."""
+    folder = Path(model_config.model_path)
+    config = {**_fields(model_config.hf_config), "text_config": _fields(model_config.hf_text_config)}
+    found = said(config, folder if folder.is_dir() else None)
+    if found is None:
+        return
+    chosen = asked.recipe or recipe.load_requested()
+    where, quantization = found
+    try:
+        what = family(f"{model_config.model_path}: {where}", quantization)
+    except MixQuantError as error:
+        raise MixQuantError(
+            f"{model_config.model_path} is already quantised ({quantization.get('quant_method')}); mixquant derives "
+            f"its packed weights from a plain BF16 checkpoint: give it the original one ({error})"
+        ) from None
+    check_recipe(chosen, what, model_config.model_path)
+    if asked.noted is None:  # the doctor downloads nothing
+        folder = find(model_config.model_path, getattr(model_config, "revision", None))
+    if folder.is_dir():
+        QuantisedCheckpoint.open(folder)
+    text = model_config.hf_text_config is model_config.hf_config
+    model_config.hf_config = copy(model_config.hf_config)  # SGLang keeps one for all that ask, drafts among them
+    model_config.hf_text_config = model_config.hf_config if text else copy(model_config.hf_text_config)
+    for each in (model_config.hf_config, model_config.hf_text_config):
+        for field_name in FIELDS:
+            if getattr(each, field_name, None) is not None:
+                setattr(each, field_name, None)
+    model_config.hf_config.quantization_config = {"quant_method": machine.NAME, "checkpoint": str(folder)}
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """What a model's config says of quantisation."""
+    found: dict[str, Any] = {name: getattr(config, name, None) for name in FIELDS}
+    return {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in found.items()}
 
 
 def asked_recipe() -> Recipe | None:

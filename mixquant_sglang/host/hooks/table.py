@@ -30,7 +30,7 @@ HOOKS = (
         "before",
         "asked",
         ("sglang.srt.configs.model_config.ModelConfig._verify_quantization",),
-        "refuses checkpoints that are not plain BF16",
+        "refuses checkpoints that the recipe does not take",
     ),
     Hook(
         "choose_architecture",

@@ -50,12 +50,13 @@ def read_checkpoint(original: Callable[..., Any], loader: Any, source: Any) -> A
     if run is None:
         return original(loader, source)
     if run.loading:  # the start
-        return run.known.record(original(loader, source))
+        return run.loaders_see(run.known.record(original(loader, source)))
     disk = run.arriving.disk
     if disk is not None:
         disk.readings += 1
         if disk.readings > 1:
             source = dataclasses.replace(source, model_or_path=disk.before)
+        return run.loaders_see(original(loader, source))
     return original(loader, source)
 
 
@@ -122,7 +123,7 @@ def _look_at(
         weights = read_weights(updater, model_path, load_format)
         if weights is None:
             return None
-        seen = set()
+        seen, numbers = set(), []
         for name, tensor in weights:
             if keep is not None and not keep(name):
                 continue
@@ -131,7 +132,10 @@ def _look_at(
                 continue
             if problem := run.known.problem(name, tensor, torch.device(updater.device)):
                 return problem
-        return run.known.missing(seen) if keep is None else run.known.torn(seen)
+            if tensor.numel() == 1:
+                numbers.append((name, tensor.clone()))
+        problem = run.known.missing(seen) if keep is None else run.known.torn(seen)
+        return problem or run.known.differing(numbers)
     except LOAD_ERRORS as error:
         return _said(error)
 
@@ -201,6 +205,7 @@ def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool
         found += [run.known.problem_of_parameter(*named, parameters) for _, each in direct for named in each]
         if not run.weights.in_session:
             found.append(run.known.torn({name for name, _ in loads}))
+        found.append(run.known.differing(loads))
         problem = None if done else message
         problem = problem or next(filter(None, found), None)
     except LOAD_ERRORS as error:
@@ -209,11 +214,14 @@ def _in_memory(call: Callable[[], tuple[bool, str]], updater: Any, *, keep: bool
     if problem:
         return False, f"{problem}; {_OLD}"
     run.arriving.sent_since_disk = True
+    if run.quantised is not None and not run.weights.in_session:
+        run.quantised.forget()
     run.weights.hold("an update in memory is being loaded")
     try:
         if loads:
             # Of tensors in host memory one at a time: beside weights and KV a GPU has no room for all.
-            model.load_weights(((name, tensor.to(device)) for name, tensor in loads) if keep else loads)
+            moved = ((name, tensor.to(device)) for name, tensor in loads) if keep else loads
+            model.load_weights(run.loaders_see(moved))
         for original, named in direct:
             original(model, named)
         if keep:

@@ -65,6 +65,10 @@ class PackedExperts(ABC):
 
     precision: ClassVar[str]
     kernel: ClassVar[str]
+    # Whether it can be made empty and filled a matrix at a time (``empty``, ``put``).
+    piecewise: ClassVar[bool] = False
+    # Whether it has ``place``.
+    places: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(
@@ -97,6 +101,35 @@ class PackedExperts(ABC):
     @abstractmethod
     def refresh(self, masters: Masters) -> None:
         """Packs the changed ``masters`` into the tensors that are there.  ValueError for NaN or infinity."""
+
+    @classmethod
+    def empty(cls, shapes: Masters, form: Form, *, scales: str, device: torch.device) -> PackedExperts:
+        """For weights of these ``shapes``, which are not read; every matrix has to be ``put`` before it runs."""
+        if not cls.piecewise:
+            raise TypeError(f"{cls.__name__} packs all experts at once")
+        made = object.__new__(cls)
+        made.allocate(shapes, form, scales, device)
+        return made
+
+    def allocate(self, shapes: Masters, form: Form, scales: str, device: torch.device) -> None:
+        """Where it is ``piecewise``: its tensors, on ``device``, unfilled."""
+        raise TypeError(f"{type(self).__name__} packs all experts at once")
+
+    def put(self, which: int, expert: int, weight: torch.Tensor) -> None:
+        """Where it is ``piecewise``: packs w13 (``which`` 0, as the checkpoint orders its rows) or w2 (1) of one
+        expert, BF16 [N, K], in place.  ValueError for NaN or infinity, before it writes."""
+        raise TypeError(f"{type(self).__name__} packs all experts at once")
+
+    def put_biases(self, bias13: torch.Tensor | None, bias2: torch.Tensor | None) -> None:
+        """Where it is ``piecewise``: the biases of all experts."""
+        raise TypeError(f"{type(self).__name__} packs all experts at once")
+
+    def place(
+        self, out: torch.Tensor, index: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> None:
+        """The rows ``index`` int64 [R] (-1: unused slots, at its end; R <= ``limits.FEW_ROWS``) of x [T, H], as ``run``
+        has them, into the same rows of ``out``.  CUDA only."""
+        raise TypeError(f"{type(self).__name__} puts no rows in their places: call run")
 
     def replace(self, ready: ReadyExperts) -> None:
         """Copies ready-made experts, which only differ in values from those of ``__init__``, into the tensors."""

@@ -27,10 +27,10 @@ from mixquant_sglang.kernels.experts.base import (
 from mixquant_sglang.kernels.experts.native_fp8 import FP8Weights
 from mixquant_sglang.kernels.linear.base import copy_all
 from mixquant_sglang.kernels.packing import quantize_nvfp4
-from mixquant_sglang.kernels.tuning.expert_tiles import EMULATED
+from mixquant_sglang.kernels.tuning.expert_tiles import EMULATED, Tiles
 
 
-class _Emulated(PackedExperts):
+class Emulated(PackedExperts):
     kernel = "emulated"
     _form: Form
 
@@ -42,14 +42,16 @@ class _Emulated(PackedExperts):
     def _on_gpu(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         from mixquant_sglang.kernels.experts import grouped
 
-        sorted_routes = grouped.routing(ids, EMULATED.rows, self.experts)
+        tiles = self._tiles(ids)
+        sorted_routes = grouped.routing(ids, tiles.rows, self.experts)
         codes, scales = self._operand(x)
-        hidden = grouped.up(
-            codes, scales, grouped.Weight(*self._weight(0)), self._form, weights, sorted_routes, EMULATED
-        )
+        hidden = grouped.up(codes, scales, grouped.Weight(*self._weight(0)), self._form, weights, sorted_routes, tiles)
         codes, scales = self._operand(hidden)
         second = grouped.Weight(*self._weight(1))
-        return grouped.down(codes, scales, second, self._form, weights, sorted_routes, EMULATED)
+        return grouped.down(codes, scales, second, self._form, weights, sorted_routes, tiles)
+
+    def _tiles(self, ids: torch.Tensor) -> Tiles:
+        return EMULATED
 
     def _by_expert(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -101,8 +103,9 @@ def activated(gate_up: torch.Tensor, form: Form) -> torch.Tensor:
     return gate * torch.sigmoid(form.alpha * gate) * (up + 1)
 
 
-class EmulatedFP8Experts(FP8Weights, _Emulated):
+class EmulatedFP8Experts(FP8Weights, Emulated):
     precision = "fp8"
+    piecewise = True
 
     def __init__(
         self,
@@ -124,15 +127,14 @@ class EmulatedFP8Experts(FP8Weights, _Emulated):
         return quantised.data.to(torch.bfloat16), quantised.scales[:, None]
 
     def _weight(self, which: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        if which:
-            return self._codes2, self._scales2, self._bias2
-        return self._codes13, self._scales13, self._bias13
+        return self.weight(which)
 
 
-class EmulatedNVFP4Experts(_Emulated):
+class EmulatedNVFP4Experts(Emulated):
     """Block scales for each 16 numbers along K, and a tensor scale for each expert's w13 and w2, or for gate and up."""
 
     precision = "nvfp4"
+    piecewise = True
 
     def __init__(
         self,
@@ -143,10 +145,23 @@ class EmulatedNVFP4Experts(_Emulated):
         ready: ReadyExperts | None = None,
         environment: Environment = NOTHING,
     ) -> None:
-        self._form, self._scales = form, scales
-        self._held = [_empty(master) for master in (masters.w13, masters.w2)]
-        self._biases = [None if b is None else torch.empty_like(b) for b in (masters.bias13, masters.bias2)]
+        self.allocate(masters, form, scales, masters.w13.device)
         self._fill(masters, ready)
+
+    def allocate(self, shapes: Masters, form: Form, scales: str, device: torch.device) -> None:
+        self._form, self._scales = form, scales
+        self._held = [_empty(shape.shape, device) for shape in (shapes.w13, shapes.w2)]
+        self._biases = [
+            None if b is None else torch.empty_like(b, device=device) for b in (shapes.bias13, shapes.bias2)
+        ]
+
+    @property
+    def form(self) -> Form:
+        return self._form
+
+    def held(self, which: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Of w13 (0) or w2 (1): codes uint8 [E, N, K/2], block scales [E, N, K/16], scales float32 [E, N], bias."""
+        return *self._held[which], self._biases[which]
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (*self._held[0], *self._held[1], *(bias for bias in self._biases if bias is not None))
@@ -159,24 +174,34 @@ class EmulatedNVFP4Experts(_Emulated):
         for e in range(self.experts):
             self._place(e, ready(e))
 
-    def _fill(self, masters: Masters, ready: ReadyExperts | None) -> None:
-        for e in range(self.experts):
-            self._place(e, ready(e) if ready is not None else self._quantised(masters, e))
-        for held, bias in zip(self._biases, (masters.bias13, masters.bias2), strict=True):
+    def put(self, which: int, expert: int, weight: torch.Tensor) -> None:
+        rows = weight if which else halves(weight[None], self._form)[0]
+        self._put(which, expert, [quantize_nvfp4(rows, scales=self._scales)])
+
+    def put_biases(self, bias13: torch.Tensor | None, bias2: torch.Tensor | None) -> None:
+        for held, bias in zip(self._biases, (bias13, bias2), strict=True):
             if held is not None and bias is not None:
                 held.copy_(halves(bias, self._form) if held is self._biases[0] else bias)
 
-    def _quantised(self, masters: Masters, e: int) -> Ready:
-        w13 = halves(masters.w13[e : e + 1], self._form)[0]
-        return Ready([quantize_nvfp4(w13, scales=self._scales)], quantize_nvfp4(masters.w2[e], scales=self._scales))
+    def _fill(self, masters: Masters, ready: ReadyExperts | None) -> None:
+        for e in range(self.experts):
+            if ready is not None:
+                self._place(e, ready(e))
+            else:
+                self.put(0, e, masters.w13[e])
+                self.put(1, e, masters.w2[e])
+        self.put_biases(masters.bias13, masters.bias2)
 
     def _place(self, e: int, ready: Ready) -> None:
-        for held, parts in zip(self._held, (ready.w13, [ready.w2]), strict=True):
-            alphas = torch.cat([part.tensor_scale.reshape(1).expand(part.shape[0]) for part in parts])
-            copy_all(
-                tuple(tensor[e] for tensor in held),
-                (torch.cat([p.packed for p in parts]), torch.cat([p.block_scales for p in parts]), alphas),
-            )
+        self._put(0, e, ready.w13)
+        self._put(1, e, [ready.w2])
+
+    def _put(self, which: int, e: int, parts: list[NVFP4Tensor]) -> None:
+        alphas = torch.cat([part.tensor_scale.reshape(1).expand(part.shape[0]) for part in parts])
+        copy_all(
+            tuple(tensor[e] for tensor in self._held[which]),
+            (torch.cat([p.packed for p in parts]), torch.cat([p.block_scales for p in parts]), alphas),
+        )
 
     @property
     def experts(self) -> int:
@@ -186,6 +211,10 @@ class EmulatedNVFP4Experts(_Emulated):
         return operands.quantize(x, "qdq").operand[0], None
 
     def _weight(self, which: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self.weight(which)
+
+    def weight(self, which: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """BF16 codes [E, N, K], made for the call, scales [E, N] and bias of w13 (0) or w2 (1)."""
         packed, block_scales, alphas = self._held[which]
         flat = packed.flatten(0, 1), block_scales.flatten(0, 1)
         if packed.is_cuda:
@@ -197,16 +226,18 @@ class EmulatedNVFP4Experts(_Emulated):
         return codes.view(*packed.shape[:2], -1), alphas, self._biases[which]
 
     def _product(self, x: torch.Tensor, which: int, expert: int) -> torch.Tensor:
-        packed, block_scales, alphas = (tensor[expert] for tensor in self._held[which])
         (codes, _), bias = self._operand(x), self._biases[which]
-        weight = NVFP4Tensor(packed, block_scales, torch.ones(())).unscaled(torch.float32)
-        total = codes.float() @ weight.t() * alphas[None]
+        total = codes.float() @ self.unscaled(which, expert).t() * self._held[which][2][expert][None]
         return total if bias is None else total + bias[expert][None]
 
+    def unscaled(self, which: int, expert: int) -> torch.Tensor:
+        """FP32 [N, K] of one expert, without the scales that ``held`` has third."""
+        packed, block_scales, _ = (tensor[expert] for tensor in self._held[which])
+        return NVFP4Tensor(packed, block_scales, torch.ones(())).unscaled(torch.float32)
 
-def _empty(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    e, n, k = master.shape
-    device = master.device
+
+def _empty(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    e, n, k = shape
     return (
         torch.empty((e, n, k // 2), dtype=torch.uint8, device=device),
         torch.empty((e, n, k // BLOCK), dtype=torch.float8_e4m3fn, device=device),

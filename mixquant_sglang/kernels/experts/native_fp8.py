@@ -23,15 +23,28 @@ class FP8Weights:
     def __init__(self, masters: Masters, form: Form, ready: ReadyExperts | None) -> None:
         if ready is not None:
             raise ValueError("ready-made weights are NVFP4; this is fp8")
-        self._form = form
-        experts, n, h = masters.w13.shape
-        self._codes13 = torch.empty(masters.w13.shape, dtype=torch.float8_e4m3fn, device=masters.w13.device)
-        self._codes2 = torch.empty(masters.w2.shape, dtype=torch.float8_e4m3fn, device=masters.w2.device)
-        self._scales13 = torch.empty((experts, n), dtype=torch.float32, device=masters.w13.device)
-        self._scales2 = torch.empty((experts, h), dtype=torch.float32, device=masters.w2.device)
-        self._bias13 = None if masters.bias13 is None else torch.empty_like(masters.bias13)
-        self._bias2 = None if masters.bias2 is None else torch.empty_like(masters.bias2)
+        self.allocate(masters, form, "", masters.w13.device)
         self._fill(masters)
+
+    def allocate(self, shapes: Masters, form: Form, scales: str, device: torch.device) -> None:
+        self._form = form
+        (experts, n, _), h = shapes.w13.shape, shapes.w2.shape[1]
+        self._codes13 = torch.empty(shapes.w13.shape, dtype=torch.float8_e4m3fn, device=device)
+        self._codes2 = torch.empty(shapes.w2.shape, dtype=torch.float8_e4m3fn, device=device)
+        self._scales13 = torch.empty((experts, n), dtype=torch.float32, device=device)
+        self._scales2 = torch.empty((experts, h), dtype=torch.float32, device=device)
+        self._bias13 = None if shapes.bias13 is None else torch.empty_like(shapes.bias13, device=device)
+        self._bias2 = None if shapes.bias2 is None else torch.empty_like(shapes.bias2, device=device)
+
+    @property
+    def form(self) -> Form:
+        return self._form
+
+    def weight(self, which: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes [E, N, K], scales [E, N] and bias of w13 (0) or w2 (1)."""
+        if which:
+            return self._codes2, self._scales2, self._bias2
+        return self._codes13, self._scales13, self._bias13
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         biases = (bias for bias in (self._bias13, self._bias2) if bias is not None)
@@ -41,23 +54,28 @@ class FP8Weights:
         require_finite(masters)
         self._fill(masters)
 
+    def put(self, which: int, expert: int, weight: torch.Tensor) -> None:
+        made = fp8.quantize(weight if which else halves(weight[None], self._form)[0])
+        codes, scales, _ = self.weight(which)
+        copy_all((codes[expert], scales[expert]), (made.data, made.scales))
+
+    def put_biases(self, bias13: torch.Tensor | None, bias2: torch.Tensor | None) -> None:
+        if self._bias13 is not None and bias13 is not None:
+            self._bias13.copy_(halves(bias13, self._form))
+        if self._bias2 is not None and bias2 is not None:
+            self._bias2.copy_(bias2)
+
     def _fill(self, masters: Masters) -> None:
         for e in range(len(masters.w13)):
-            first = fp8.quantize(halves(masters.w13[e : e + 1], self._form)[0])
-            second = fp8.quantize(masters.w2[e])
-            copy_all(
-                (self._codes13[e], self._scales13[e], self._codes2[e], self._scales2[e]),
-                (first.data, first.scales, second.data, second.scales),
-            )
-        if self._bias13 is not None and masters.bias13 is not None:
-            self._bias13.copy_(halves(masters.bias13, self._form))
-        if self._bias2 is not None and masters.bias2 is not None:
-            self._bias2.copy_(masters.bias2)
+            self.put(0, e, masters.w13[e])
+            self.put(1, e, masters.w2[e])
+        self.put_biases(masters.bias13, masters.bias2)
 
 
 class NativeFP8Experts(FP8Weights, PackedExperts):
     precision = "fp8"
     kernel = "native"
+    piecewise = True
 
     def __init__(
         self,

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 
+from mixquant_sglang.formats.fp8 import FP8Tensor
+from mixquant_sglang.formats.fp8_blocks import FP8Blocks
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.kernels import operands
 from mixquant_sglang.kernels.environment import NOTHING, Environment
+
+# A weight that somebody else quantised, or some rows of it.
+Piece: TypeAlias = NVFP4Tensor | FP8Tensor | FP8Blocks
+_P = TypeVar("_P", NVFP4Tensor, FP8Tensor, FP8Blocks)
+_NAMES = {NVFP4Tensor: "NVFP4", FP8Tensor: "FP8 with a scale for each row", FP8Blocks: "FP8 in blocks"}
 
 
 class PackedLinear(ABC):
@@ -36,13 +43,13 @@ class PackedLinear(ABC):
         weight: torch.Tensor,
         *,
         scales: str = "search",
-        ready: Sequence[NVFP4Tensor] | None = None,
+        ready: Sequence[Piece] | None = None,
         environment: Environment = NOTHING,
     ) -> None:
         """Packs the BF16 ``weight`` [N, K]; ``scales`` as in the recipe.  Raises ``ValueError`` for NaN or Inf.
 
-        ``ready``: the weight in NVFP4 already, rows in order, a piece for each tensor scale; then it is used instead.
-        FP8 kernels raise ``ValueError`` for it.  ``environment``: what the server provides."""
+        ``ready``: the weight in this format already, rows in order, of NVFP4 a piece for each tensor scale; then it is
+        used instead.  ``ValueError`` for another format.  ``environment``: what the server provides."""
 
     @abstractmethod
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -83,18 +90,22 @@ class PackedLinear(ABC):
         """What captured graphs hold by value; when ``refresh`` changed it, they must not be replayed."""
         return ()
 
-    def replace(self, ready: Sequence[NVFP4Tensor]) -> None:
+    def replace(self, ready: Sequence[Piece]) -> None:
         """Copies ready-made pieces, which only differ in values from those of ``__init__``, into the tensors."""
-        refuse_ready(self.precision, ready)
+        raise ValueError(f"{type(self).__name__} takes no ready-made weights, and got {len(ready)} pieces")
 
     @property
     def nbytes(self) -> int:
         return sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
 
 
-def refuse_ready(precision: str, ready: Sequence[NVFP4Tensor] | None) -> None:
-    if ready is not None:
-        raise ValueError(f"ready-made weights are NVFP4; this is {precision}")
+def pieces(ready: Sequence[Piece], kind: type[_P], precision: str) -> list[_P]:
+    """``ready``, all of one kind; ``ValueError`` if one is not."""
+    found = [piece for piece in ready if isinstance(piece, kind)]
+    if len(found) < len(ready):
+        other = next(piece for piece in ready if not isinstance(piece, kind))
+        raise ValueError(f"ready-made weights are {_NAMES[type(other)]}; this is {precision}")
+    return found
 
 
 def copy_all(targets: tuple[torch.Tensor, ...], sources: tuple[torch.Tensor, ...]) -> None:

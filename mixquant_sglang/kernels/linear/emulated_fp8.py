@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 
 from mixquant_sglang.formats import fp8
-from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
+from mixquant_sglang.formats.fp8 import FP8Tensor
 from mixquant_sglang.kernels.environment import NOTHING, Environment
-from mixquant_sglang.kernels.linear.base import PackedLinear, copy_all, refuse_ready
+from mixquant_sglang.kernels.linear.base import PackedLinear, Piece, copy_all, pieces
 
 
 class EmulatedFP8(PackedLinear):
@@ -31,11 +31,10 @@ class EmulatedFP8(PackedLinear):
         weight: torch.Tensor,
         *,
         scales: str = "search",
-        ready: Sequence[NVFP4Tensor] | None = None,
+        ready: Sequence[Piece] | None = None,
         environment: Environment = NOTHING,
     ) -> None:
-        refuse_ready(self.precision, ready)
-        self._packed = fp8.quantize(weight)
+        self._packed = fp8.quantize(weight) if ready is None else joined(ready)
         self._invariant = environment.invariant
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -58,6 +57,19 @@ class EmulatedFP8(PackedLinear):
     def refresh(self, weight: torch.Tensor) -> None:
         fresh = fp8.quantize(weight)
         copy_all(self.tensors(), (fresh.data, fresh.scales))
+
+    def replace(self, ready: Sequence[Piece]) -> None:
+        fresh = joined(ready)
+        copy_all(self.tensors(), (fresh.data, fresh.scales))
+
+
+def joined(ready: Sequence[Piece]) -> FP8Tensor:
+    """Rows of FP8 in one: each has its scale."""
+    found = pieces(ready, FP8Tensor, "fp8")
+    if len(found) == 1:
+        return found[0]
+    codes = torch.cat([piece.data.view(torch.uint8) for piece in found]).view(torch.float8_e4m3fn)
+    return FP8Tensor(codes, torch.cat([piece.scales for piece in found]))
 
 
 def _finish(total: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -26,7 +26,7 @@ import torch
 
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.kernels.environment import NOTHING, Environment
-from mixquant_sglang.kernels.linear.base import PackedLinear, copy_all
+from mixquant_sglang.kernels.linear.base import PackedLinear, Piece, copy_all, pieces
 from mixquant_sglang.kernels.packing import quantize_nvfp4
 
 
@@ -40,13 +40,14 @@ class EmulatedNVFP4(PackedLinear):
         weight: torch.Tensor,
         *,
         scales: str = "search",
-        ready: Sequence[NVFP4Tensor] | None = None,
+        ready: Sequence[Piece] | None = None,
         environment: Environment = NOTHING,
     ) -> None:
         self._scales = scales
         self._invariant = environment.invariant
-        self._parts = list(ready or [quantize_nvfp4(weight, scales=scales)])
-        self._n = weight.shape[0]
+        own = [quantize_nvfp4(weight, scales=scales)] if ready is None else ready
+        self._parts = pieces(own, NVFP4Tensor, self.precision)
+        self._n = sum(part.shape[0] for part in self._parts)
         self._set_alphas()
 
     @property
@@ -88,8 +89,9 @@ class EmulatedNVFP4(PackedLinear):
     def by_value(self) -> tuple[float, ...]:
         return tuple(self._alphas)
 
-    def replace(self, ready: Sequence[NVFP4Tensor]) -> None:
-        copy_all(self.tensors(), tuple(t for p in ready for t in (p.packed, p.block_scales, p.tensor_scale)))
+    def replace(self, ready: Sequence[Piece]) -> None:
+        fresh = pieces(ready, NVFP4Tensor, self.precision)
+        copy_all(self.tensors(), tuple(t for p in fresh for t in (p.packed, p.block_scales, p.tensor_scale)))
         self._set_alphas()
 
     def _set_alphas(self) -> None:

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 
 from mixquant_sglang.formats import fp8
-from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.kernels.environment import NOTHING, Environment
-from mixquant_sglang.kernels.linear.base import PackedLinear, copy_all, refuse_ready
+from mixquant_sglang.kernels.linear.base import PackedLinear, Piece, copy_all
+from mixquant_sglang.kernels.linear.emulated_fp8 import joined
 from mixquant_sglang.kernels.tuning import fp8_gemm
 
 
@@ -30,11 +30,10 @@ class NativeFP8(PackedLinear):
         weight: torch.Tensor,
         *,
         scales: str = "search",
-        ready: Sequence[NVFP4Tensor] | None = None,
+        ready: Sequence[Piece] | None = None,
         environment: Environment = NOTHING,
     ) -> None:
-        refuse_ready(self.precision, ready)
-        packed = fp8.quantize(weight)
+        packed = fp8.quantize(weight) if ready is None else joined(ready)
         self._weight = packed.data  # [N, K] row major, so its transpose is the column-major operand that CUTLASS wants
         self._scales = packed.scales
         self._invariant = environment.invariant
@@ -60,4 +59,8 @@ class NativeFP8(PackedLinear):
 
     def refresh(self, weight: torch.Tensor) -> None:
         fresh = fp8.quantize(weight)
+        copy_all(self.tensors(), (fresh.data, fresh.scales))
+
+    def replace(self, ready: Sequence[Piece]) -> None:
+        fresh = joined(ready)
         copy_all(self.tensors(), (fresh.data, fresh.scales))

@@ -36,7 +36,7 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.kernels.environment import NOTHING, Environment
-from mixquant_sglang.kernels.linear.base import PackedLinear, copy_all
+from mixquant_sglang.kernels.linear.base import PackedLinear, Piece, copy_all, pieces
 from mixquant_sglang.kernels.packing import quantize_nvfp4
 
 
@@ -49,7 +49,7 @@ class NativeNVFP4(PackedLinear):
         weight: torch.Tensor,
         *,
         scales: str = "search",
-        ready: Sequence[NVFP4Tensor] | None = None,
+        ready: Sequence[Piece] | None = None,
         environment: Environment = NOTHING,
     ) -> None:
         if environment.fp4_linear_method is None:
@@ -59,7 +59,8 @@ class NativeNVFP4(PackedLinear):
         self._scales = scales
         self._dtype = weight.dtype
         self._n, self.k = weight.shape
-        parts = ready or [quantize_nvfp4(weight, scales=scales)]
+        own = [quantize_nvfp4(weight, scales=scales)] if ready is None else ready
+        parts = pieces(own, NVFP4Tensor, self.precision)
         self._sizes = [part.shape[0] for part in parts]
         self._shadows = [self._shadow(part) for part in parts]
 
@@ -118,6 +119,7 @@ class NativeNVFP4(PackedLinear):
     def refresh(self, weight: torch.Tensor) -> None:
         self.replace([quantize_nvfp4(rows, scales=self._scales) for rows in torch.split(weight, self._sizes)])
 
-    def replace(self, ready: Sequence[NVFP4Tensor]) -> None:
-        fresh = tuple(parameter.data for part in ready for parameter in self._shadow(part).parameters())
+    def replace(self, ready: Sequence[Piece]) -> None:
+        parts = pieces(ready, NVFP4Tensor, self.precision)
+        fresh = tuple(parameter.data for part in parts for parameter in self._shadow(part).parameters())
         copy_all(tuple(parameter.data for parameter in self.tensors()), fresh)

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.kernels.environment import NOTHING, Environment
-from mixquant_sglang.kernels.linear.base import PackedLinear
+from mixquant_sglang.kernels.linear.base import PackedLinear, Piece
 
 _CHUNK = 2048
 
@@ -26,7 +25,7 @@ class WeightOnly(PackedLinear):
         weight: torch.Tensor,
         *,
         scales: str = "search",
-        ready: Sequence[NVFP4Tensor] | None = None,
+        ready: Sequence[Piece] | None = None,
         environment: Environment = NOTHING,
     ) -> None:
         self.adopt(self.packed(weight, scales=scales, ready=ready, environment=environment))
@@ -52,7 +51,7 @@ class WeightOnly(PackedLinear):
     def refresh(self, weight: torch.Tensor) -> None:
         self._base.refresh(weight)
 
-    def replace(self, ready: Sequence[NVFP4Tensor]) -> None:
+    def replace(self, ready: Sequence[Piece]) -> None:
         self._base.replace(ready)
 
 

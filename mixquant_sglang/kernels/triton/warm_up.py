@@ -15,6 +15,7 @@ from mixquant_sglang.kernels.limits import WIDE
 from mixquant_sglang.kernels.triton import (
     activations,
     attention,
+    block_rows,
     expert_rows,
     few_rows,
     grouped,
@@ -35,6 +36,7 @@ KERNELS: tuple[Any, ...] = (
     attention._quantize_cache,
     attention._quantize_queries,
     attention._merge,
+    block_rows._block_rows,
     expert_rows._up,
     expert_rows._down,
     expert_rows._combine,

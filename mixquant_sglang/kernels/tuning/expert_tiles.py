@@ -42,6 +42,7 @@ CANDIDATES: dict[str, Tiles] = {
 }
 # For BF16 operands, of the emulated kernels: within the shared memory of every GPU.
 EMULATED = Tiles(64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3))
+FEW_EACH = Tiles(16, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3))  # of BF16 rows, up to 16 for an expert on average
 
 Shape = tuple[int, int, int, int]  # experts (of this rank), I, H, experts a token
 Where = tuple[int, int, int, int, int]  # the same, and tokens

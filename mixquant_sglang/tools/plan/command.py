@@ -22,6 +22,9 @@ for each row and a state in place of a cache. Blocks other than Llama-like ones 
 recipe takes of the memory: ``memory.py``; from how many tokens on it pays: ``advice.py``. Short passes of hybrids wait
 for the host: they take what was measured of one model (``hosts.py``), and the output says so.
 
+A checkpoint that is quantised already is planned with the recipe that takes it, against its dimensions in BF16; linears
+that it has in BF16 count as if they were quantised.
+
 Refused: arguments out of range, and what ``models.py`` and ``gpus.py`` refuse. Not modelled: passes that mix prefill
 and decode rows, that passes with more than 64 protected rows run without a graph, rates by linear rather than by layer,
 which linears the last layer has in low precision (each counts by 1 / layers), blocks that are not fused, tile
@@ -35,15 +38,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mixquant_sglang import recipe as recipes
+from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.tools.plan import plot
 from mixquant_sglang.tools.plan.advice import break_even, settled
 from mixquant_sglang.tools.plan.gpus import GPUS, find_gpu
 from mixquant_sglang.tools.plan.memory import memory_of
-from mixquant_sglang.tools.plan.models import find_model
+from mixquant_sglang.tools.plan.models import find_model, find_quantised
 from mixquant_sglang.tools.plan.predict import BASELINE, predict
 from mixquant_sglang.tools.plan.recipes import STOCK_BF16, STOCK_FP8, make_plan
 from mixquant_sglang.tools.plan.table import as_json, as_table
 from mixquant_sglang.tools.plan.workload import Workload
+from mixquant_sglang.weights.quantised_config import check_recipe
 
 DEFAULT_RECIPES = ("bf16", "fp8", "nvfp4", "nvfp4-fp8", "nvfp4-emulated", "nvfp4-everywhere")
 
@@ -59,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         nargs="+",
-        default=list(DEFAULT_RECIPES),
+        default=None,
         metavar="NAME|FILE",
         help=f"default: {' '.join(DEFAULT_RECIPES)}; also {STOCK_BF16}, {STOCK_FP8}: SGLang's own servers",
     )
@@ -74,9 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table or the JSON; returns 0. MixQuantError, in one line, for whatever the user can mend."""
     gpu, model = find_gpu(args.gpu), find_model(args.model)
+    names = list(dict.fromkeys(args.recipe or DEFAULT_RECIPES))
+    if (quantised := find_quantised(args.model)) is not None:
+        if model.has_experts:
+            raise MixQuantError(f"MODEL: {args.model}: experts of quantised checkpoints are not taken")
+        names = names if args.recipe else [quantised.recipe]
+        for name in {*names} - {STOCK_BF16, STOCK_FP8}:
+            check_recipe(recipes.load(name), quantised, args.model)
     work = Workload(args.input_len, args.cached, args.output_len, args.batch, args.tp, args.chunk, args.ep)
     protect = False if args.no_protect else None
-    plans = [make_plan(name, model, gpu, work.tp, protect, work.ep) for name in dict.fromkeys(args.recipe)]
+    plans = [make_plan(name, model, gpu, work.tp, protect, work.ep) for name in names]
     baseline = make_plan(BASELINE, model, gpu, work.tp, ep=work.ep)
     low = [plan for plan in plans if any(one.prefill != one.decode for one in plan.placed) and plan.has_bf16]
     advice = {plan.recipe: break_even(plan, baseline, model, gpu, work.tp) for plan in low}

@@ -103,7 +103,7 @@ class Cost:
                 parts["protected"] += ms
                 moved += bytes_
         for expert, placed in self._experts(plan):
-            precision = placed.prefill if low else "bf16"
+            precision = placed.prefill if low else _whole(placed)
             emulated = precision in plan.emulated
             made = {"experts": expert.gemm(precision, emulated, rows), "move": expert.move(precision, rows)}
             made["elementwise"] = expert.norm(rows)
@@ -144,7 +144,7 @@ class Cost:
         for expert, placed in self._experts(plan):
             time, bytes_ = expert.protected(batch)  # the same run
             ms, moved, flops = ms + time, moved + bytes_, flops + expert.flops(batch)
-            if placed.decode != "bf16":
+            if placed.decode not in ("bf16", *WEIGHT_ONLY):
                 ms += placed.count * 2 * self.rates.low_linear_us / 1e3
         kv = 0.0
         for block, count in self.model.kinds:

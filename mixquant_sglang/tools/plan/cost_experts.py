@@ -11,8 +11,10 @@ first ("move").
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mixquant_sglang.kernels.limits import PIECES
+from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY, stored
 from mixquant_sglang.tools.plan.cost_linear import INPUT_BYTES, WEIGHT_BYTES, format_of
 from mixquant_sglang.tools.plan.linears import Plan
 from mixquant_sglang.tools.plan.rates import ExpertRates, Sourced, at
@@ -23,8 +25,15 @@ from mixquant_sglang.weights.footprint import Placed
 
 def rate_of(rates: ExpertRates, precision: str, emulated: bool, stock: bool) -> Sourced:
     """That of the grouped GEMMs."""
+    if precision in WEIGHT_ONLY:
+        return replace(rates.gemm["bf16"], source="predicted: BF16's rate, and the bytes of packed weights")
     rate = rates.gemm["qdq" if emulated else precision]
     return rates.stock.get(precision, rate) if stock else rate
+
+
+def _unpacks(precision: str, tokens: int) -> bool:
+    """Whether weights are unpacked for so many BF16 rows."""
+    return precision == "w4a16" and tokens > PIECES
 
 
 @dataclass(frozen=True)
@@ -45,16 +54,18 @@ class ExpertCost:
 
     def weights(self, precision: str, tokens: float) -> float:
         """Bytes of the experts that ``tokens`` reach."""
-        one = 1.5 * self.placed.n * self.placed.k * WEIGHT_BYTES[precision]
+        one = 1.5 * self.placed.n * self.placed.k * WEIGHT_BYTES[stored(precision)]
         return self.placed.count * one * self.experts.distinct(tokens) * self.placed.copies / self.experts.count
 
     def gemm(self, precision: str, emulated: bool, tokens: int) -> tuple[float, float]:
         """(milliseconds, bytes) of both GEMMs."""
-        run, rates = "bf16" if emulated else precision, self.roof.rates.experts
+        run, rates = "bf16" if emulated or precision in WEIGHT_ONLY else precision, self.roof.rates.experts
         rate = rate_of(rates, precision, emulated, self.plan.stock)
         each = round(tokens * self.experts.top_k / self.experts.count)
         compute = self.flops(tokens) / (self.roof.peak(run) * at(rate.curve, max(1, each))) * 1e3
-        moved = self.weights(run, tokens)
+        # As they are packed, but for many rows of NVFP4, which is unpacked before.
+        packed = precision in WEIGHT_ONLY and not emulated and not _unpacks(precision, tokens)
+        moved = self.weights(precision if packed else run, tokens)
         return max(compute, self.roof.memory(moved, rates.read[run])), moved
 
     def move(self, precision: str, tokens: int) -> tuple[float, float]:
@@ -74,16 +85,20 @@ class ExpertCost:
         """(activation quantisers, weight dequantiser), milliseconds: the tokens, and the rows between the GEMMs."""
         if precision == "bf16":
             return 0.0, 0.0
+        if precision in WEIGHT_ONLY:
+            unpacked = emulated or _unpacks(precision, tokens)
+            return 0.0, self._dequantise(stored(precision)) if unpacked else 0.0
         form, rates, quantise = format_of(precision, emulated), self.roof.rates, 0.0
         for rows, width in ((tokens, self.placed.k), (round(self.rows(tokens)), self.placed.n // 2)):
             fraction = (
                 rates.stock_quantise[form] if self.plan.stock else at(rates.quantise["alone"][form], max(1, rows))
             )
             quantise += self.roof.memory(self.placed.count * rows * width * (2 + INPUT_BYTES[form]), fraction)
-        if not emulated:
-            return quantise, 0.0
+        return quantise, self._dequantise(precision) if emulated else 0.0
+
+    def _dequantise(self, precision: str) -> float:
         weights = self.placed.count * self.placed.copies * 1.5 * self.placed.n * self.placed.k
-        return quantise, self.roof.memory(weights * (WEIGHT_BYTES[precision] + 2), self.roof.rates.dequantise)
+        return self.roof.memory(weights * (WEIGHT_BYTES[precision] + 2), self.roof.rates.dequantise)
 
     def protected(self, tokens: int) -> tuple[float, float]:
         """(milliseconds, bytes): a run in the decode precision over the protected rows. Unused slots of a captured

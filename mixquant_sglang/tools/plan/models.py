@@ -14,6 +14,7 @@ from mixquant_sglang.recipe import did_you_mean, nearest, show
 from mixquant_sglang.weights.decoder import Block, Decoder
 from mixquant_sglang.weights.decoder_config import read_decoder
 from mixquant_sglang.weights.mixers import Attention
+from mixquant_sglang.weights.quantised_config import FIELDS, Family, family, said
 
 
 def _dense(
@@ -110,13 +111,9 @@ _SUFFIXES = ("", "-instruct", "-base", "-it", "-instruct-2507", "-thinking-2507"
 
 def find_model(name: str) -> Decoder:
     """A known name, with or without its owner, or a directory with a config.json. MixQuantError lists what is known."""
-    path = Path(name)
-    try:
-        is_dir = path.is_dir()
-    except OSError:  # a name that no file system takes
-        is_dir = False
-    if is_dir or path.name == "config.json":
-        return _read_config(path if path.name == "config.json" else path / "config.json")
+    file = _file(name)
+    if file is not None:
+        return _read_config(file)[0]
     known = {model.name.lower(): model for model in MODELS}
     word = name.rpartition("/")[2].lower()
     for suffix in _SUFFIXES:
@@ -129,7 +126,28 @@ def find_model(name: str) -> Decoder:
     )
 
 
-def _read_config(path: Path) -> Decoder:
+def _file(name: str) -> Path | None:
+    """The config.json that ``name`` is, or is the directory of."""
+    path = Path(name)
+    try:
+        is_dir = path.is_dir()
+    except OSError:  # a name that no file system takes
+        is_dir = False
+    if path.name == "config.json":
+        return path
+    return path / "config.json" if is_dir else None
+
+
+def find_quantised(name: str) -> Family | None:
+    """What the checkpoint in the directory ``name`` is quantised in; None for one that is not, and for known names.
+    MixQuantError for what no recipe takes."""
+    file = _file(name)
+    found = _read_config(file)[1] if file is not None else None
+    return family(f"MODEL: {file}: {found[0]}", found[1]) if found else None
+
+
+def _read_config(path: Path) -> tuple[Decoder, tuple[str, dict[str, Any]] | None]:
+    """The decoder, and where what is said of quantisation."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -139,4 +157,7 @@ def _read_config(path: Path) -> Decoder:
         raise MixQuantError(f"MODEL: {path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise MixQuantError(f"MODEL: {path}: must be a JSON object")
-    return read_decoder(config, path.resolve().parent.name, f"MODEL: {path}")
+    bare = {key: value for key, value in config.items() if key not in FIELDS}
+    if isinstance(inner := bare.get("text_config"), dict):
+        bare["text_config"] = {key: value for key, value in inner.items() if key not in FIELDS}
+    return read_decoder(bare, path.resolve().parent.name, f"MODEL: {path}"), said(config, path.resolve().parent)

@@ -1,0 +1,57 @@
+"""A quantised checkpoint as the only copy of the weights: what of it is not used, and what is said of it."""
+
+from __future__ import annotations
+
+import logging
+
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.recipe.text import some
+from mixquant_sglang.versions.groups import over_stages
+from mixquant_sglang.versions.loading import cache_dtype, loads_dummy
+from mixquant_sglang.weights.quantised import QuantisedCheckpoint
+
+logger = logging.getLogger(__name__)
+
+
+def check_cache(checkpoint: QuantisedCheckpoint) -> None:
+    """Raises ``MixQuantError`` for what SGLang would use of a quantised checkpoint, and does not get."""
+    if loads_dummy():
+        raise MixQuantError(
+            f"--load-format dummy reads nothing of {checkpoint.folder}, which is quantised: give it a BF16 config"
+        )
+    scales = checkpoint.scales_of_kv
+    if cache_dtype().startswith(("fp8", "fp4", "nvfp4", "mxfp4")) and (scales or checkpoint.family.kv_cache):
+        raise MixQuantError(
+            f"--kv-cache-dtype {cache_dtype()}: {checkpoint.folder} has scales for a quantised KV cache "
+            f"({scales[0] if scales else checkpoint.family.kv_cache}), which mixquant does not hand to SGLang; leave "
+            "the flag out: the cache is BF16 then"
+        )
+
+
+def check_all_asked(run: Runtime) -> None:
+    """Raises ``MixQuantError`` for what is quantised and no layer of the model, of whatever stage, has."""
+    if (checkpoint := run.quantised) is not None:
+        asked = {module for stage in over_stages([*checkpoint.takers, *checkpoint.kept]) for module in stage}
+        checkpoint.check_all_asked(asked, run.known.blocks)
+
+
+def tell(checkpoint: QuantisedCheckpoint | None) -> None:
+    """Logs what came of it."""
+    if checkpoint is None:
+        return
+    logger.info(
+        "mixquant: weights are those of %s (%s), as they are; its scales of activations are not used",
+        checkpoint.folder,
+        checkpoint.family.words,
+    )
+    scales = checkpoint.scales_of_kv
+    if scales or checkpoint.family.kv_cache:
+        logger.info(
+            "mixquant: the KV cache is BF16: not used is what %s says of it (%s)",
+            checkpoint.folder,
+            f"{scales[0]} and {len(scales) - 1} more" if scales else checkpoint.family.kv_cache,
+        )
+    for reason in sorted({*checkpoint.kept.values()}):
+        names = sorted(name for name, why in checkpoint.kept.items() if why == reason)
+        logger.info("mixquant: multiplied out to BF16 at load (%s): %s", reason, some(names))

@@ -1,0 +1,140 @@
+"""What a quantised checkpoint's config says it is: which of the formats that one packed copy can be made of.
+
+| written by | says | weights |
+|---|---|---|
+| compressed-tensors | format nvfp4-pack-quantized | NVFP4 |
+| ModelOpt | quant_algo NVFP4, W4A16_NVFP4 | NVFP4 |
+| compressed-tensors | format float-quantized; strategy tensor, channel or block | FP8 |
+| ModelOpt | quant_algo FP8, FP8_PER_CHANNEL_PER_TOKEN | FP8 |
+| Qwen, DeepSeek | quant_method fp8, with or without weight_block_size | FP8 |
+
+Refused (MixQuantError): all others, blocks that are not 128 x 128, weights that were transformed or are sparse.
+No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.formats import BLOCK, TILE
+from mixquant_sglang.recipe import Recipe
+from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY, stored
+from mixquant_sglang.weights.layouts import COMPRESSED_TENSORS, MODELOPT, Layout
+
+FIELDS = ("quantization_config", "compression_config")
+FILE = "hf_quant_config.json"
+_NVFP4 = ("NVFP4", "W4A16_NVFP4")
+_FP8 = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+_KNOWN = (
+    f"known: compressed-tensors' nvfp4-pack-quantized and float-quantized, ModelOpt's {', '.join((*_NVFP4, *_FP8))}, "
+    f"and fp8 with scales for tensors or blocks of {TILE} x {TILE}"
+)
+_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo")
+
+
+@dataclass(frozen=True)
+class Family:
+    """``precision``: fp8 or nvfp4; ``layout``: of NVFP4; ``blocks``: whether FP8 has scales for blocks; ``kv_cache``:
+    what it says of a quantised KV cache, "" for nothing."""
+
+    words: str
+    precision: str
+    layout: Layout | None = None
+    blocks: bool = False
+    kv_cache: str = ""
+
+    @property
+    def recipe(self) -> str:
+        """The shipped one that takes it."""
+        return f"{self.precision}-compact"
+
+
+def said(config: Mapping[str, Any], folder: Path | None) -> tuple[str, dict[str, Any]] | None:
+    """(where, what) a config.json says of quantisation, or the file beside it in ``folder``; None for nothing."""
+    for inner in (config, config.get("text_config")):
+        for field in FIELDS:
+            found = inner.get(field) if isinstance(inner, Mapping) else None
+            if found:
+                return field, dict(found) if isinstance(found, Mapping) else {}
+    if folder is not None and (folder / FILE).is_file():
+        try:
+            found = json.loads((folder / FILE).read_text(encoding="utf-8"))["quantization"]
+            return FILE, {"quant_method": "modelopt", **found}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MixQuantError(f"{folder / FILE}: cannot be read: {error}") from None
+    return None
+
+
+def family(where: str, config: Mapping[str, Any]) -> Family:
+    """MixQuantError, which begins with ``where``, for what no recipe takes."""
+    method = str(config.get("quant_method"))
+    kv_cache = next((f"{key} {_short(config[key])}" for key in _KEYS if config.get(key)), "")
+    if method == "compressed-tensors":
+        return _compressed(where, config, kv_cache)
+    if method.startswith("modelopt"):
+        algorithm = config.get("quant_algo")
+        if algorithm in _NVFP4:
+            return Family(f"ModelOpt {algorithm}", "nvfp4", MODELOPT, kv_cache=kv_cache)
+        if algorithm in _FP8:
+            return Family(f"ModelOpt {algorithm}", "fp8", kv_cache=kv_cache)
+        raise MixQuantError(f"{where}: quant_algo is {algorithm!r}; {_KNOWN}")
+    if method == "fp8":
+        blocks = config.get("weight_block_size")
+        if blocks:
+            _check_blocks(where, "weight_block_size", blocks)
+        return Family("fp8 in blocks" if blocks else "fp8", "fp8", blocks=bool(blocks), kv_cache=kv_cache)
+    raise MixQuantError(f"{where}: quant_method is {method!r}; {_KNOWN}")
+
+
+def check_recipe(recipe: Recipe, found: Family, path: str) -> None:
+    """Raises ``MixQuantError`` unless ``recipe`` takes the quantised checkpoint at ``path`` as it is."""
+    if recipe.decode not in WEIGHT_ONLY or {stored(recipe.prefill), stored(recipe.decode)} != {found.precision}:
+        raise MixQuantError(
+            f"{path} is already quantised ({found.words}); recipe {recipe.name} derives its packed weights from a "
+            f"plain BF16 checkpoint: give it the original one, or serve this one with recipe {found.recipe}"
+        )
+
+
+def _compressed(where: str, config: Mapping[str, Any], kv_cache: str) -> Family:
+    form = config.get("format")
+    wanted: dict[str, Any] = {"nvfp4-pack-quantized": {"num_bits": 4, "type": "float", "group_size": BLOCK}}
+    wanted["float-quantized"] = {"num_bits": 8, "type": "float"}
+    if form not in wanted:
+        raise MixQuantError(f"{where}: format is {form!r}; {_KNOWN}")
+    if config.get("transform_config"):
+        raise MixQuantError(f"{where}: transform_config: its linears take inputs that nothing here transforms")
+    sparsity = config.get("sparsity_config") or {}
+    if sparsity.get("format") not in (None, "dense"):
+        raise MixQuantError(f"{where}: sparsity_config: format is {sparsity['format']!r}; dense weights are known")
+    strategies = set()
+    for name, group in (config.get("config_groups") or {}).items():
+        weights = group.get("weights") or {}
+        for key, value in wanted[form].items():
+            if weights.get(key) != value:
+                raise MixQuantError(f"{where}: {name} has weights with {key} {weights.get(key)!r}, not {value!r}")
+        if group.get("format") not in (None, form):
+            raise MixQuantError(f"{where}: {name} has format {group['format']!r}, and others {form!r}; {_KNOWN}")
+        if weights.get("symmetric") is False:
+            raise MixQuantError(f"{where}: {name} has weights with zero points; {_KNOWN}")
+        strategies.add(weights.get("strategy"))
+        if weights.get("strategy") == "block":
+            _check_blocks(where, "block_structure", weights.get("block_structure"))
+    if form == "nvfp4-pack-quantized":
+        return Family(f"compressed-tensors {form}", "nvfp4", COMPRESSED_TENSORS, kv_cache=kv_cache)
+    if not strategies <= {"tensor", "channel", "block"} or ("block" in strategies and len(strategies) > 1):
+        raise MixQuantError(f"{where}: weights have the strategies {sorted(map(str, strategies))}; {_KNOWN}")
+    return Family(f"compressed-tensors {form}", "fp8", blocks="block" in strategies, kv_cache=kv_cache)
+
+
+def _check_blocks(where: str, key: str, found: Any) -> None:
+    if found not in ([TILE, TILE], (TILE, TILE)):
+        raise MixQuantError(f"{where}: {key} is {found}; known: [{TILE}, {TILE}]")
+
+
+def _short(value: Any) -> str:
+    return str(value) if isinstance(value, str) else json.dumps(value)[:60]
