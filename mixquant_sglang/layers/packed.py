@@ -20,12 +20,12 @@ from mixquant_sglang.kernels.limits import FEW_ROWS, MANY_ROWS
 from mixquant_sglang.kernels.linear.weight_only import WeightOnly
 from mixquant_sglang.kernels.registry import packed_linear
 from mixquant_sglang.kernels.verify import Pair
+from mixquant_sglang.layers.share import share_of
 from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY, keeps_master, stored
 from mixquant_sglang.recipe.roles import Kind, Role, by_role
-from mixquant_sglang.versions.dialect import dialect
 from mixquant_sglang.versions.loading import loads_dummy
 from mixquant_sglang.weights.quantised_linear import QuantisedLinear
-from mixquant_sglang.weights.ready_made_linear import ReadyMadeLinear, Share
+from mixquant_sglang.weights.ready_made_linear import ReadyMadeLinear
 from mixquant_sglang.weights.refresh import fingerprint
 from mixquant_sglang.weights.staging import Staging
 
@@ -347,8 +347,3 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             return high
         rows.scatter(out, high)
         return out
-
-
-def share_of(layer: torch.nn.Module, sizes: list[int], k: int, full_k: int) -> Share:
-    replicas = getattr(layer, "num_kv_head_replicas", 1)
-    return Share(tuple(sizes), k, full_k, *dialect().tensor_parallel(layer), replicas)

@@ -9,7 +9,7 @@ import torch
 from mixquant_sglang.errors import MixQuantError, refusing
 from mixquant_sglang.kernels.registry import packed_linear
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
-from mixquant_sglang.layers.packed import share_of
+from mixquant_sglang.layers.share import share_of
 from mixquant_sglang.recipe.capabilities import stored
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.weights.quantised_linear import QuantisedLinear
