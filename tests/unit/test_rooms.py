@@ -77,7 +77,7 @@ def test_the_checks_see_what_they_look_for() -> None:
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     edges = graph()
     assert "kernels.registry" in edges["layers.packed"]
-    assert "versions.dialect" in edges["layers.packed"]
+    assert "versions.loading" in edges["layers.packed"]
     assert len(edges) > 80
 
 
