@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             refusals.check_recipe(self._recipe, selection)
             environment = Environment(invariant=machine.deterministic())
             if selection.kernels.get("nvfp4") == "native":
-                environment = fp4.environment(own_quantizer=self._recipe.fuse)
+                own = fp4.environment(own_quantizer=self._recipe.fuse)
+                environment = replace(own, invariant=environment.invariant)
             if self._recipe.prefill_weights:
                 ready = ReadyMadeWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
             if checkpoint is not None:
@@ -63,7 +65,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 check_recipe(self._recipe, master.family, checkpoint)
                 quantised.check_cache(master)
                 if master.family.blocks and selection.kernels.get("fp8") == "native":
-                    environment = Environment(fp8_block_linear=fp8_blocks.block_linear(device))
+                    environment = replace(environment, fp8_block_linear=fp8_blocks.block_linear(device))
         known = runtime.current()
         if known is None or known.recipe != self._recipe:
             # SGLang builds the config more than once per load; only the first time is news.
