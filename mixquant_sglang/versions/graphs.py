@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from mixquant_sglang.versions.dialect import dialect
@@ -12,10 +13,11 @@ def prefill_graph_of(runner: Any, tokens: int) -> int:
     return int(runner._pad_to_bucket(tokens, runner.capture_num_tokens))
 
 
-def add_prefill_graph(model_runner: Any, rows: int) -> None:
-    """Has SGLang capture a breakable prefill graph of ``rows`` rows too, if it is to capture larger ones.
+def add_prefill_graphs(model_runner: Any, rows: Iterable[int]) -> None:
+    """Has SGLang capture breakable prefill graphs of ``rows`` rows too, of each number below its largest.
 
     Call it before ``capture_prefill_graph`` reads the list of sizes."""
     config = dialect().prefill_graphs(model_runner)
-    if config.backend == "breakable" and config.bs and 0 < rows < max(config.bs):
-        config.bs = sorted({*config.bs, rows})
+    if config.backend == "breakable" and config.bs:
+        most = max(config.bs)
+        config.bs = sorted({*config.bs, *(n for n in rows if 0 < n < most)})

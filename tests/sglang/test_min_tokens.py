@@ -20,6 +20,7 @@ from mixquant_sglang.passes.rows import RequestRows
 from mixquant_sglang.passes.running import current
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Device, Selection, select
+from mixquant_sglang.versions import graphs
 
 pytest.importorskip("mixquant_sglang.versions.machine")
 
@@ -208,3 +209,15 @@ def test_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: 
     assert timed[4096][1] < timed[4096][0] and 16 < least <= 1024
     monkeypatch.setattr(break_even, "_times", None)
     assert break_even.load_or_time(file, layers, break_even.ROWS, CUDA, {"test": "1"}) == timed
+
+
+def test_the_sizes_of_bf16_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(backend="breakable", bs=[4, 8, 512, 1024])
+    monkeypatch.setattr(graphs, "dialect", lambda: SimpleNamespace(prefill_graphs=lambda _: config))
+    graphs.add_prefill_graphs(SimpleNamespace(), (1, 703))
+    assert config.bs == [1, 4, 8, 512, 703, 1024]
+    graphs.add_prefill_graphs(SimpleNamespace(), (1, 4095))  # no graph is as large, so there is nothing to share
+    assert config.bs == [1, 4, 8, 512, 703, 1024]
+    config.backend, config.bs = "disabled", [4]
+    graphs.add_prefill_graphs(SimpleNamespace(), (1, 3))
+    assert config.bs == [4]

@@ -166,7 +166,7 @@ def test_replayed_graphs(played: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_a_graph_for_the_largest_pass_below_min_tokens(played: dict[str, Any], name: str) -> None:
     passes_of(played, name)
-    assert played[name]["sizes"] == [4, 8, *([12] if name.endswith("min_tokens") else []), 16, 32]
+    assert played[name]["sizes"] == sorted([4, 8, 16, 32, *([1, 12] if name.endswith("min_tokens") else [])])
 
 
 @pytest.mark.parametrize("name", OURS)

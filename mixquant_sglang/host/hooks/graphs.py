@@ -11,15 +11,17 @@ from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks.forward import scheduled_of
 from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.passes.running import scope
-from mixquant_sglang.versions.graphs import add_prefill_graph, prefill_graph_of
+from mixquant_sglang.versions.graphs import add_prefill_graphs, prefill_graph_of
 
 
 @handler
 def size_prefill_graphs(*_args: Any, model_runner: Any, **_kwargs: Any) -> None:
-    """So that the largest pass that ``min_tokens`` keeps in BF16 does not share a graph with low ones."""
+    """So that the largest pass that ``min_tokens`` keeps in BF16 does not share a graph with low ones; and one row, a
+    turn of one new token or a full cache hit, has one: SGLang pads no pass to more than twice its rows, and has four in
+    its smallest graph."""
     run = runtime.serving(model_runner)
     if run is not None and run.graphs.most_bf16_rows:
-        add_prefill_graph(model_runner, run.graphs.most_bf16_rows)
+        add_prefill_graphs(model_runner, (1, run.graphs.most_bf16_rows))
 
 
 @handler

@@ -178,7 +178,7 @@ HOOKS = (
         "before",
         "scheduler",
         ("sglang.srt.model_executor.model_runner_components.cuda_graph_setup.capture_prefill_graph",),
-        "has a prefill graph captured for the largest pass that min_tokens keeps in BF16",
+        "has prefill graphs captured for the largest pass that min_tokens keeps in BF16, and for one row",
     ),
     Hook(
         "prove_model",
