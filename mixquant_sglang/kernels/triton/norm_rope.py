@@ -1,8 +1,8 @@
 """From a prefill pass's q, k and v to what attention takes, in one kernel: RMSNorm of each head of q and k (or none),
 rotary embedding (neox), and keys and values into the cache.
 
-The numbers are SGLang's to the bit, whose JIT kernels were read as machine code (``elementwise/qknorm.cuh`` and
-``rope.cuh``, nvcc 13, SM90, SM100 and SM120 alike; ``*`` and ``+`` round, ``fma`` rounds once):
+The numbers are SGLang's to the bit, whose JIT kernels were read as compiled by nvcc 13 (``elementwise/qknorm.cuh`` as
+PTX for SM90, ``rope.cuh`` as machine code for SM90, SM100 and SM120; ``*`` and ``+`` round, ``fma`` rounds once):
 
     s_l = fma(.., fma(x1, x1, x0 * x0))      lane l of 32 sums SIZE / 32 elements that follow each other
     s   = the s_l by halves: l and l + 16, then 8, 4, 2, 1
