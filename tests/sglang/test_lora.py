@@ -17,6 +17,7 @@ import torch
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host import lifecycle
 from mixquant_sglang.host.lifecycle import LoadSteps
+from mixquant_sglang.kernels.environment import Environment
 from mixquant_sglang.versions import lora
 from tests.support import adapters, model_runs
 
@@ -140,7 +141,13 @@ def test_what_is_left_to_adapters(named: Any, whole: list[bool], monkeypatch: py
     monkeypatch.setattr(lifecycle.report, "experts", lambda _: experts)
     schedule = SimpleNamespace(split=True, prunes=False, local=False)
     steps = LoadSteps(
-        SimpleNamespace(schedule=schedule, recipe=SimpleNamespace(fuse=True)), SimpleNamespace(ready=None)
+        SimpleNamespace(
+            schedule=schedule,
+            recipe=SimpleNamespace(fuse=True),
+            environment=Environment(),
+            selection=SimpleNamespace(kernels={}),
+        ),
+        SimpleNamespace(ready=None),
     )
     args = SimpleNamespace(enable_lora=True, lora_paths=None, lora_target_modules=named)
     runner = SimpleNamespace(model=None, is_generation=True, server_args=args)

@@ -23,6 +23,7 @@ from mixquant_sglang.host import lifecycle, runtime
 from mixquant_sglang.host.hooks import forward, graphs, load, weights
 from mixquant_sglang.host.refusals import check_server_args
 from mixquant_sglang.host.refused import DRAFTS
+from mixquant_sglang.kernels.environment import Environment
 from mixquant_sglang.passes.rows import RequestRows
 from mixquant_sglang.passes.running import DECODE_PASS, current
 from mixquant_sglang.recipe.select import Device, select
@@ -230,7 +231,13 @@ def test_rows_that_a_draft_reads_are_not_left_out(
 ) -> None:
     schedule = SimpleNamespace(split=True, prunes=False, local=False)
     made = lifecycle.LoadSteps(
-        SimpleNamespace(schedule=schedule, recipe=SimpleNamespace(fuse=True)), SimpleNamespace(ready=None)
+        SimpleNamespace(
+            schedule=schedule,
+            recipe=SimpleNamespace(fuse=True),
+            environment=Environment(),
+            selection=SimpleNamespace(kernels={}),
+        ),
+        SimpleNamespace(ready=None),
     )
     monkeypatch.setattr(lifecycle.fused, "fuse", lambda _: Counter())
     monkeypatch.setattr(lifecycle.last_layer, "prune_last_layer", lambda _: True)
