@@ -13,7 +13,7 @@ import pytest
 from tests.support.commands import command_of
 from tests.support.server import ON_GPU
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.once, pytest.mark.server, pytest.mark.timeout(1200)]
 CPU = ["--device", "cpu", "--attention-backend", "torch_native", "--disable-cuda-graph", "--sleep-on-idle"]
 SMALL = "--arms everywhere mix --tasks find text --lengths 400 --n 4 --samples 2 --answer-tokens 48 --kv-tokens 20000"
 

@@ -16,7 +16,7 @@ from tests.support.commands import command_of
 from tests.support.server import Server
 from tests.support.servers import LOW_RECIPE, Servers
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.once, pytest.mark.server, pytest.mark.timeout(2400)]
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

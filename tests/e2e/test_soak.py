@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.commands import command_of
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.once, pytest.mark.server, pytest.mark.timeout(2400)]
 
 KILLS = 0 if version("sglang").startswith("0.5.17") else 1
 

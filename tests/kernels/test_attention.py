@@ -175,6 +175,7 @@ for prefix, new, segment in ((0, 60, 64), (400, 50, 64), (100, 90, 40), (0, 40, 
 """
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_interpreted_kernels_give_the_numbers_of_torch() -> None:
     run = subprocess.run(

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from tests.kernels.test_experts_interpreted import DOT
 from tests.kernels.test_triton_compiles import PREPARE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 ROOT = Path(__file__).resolve().parents[2]
 

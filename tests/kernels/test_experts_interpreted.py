@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from tests.kernels.test_triton_compiles import PREPARE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 ROOT = Path(__file__).resolve().parents[2]  # of ``tests``, behind the installed package
 

@@ -82,6 +82,8 @@ same(packed.columns(64, 80).matmul(x, None), whole[:, 64:])
 """
 
 
+@pytest.mark.once
+@pytest.mark.slow
 def test_a_row_has_the_same_bits_in_any_company() -> None:
     """In a process of its own, since Triton reads TRITON_INTERPRET when a kernel is defined."""
     run = subprocess.run(

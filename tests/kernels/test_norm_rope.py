@@ -101,6 +101,8 @@ for tile in TILES:
 """
 
 
+@pytest.mark.once
+@pytest.mark.slow
 def test_interpreted() -> None:
     """In a process of its own, since Triton reads TRITON_INTERPRET when a kernel is defined."""
     run = subprocess.run(

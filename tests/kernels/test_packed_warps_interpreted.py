@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from tests.kernels.test_triton_compiles import BF16_DOT, PREPARE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 COMMON = """
 from mixquant_sglang.kernels.triton import packed_rows, packed_tiles

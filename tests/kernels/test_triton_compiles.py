@@ -768,6 +768,7 @@ for step in range(-6, 7):
 """
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script",

@@ -72,7 +72,7 @@ def test_drafted_rows_are_verified_by_stock_sglang(played: dict[str, Any]) -> No
 @pytest.mark.slow
 def test_drafted_rows_are_counted_apart(played: dict[str, Any]) -> None:
     counted = {phase: {p: n for p, n in rows.items() if n} for phase, rows in played["counted"].items()}
-    assert counted == {"prefill": {"nvfp4": 39, "bf16": 1}, "decode": {}, "verify": {"bf16": 4}}
+    assert counted == {"prefill": {"nvfp4+fp8": 39, "bf16": 1}, "decode": {}, "verify": {"bf16": 4}}
 
 
 @pytest.mark.slow

@@ -3,20 +3,33 @@ for them."""
 
 from __future__ import annotations
 
+import atexit
+import os
 import random
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+FORKED = Path(__file__).with_name("forked.py")
 
 
 def module(name: str, *args: str | Path) -> list[str]:
     """The command that runs the tests' module ``name``, the checkout being the last place to import from."""
-    code = f"import runpy, sys; sys.path.append({str(ROOT)!r}); runpy.run_module({name!r}, None, '__main__', True)"
-    return [sys.executable, "-W", "ignore", "-c", code, *map(str, args)]
+    return [sys.executable, "-I", "-S", str(FORKED), _folder(), str(os.getpid()), name, *map(str, args)]
+
+
+@cache
+def _folder() -> str:
+    """Of the process that forks; short, since the address of a socket is."""
+    made = tempfile.mkdtemp(prefix="forked-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
 
 
 def free_port() -> int:
