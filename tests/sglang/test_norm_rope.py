@@ -15,6 +15,7 @@ import torch
 from mixquant_sglang import recipe
 from mixquant_sglang.host import norm_rope as host
 from mixquant_sglang.host.runtime import Pair, Runtime
+from mixquant_sglang.kernels.environment import Environment
 from mixquant_sglang.layers import norm_rope
 from mixquant_sglang.layers.norm_rope import Heads, NormRope, fastest, find, heads_of, install, prepare
 from mixquant_sglang.recipe.select import Device, select
@@ -293,11 +294,13 @@ def test_servers_that_do_not_have_it(
 ) -> None:
     decode = runtime()
     decode.pair = Pair("decode", decode.recipe)
+    deterministic = Runtime(decode.recipe, decode.selection, environment=Environment(invariant=True))
     with caplog.at_level(logging.INFO):
         for run, runner, device in (
             (runtime(), server(), torch.device("cpu")),
             (runtime(fuse=False), server(), CUDA),
             (decode, server(), CUDA),
+            (deterministic, server(), CUDA),
             (runtime(), server(found=False), CUDA),
             (runtime(), server(enable_dp_attention=True), CUDA),
             (runtime(), server(("--forward-hooks",)), CUDA),
@@ -306,6 +309,7 @@ def test_servers_that_do_not_have_it(
             host.install_norm_rope(run, SimpleNamespace())
             assert run.norm_rope is None
     assert asked == []
+    assert "own kernels: inference is to be deterministic" in caplog.text
     assert "own kernels: DP attention" in caplog.text and "own kernels: --forward-hooks sees all" in caplog.text
 
     def no_memory(*_: Any) -> Any:
