@@ -250,6 +250,21 @@ def test_other_bits_or_no_gain_leave_all_to_sglang(monkeypatch: pytest.MonkeyPat
     assert fastest(lambda rows, tile: 2.0 if tile is None else float(tile), (3, 1, 2), [5]) == (1, {5: 2.0})
 
 
+def test_every_layer_is_compared_with_the_tile_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixquant_sglang.kernels.triton.norm_rope import TILES
+
+    compared: list[tuple[Any, int, Any]] = []
+    monkeypatch.setattr(norm_rope, "Sample", lambda *_: None)
+    times = {None: 9.0, **dict.fromkeys(TILES, 1.0), TILES[-1]: 0.5}
+    monkeypatch.setattr(norm_rope, "timed", lambda _first, _sample, _device, _rows, tile: times[tile])
+    monkeypatch.setattr(norm_rope, "same", lambda *args: compared.append((args[0], *args[2:])) or True)
+    attentions = {name: block("qwen3.Qwen3Attention") for name in "ab"}
+    found = prepare(attentions, 8192, torch.device("cpu"))
+    assert isinstance(found, NormRope) and found.tile == TILES[-1]
+    for attention in attentions.values():
+        assert {rows for of, rows, tile in compared if of is attention and tile == found.tile} >= {*norm_rope.PROVED}
+
+
 FOUND = NormRope(Heads(QUERIES, KEYS, SIZE, True, False), {}, None, 512, {512: 1.5})
 
 
