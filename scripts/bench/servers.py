@@ -170,6 +170,7 @@ class Arm:
                 env=env,
                 cwd=args.logs,
                 start_new_session=True,
+                preexec_fn=turns.die_with_us,
             )
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> bytes:
@@ -244,7 +245,7 @@ class Arm:
 def ranks(flags: list[str]) -> int:
     """GPUs of a server with these flags."""
     found = 1
-    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, value in zip(flags, [*flags, ""][1:], strict=True):
         name, _, inline = flag.partition("=")
         if name in ("--tp-size", "--tp", "--tensor-parallel-size"):
             found = int(inline or value)
@@ -283,7 +284,8 @@ def make_plugin(folder: Path) -> Path:
 def serving(args: argparse.Namespace, *, timed: bool) -> Iterator[list[Arm]]:
     """The arms of ``args``, all ready; however the block ends, a signal included, they are stopped."""
     for sig in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sig, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(sig) is not signal.SIG_IGN:  # nohup: it goes on without its terminal
+            signal.signal(sig, lambda number, _: sys.exit(128 + number))
     arms: list[Arm] = []
     with tempfile.TemporaryDirectory(prefix="bench_plugin_") as folder:
         # Without a GPU the plugin is also what lets stock SGLang start; with one, a server that nothing times has none.

@@ -3,7 +3,8 @@
 An idle SGLang server asks for requests in a loop that never sleeps: one core for each, and more with several ranks.
 Next to such neighbours the launches of a short pass take longer, by other amounts in each round.  So all processes of
 the other arms are stopped (SIGSTOP) while one is asked, and continued (SIGCONT) behind it, whatever happened.  What
-they hold stays: memory, KV cache, connections.
+they hold stays: memory, KV cache, connections.  Where the benchmark is killed and can continue nobody, its servers are
+killed too (``die_with_us``): stopped ones would keep their memory, and hear no SIGTERM.
 
 SGLang's watchdog counts time in which a batch makes no progress, and NCCL's the heartbeats of its own thread.  Both
 count the time that they were stopped, so ``patience`` has servers wait longer than any benchmark takes.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import signal
 import time
@@ -25,6 +27,8 @@ STOPPED, RUNNING = "stopped", "running"
 LIMIT_S = 10.0  # for all processes of a server to stop
 _PATIENCE_S = 86400
 _WATCHDOG = "--watchdog-timeout"
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +45,12 @@ def patience(flags: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     given = any(flag.partition("=")[0] == _WATCHDOG for flag in flags)
     more = [] if given else [_WATCHDOG, str(_PATIENCE_S)]
     return more, {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(_PATIENCE_S)}
+
+
+def die_with_us() -> None:
+    """``preexec_fn`` of a server, which is then killed when the thread that starts it ends, stopped or not; SGLang's
+    launcher has its own processes end with it in the same way.  Start servers in the main thread."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ import argparse
 import contextlib
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from scripts.bench.servers import serving
@@ -128,8 +129,9 @@ def main(argv: list[str] | None = None) -> None:
         args.flags = [*FLAGS, "--random-seed", str(args.seed), *args.flags]
         for at in range(0, len(files), args.at_once):
             group = argparse.Namespace(**{**vars(args), "arms": files[at : at + args.at_once]})
-            with processor_on_path(), serving(group, timed=False) as arms:
-                run.measure(arms, waiting)
+            # The pool outside: whatever ends this, servers are stopped first, and requests to them fail.
+            with ThreadPoolExecutor(len(group.arms)) as pool, processor_on_path(), serving(group, timed=False) as arms:
+                run.measure(pool, arms, waiting)
     print(json.dumps(run.report()))
 
 

@@ -162,20 +162,19 @@ class Run:
             )
         return made
 
-    def measure(self, arms: list[Arm], cells: list[Cell]) -> None:
-        """The cells on servers that are up, side by side.  Cells of one task, which differ in length, share waves,
-        because a wave takes as long as its longest answer."""
+    def measure(self, pool: ThreadPoolExecutor, arms: list[Arm], cells: list[Cell]) -> None:
+        """The cells on servers that are up, side by side, each in a thread of ``pool``.  Cells of one task, which
+        differ in length, share waves, because a wave takes as long as its longest answer."""
         states = {Path(arm.name).stem: state_of(arm) for arm in arms}
-        with ThreadPoolExecutor(len(arms)) as pool:
-            for task, group in itertools.groupby(cells, key=lambda cell: cell.task):
-                together = {cell: self.problems_of(cell) for cell in group}
-                jobs = {Path(arm.name).stem: pool.submit(self._measure_arm, arm, task, together) for arm in arms}
-                done = {arm: job.result() for arm, job in jobs.items()}
-                if REFERENCE in done:
-                    self.reference |= {cell: done[REFERENCE][cell, self.modes[0]] for cell in together}
-                for arm, found in done.items():
-                    for (cell, mode), raw in found.items():
-                        self._store(cell, f"{arm}/{mode}" if mode else arm, arm, states[arm], raw)
+        for task, group in itertools.groupby(cells, key=lambda cell: cell.task):
+            together = {cell: self.problems_of(cell) for cell in group}
+            jobs = {Path(arm.name).stem: pool.submit(self._measure_arm, arm, task, together) for arm in arms}
+            done = {arm: job.result() for arm, job in jobs.items()}
+            if REFERENCE in done:
+                self.reference |= {cell: done[REFERENCE][cell, self.modes[0]] for cell in together}
+            for arm, found in done.items():
+                for (cell, mode), raw in found.items():
+                    self._store(cell, f"{arm}/{mode}" if mode else arm, arm, states[arm], raw)
 
     def _measure_arm(
         self, arm: Arm, task: str, together: dict[Cell, list[Problem]]

@@ -53,7 +53,7 @@ from scripts.eval.arms import FLAGS, Client
 from scripts.eval.run import processor_on_path, state_of
 from scripts.eval.statistics import analyse
 from scripts.eval.text_data import SOURCES, Window, missing, windows
-from scripts.eval.text_parts import Part, differs, figures, file_of
+from scripts.eval.text_parts import Part, differs, figures, file_of, measured_with
 from scripts.eval.text_report import plot, tables
 
 REFERENCE, WORST = "bf16", "nvfp4-everywhere"
@@ -213,21 +213,28 @@ class Run:
         results = analyse(values, pairs, (REFERENCE, WORST), args.seed, args.draws)
         row = parts[self.cells[0]]
         servers = {arm: part.identity["server"] for arm, part in row.items()}
-        emulated = sorted({p for s in servers.values() for p, kernel in s["kernel"].items() if kernel == "emulated"})
+        made = measured_with(part for every in parts.values() for part in every.values())
+        said = {name: " and ".join(every) for name, every in made.items()}
         known = row[REFERENCE].identity
         head = (
             f"{args.model.name} ({known['model']}): {args.n} windows of each source and length "
             f"({', '.join(args.sources)}; {', '.join(map(str, args.lengths))}), {args.answer_tokens} tokens each, top "
-            f"{args.top}; GPU {known['gpu']}, SGLang {known['sglang']}, torch {known['torch']}; emulated: "
-            f"{', '.join(emulated) or 'nothing'}"
+            f"{args.top}; GPU {said['gpu']}, SGLang {said['sglang']}, torch {said['torch']}, mixquant "
+            f"{said['mixquant'] or 'none'}; emulated: {', '.join(made['emulated']) or 'nothing'}"
         )
         text = f"{head}\n\n{tables(results, arms)}\n"
-        full = {"identity": {**known, "cell": None}, "servers": servers, "arms": arms, "results": results}
+        full = {
+            "identity": {**known, "cell": None},
+            "measured_with": made,
+            "servers": servers,
+            "arms": arms,
+            "results": results,
+        }
         (args.out / "results.json").write_text(json.dumps(full, indent=1) + "\n")
         (args.out / "tables.txt").write_text(text)
         drawn = plot(results, arms, args.out / "text.png", head)
         print(text if drawn else f"{text}\n(no picture: matplotlib is not installed)\n")
-        return {"out": str(args.out), "arms": arms, "emulated": emulated, "all": results["all"]}
+        return {"out": str(args.out), "arms": arms, "emulated": made["emulated"], "all": results["all"]}
 
 
 def stock_state(arm: Arm) -> dict[str, Any]:

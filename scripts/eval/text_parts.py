@@ -7,6 +7,7 @@ continuations.  Its identity is all that the numbers depend on; parts of one tab
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +50,17 @@ def differs(identity: dict[str, Any], expected: dict[str, Any]) -> str:
     """The first field, other than an arm's own, in which two parts are not of one run; empty where none is."""
     names = [name for name in {**expected, **identity} if name not in OWN]
     return next((name for name in names if identity.get(name) != expected.get(name)), "")
+
+
+def measured_with(parts: Iterable[Part]) -> dict[str, list[str]]:
+    """GPU, versions and emulated kernels of the parts of one table: all that there is of each, since cells may come
+    from several machines and arms from several versions."""
+    every = [*parts]
+    servers = [part.identity["server"] for part in every]
+    found = {name: {part.identity[name] for part in every} for name in ("gpu", "sglang", "torch")}
+    found["mixquant"] = {server["version"] for server in servers} - {""}  # none where SGLang is without
+    found["emulated"] = {p for server in servers for p, kernel in server["kernel"].items() if kernel == "emulated"}
+    return {name: sorted(one) for name, one in found.items()}
 
 
 def bins(tokens: int) -> list[tuple[int, int]]:

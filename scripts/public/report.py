@@ -90,7 +90,25 @@ def difference(records: list[Record], other: Records) -> dict[str, Any]:
         raise Stop(f"{other.file} and this run have no example in common")
     mean, half = interval(pairs)
     more = sum(tokens) / len(tokens) if tokens else None
-    return {"file": str(other.file), "difference": mean, "plus_minus": half, "examples": len(pairs), "tokens": more}
+    found = {"file": str(other.file), "difference": mean, "plus_minus": half, "examples": len(pairs), "tokens": more}
+    return {**found, "identity": other.identity}
+
+
+def settings_of(identity: dict[str, Any]) -> dict[str, Any]:
+    """All that decides the answers but the arm, by name; nested ones as ``sampling.top_p``."""
+    found: dict[str, Any] = {}
+    for name, value in identity.items():
+        if isinstance(value, dict) and name != "server":
+            found |= {f"{name}.{key}": one for key, one in value.items()}
+        elif name not in ("server", "benchmark"):
+            found[name] = value
+    return found
+
+
+def unlike(identity: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The settings in which two arms differ, with what the other one has: a difference is then not the arms' alone."""
+    mine, theirs = (settings_of(json.loads(json.dumps(one))) for one in (identity, other))
+    return [f"{name} {json.dumps(theirs[name])}" for name in mine if name in theirs and theirs[name] != mine[name]]
 
 
 def plus_minus(mean: float, half: float | None) -> str:
@@ -125,6 +143,8 @@ def show(name: str, result: dict[str, Any], identity: dict[str, Any], how: str) 
         score = plus_minus(other["difference"], other["plus_minus"])
         more = "" if other["tokens"] is None else f", output tokens {other['tokens']:+.1f}"
         print(f"\nminus {other['file']}, {other['examples']} examples in common: {score}{more}")
+        if unequal := unlike(identity, other["identity"]):
+            print(f"other settings there, so this is not the arms' difference alone: {', '.join(unequal)}")
     if rows := result["published"]:
         print(f"\n| published (arXiv 2605.20315) | {' | '.join(ARMS)} |\n|---|---|---|---|")
         served = identity["model"].lower()

@@ -124,13 +124,14 @@ class Server:
         return model or served[0]
 
     def identity(self) -> dict[str, Any]:
-        """What decides the numbers: SGLang's version and quantization, the recipe of mixquant; nothing for others."""
+        """What decides the numbers: SGLang's version and quantization, the recipe of mixquant by its name and by the
+        fingerprint of all that it says; nothing for others."""
         try:
             headers = {"Authorization": f"Bearer {self.key}"}
             info = httpx.get(f"{self.root}/server_info", headers=headers, timeout=60).json()
             found = {name: info.get(name) for name in ("version", "quantization", "kv_cache_dtype")}
             state = info["internal_states"][0].get("mixquant")
-            state = {name: state[name] for name in ("recipe", "precision", "kernel")} if state else None
+            state = {name: state[name] for name in ("recipe", "fingerprint", "precision", "kernel")} if state else None
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError, AttributeError):
             return {}
         return {**found, "mixquant": state}

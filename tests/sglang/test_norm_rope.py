@@ -15,6 +15,7 @@ import torch
 from mixquant_sglang import recipe
 from mixquant_sglang.host import norm_rope as host
 from mixquant_sglang.host.runtime import Pair, Runtime
+from mixquant_sglang.kernels.environment import Environment
 from mixquant_sglang.layers import norm_rope
 from mixquant_sglang.layers.norm_rope import Heads, NormRope, fastest, find, heads_of, install, prepare
 from mixquant_sglang.recipe.select import Device, select
@@ -249,6 +250,21 @@ def test_other_bits_or_no_gain_leave_all_to_sglang(monkeypatch: pytest.MonkeyPat
     assert fastest(lambda rows, tile: 2.0 if tile is None else float(tile), (3, 1, 2), [5]) == (1, {5: 2.0})
 
 
+def test_every_layer_is_compared_with_the_tile_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixquant_sglang.kernels.triton.norm_rope import TILES
+
+    compared: list[tuple[Any, int, Any]] = []
+    monkeypatch.setattr(norm_rope, "Sample", lambda *_: None)
+    times = {None: 9.0, **dict.fromkeys(TILES, 1.0), TILES[-1]: 0.5}
+    monkeypatch.setattr(norm_rope, "timed", lambda _first, _sample, _device, _rows, tile: times[tile])
+    monkeypatch.setattr(norm_rope, "same", lambda *args: compared.append((args[0], *args[2:])) or True)
+    attentions = {name: block("qwen3.Qwen3Attention") for name in "ab"}
+    found = prepare(attentions, 8192, torch.device("cpu"))
+    assert isinstance(found, NormRope) and found.tile == TILES[-1]
+    for attention in attentions.values():
+        assert {rows for of, rows, tile in compared if of is attention and tile == found.tile} >= {*norm_rope.PROVED}
+
+
 FOUND = NormRope(Heads(QUERIES, KEYS, SIZE, True, False), {}, None, 512, {512: 1.5})
 
 
@@ -293,11 +309,13 @@ def test_servers_that_do_not_have_it(
 ) -> None:
     decode = runtime()
     decode.pair = Pair("decode", decode.recipe)
+    deterministic = Runtime(decode.recipe, decode.selection, environment=Environment(invariant=True))
     with caplog.at_level(logging.INFO):
         for run, runner, device in (
             (runtime(), server(), torch.device("cpu")),
             (runtime(fuse=False), server(), CUDA),
             (decode, server(), CUDA),
+            (deterministic, server(), CUDA),
             (runtime(), server(found=False), CUDA),
             (runtime(), server(enable_dp_attention=True), CUDA),
             (runtime(), server(("--forward-hooks",)), CUDA),
@@ -306,6 +324,7 @@ def test_servers_that_do_not_have_it(
             host.install_norm_rope(run, SimpleNamespace())
             assert run.norm_rope is None
     assert asked == []
+    assert "own kernels: inference is to be deterministic" in caplog.text
     assert "own kernels: DP attention" in caplog.text and "own kernels: --forward-hooks sees all" in caplog.text
 
     def no_memory(*_: Any) -> Any:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import psutil
 import pytest
 
 from scripts.bench import servers, turns
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Two processes of one group, each of which spins.
 SPIN = """
@@ -91,6 +95,52 @@ def test_one_that_does_not_stop_ends_the_benchmark(arms: list[Arm], monkeypatch:
     with pytest.raises(SystemExit, match=r"arm did not stop: processes \[\d+\]"), turns.alone(arms[0], arms):
         body()
     assert arms[1].stopped() == [False, False]
+
+
+# A benchmark that is killed while its server is stopped.
+KILLED = """
+import os, signal, subprocess, sys
+from scripts.bench import turns
+server = subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=turns.die_with_us)
+os.kill(server.pid, signal.SIGSTOP)
+print(server.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_servers_do_not_outlive_a_benchmark_that_is_killed() -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    deadline = time.monotonic() + 10
+    with contextlib.suppress(psutil.NoSuchProcess):
+        server = psutil.Process(int(done.stdout))
+        while server.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            if time.monotonic() > deadline:
+                server.kill()
+                raise AssertionError("a stopped server is left behind")
+            time.sleep(0.01)
+
+
+def test_every_server_is_started_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(servers.subprocess, "Popen", lambda command, **how: started.append(how))
+    args = argparse.Namespace(flags=[], logs=tmp_path, model=None, model_path=tmp_path, dummy=False, kv_tokens=1)
+    servers.Arm("fp8", args, None, timed=False)
+    assert servers.ranks([]) == 1 and servers.ranks(["--tp", "2"]) == servers.ranks(["--tp-size=2"]) == 2
+    assert started[0]["preexec_fn"] is turns.die_with_us and started[0]["start_new_session"]
+
+
+def test_under_nohup_a_benchmark_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers.time, "sleep", lambda seconds: None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with servers.serving(argparse.Namespace(arms=[], flags=[], start_limit=1), timed=False):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not before[signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_running_ones_and_those_of_others_are_left_alone(arms: list[Arm]) -> None:

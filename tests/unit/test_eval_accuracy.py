@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -463,6 +468,42 @@ def test_an_ablation_shows_quality_beside_speed() -> None:
     assert lines[4].split()[0] == "mix" and lines[4].endswith(f"{fast['mix']:.2f}x")
 
 
+def test_a_signal_stops_the_servers_and_waits_for_no_answer(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.eval import accuracy as eval_accuracy
+    from scripts.eval import run as eval_run
+
+    stopped, heard = threading.Event(), []
+
+    @contextlib.contextmanager
+    def serving(args: Any, timed: bool) -> Iterator[list[Any]]:
+        try:
+            yield [SimpleNamespace(name=name) for name in args.arms]
+        finally:
+            stopped.set()
+
+    def asked(self: Any, arm: Any, *_: Any) -> Any:
+        if Path(arm.name).stem == "bf16":
+            os.kill(os.getpid(), signal.SIGTERM)
+        heard.append(stopped.wait(1))
+        raise SystemExit("did not answer")  # as of a server that is gone
+
+    monkeypatch.setattr(eval_accuracy, "serving", serving)
+    monkeypatch.setattr(eval_run, "default_lines", lambda split: LINES)
+    monkeypatch.setattr(eval_run, "state_of", lambda arm: {})
+    monkeypatch.setattr(eval_run.Run, "_measure_arm", asked)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+            eval_accuracy.main(
+                ["--model", str(model), "--out", str(tmp_path), "--tasks", "find", "--lengths", "400", "--n", "1"]
+            )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard and all(heard), "threads wait for answers while the servers go on"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("multi_turn", [False, True])
 def test_a_run_is_reported_from_its_files_and_goes_on(
@@ -500,10 +541,11 @@ def test_a_run_is_reported_from_its_files_and_goes_on(
             arms.append(arm)
         return arms
 
-    run.measure(up("bf16"), cells)  # as with --at-once 1
-    run.measure(up("everywhere"), cells)
-    assert Run(args, cells).waiting() == cells
-    run.measure(up("mix"), cells)
+    with ThreadPoolExecutor(1) as pool:
+        run.measure(pool, up("bf16"), cells)  # as with --at-once 1
+        run.measure(pool, up("everywhere"), cells)
+        assert Run(args, cells).waiting() == cells
+        run.measure(pool, up("mix"), cells)
     eval_accuracy.main(command)  # all is there: no server starts
     first = capsys.readouterr().out
     eval_accuracy.main(command)

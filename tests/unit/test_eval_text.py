@@ -132,6 +132,24 @@ def test_a_part_comes_back_as_it_was(tmp_path: Path) -> None:
     assert differs({**made.identity, "flags": []}, made.identity) == "flags"
 
 
+def test_a_table_says_all_that_its_parts_were_measured_with() -> None:
+    from scripts.eval.text_parts import measured_with
+
+    def made(gpu: str, version: str, kernel: dict[str, str]) -> Any:
+        server = {"version": version, "precision": {}, "kernel": kernel}
+        return part(0.0, gpu=gpu, sglang="0.5.17", torch="2.11", server=server)
+
+    every = [made("H200", "", {"fp8": "SGLang's"}), made("H200", "1", {"nvfp4": "native"})]
+    every += [made("none", "2", {"nvfp4": "emulated"})]
+    assert measured_with(every) == {
+        "gpu": ["H200", "none"],
+        "sglang": ["0.5.17"],
+        "torch": ["2.11"],
+        "mixquant": ["1", "2"],
+        "emulated": ["nvfp4"],
+    }
+
+
 def test_figures_are_by_example_and_by_place() -> None:
     from scripts.eval.text_parts import figures
 

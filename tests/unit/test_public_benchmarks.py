@@ -41,7 +41,7 @@ class Stub:
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
-        self.recipe, self.key = "nvfp4", ""
+        self.recipe, self.fingerprint, self.key = "nvfp4", "0" * 16, ""
         self.fails_after: int | None = None
         self.thoughts: str | None = None
         self.answer: Any = lambda body: "<think>maybe \\boxed{9}</think>It is \\boxed{2}."
@@ -67,7 +67,12 @@ class Stub:
                 else:
                     precision = {"prefill": stub.recipe, "decode": "bf16"}
                     state = {
-                        "mixquant": {"recipe": stub.recipe, "precision": precision, "kernel": {"nvfp4": "emulated"}}
+                        "mixquant": {
+                            "recipe": stub.recipe,
+                            "fingerprint": stub.fingerprint,
+                            "precision": precision,
+                            "kernel": {"nvfp4": "emulated"},
+                        }
                     }
                     self.reply(200, {"version": "0", "quantization": "mixquant", "internal_states": [state]})
 
@@ -371,6 +376,12 @@ def test_arms_are_paired_over_the_same_prompts(
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["math500"]["against"]
     assert (found["difference"], found["examples"], found["tokens"]) == (0, 2, 0)  # one won, one lost
     assert found["plus_minus"] == pytest.approx(196)
+    again = ("--against", tmp_path / "mix", "--temperature", 0, "--max-tokens", 9)
+    run("reasoning", stub, tmp_path / "greedy", *command, *again)
+    said = capsys.readouterr().out
+    assert "not the arms' difference alone: sampling.max_tokens 32768, sampling.temperature 0.6\n" in said
+    run("reasoning", stub, tmp_path / "same", *command, "--against", tmp_path / "mix")
+    assert "other settings" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -379,6 +390,7 @@ def test_arms_are_paired_over_the_same_prompts(
         (("--temperature", 0), "was made with sampling "),
         (("--max-tokens", 5), "was made with sampling "),
         ("recipe", "was made with server "),
+        ("fingerprint", "was made with server "),  # a file of the same name that says another thing
         ("prompt", "example a had another prompt"),
         ("damage", "math500.jsonl:2: not a record"),
     ],
@@ -392,6 +404,8 @@ def test_another_run_does_not_go_into_the_same_file(
     more: tuple[object, ...] = ()
     if change == "recipe":
         stub.recipe = "bf16"
+    elif change == "fingerprint":
+        stub.fingerprint = "1" * 16
     elif change == "prompt":
         math.write_text(math.read_text().replace("1+1", "2+0"))
     elif change == "damage":
