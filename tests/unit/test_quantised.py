@@ -267,6 +267,19 @@ def test_tensor_scales_that_were_joined_stay_equal(tmp_path: Path) -> None:
         linear.pieces(came[1])
 
 
+def test_scales_that_were_equal_at_load_are_so_in_an_update_of_the_same_checkpoint(tmp_path: Path) -> None:
+    """compressed-tensors stores reciprocals, and those of two neighbours may be one number."""
+    made, _ = quantised("nvfp4 parts", weights())
+    for name, bits in ((Q, 0x3FFFFFFF), (K, 0x3FFFFFFE), (V, 0x3FFFFFFF)):
+        made[f"{name}.weight_global_scale"] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    checkpoint, came = QuantisedCheckpoint.open(save(tmp_path / "c", "nvfp4 parts", made)), []
+    linear = QuantisedLinear(checkpoint, QKV, checkpoint.of_linear(QKV, (Q, K, V)))
+    linear.place(Share((256, 128, 128), 256, 256), torch.device("cpu"), came.append)
+    list(checkpoint.sorted_out(made.items()))
+    assert len(linear.pieces(came[0])) == 1
+    assert checkpoint.differing(made) is None
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_pieces_are_of_their_format(kind: str, tmp_path: Path) -> None:
     made, _ = quantised(kind, weights())
