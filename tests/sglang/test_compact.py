@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.formats import fp8
+from mixquant_sglang.formats import fp8, nvfp4
 from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks import checker, launcher
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
+from mixquant_sglang.kernels.linear.w4a16 import EmulatedW4A16
 from mixquant_sglang.recipe import load
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import FUSED
@@ -205,6 +206,27 @@ def test_the_answer_to_an_update_says_how_passes_run(masterless: bool, how: str)
     weights.broken("an update failed")
     said = _with_packing(SimpleNamespace(weights=weights), "Succeeded.")  # type: ignore[arg-type]
     assert said == f"Succeeded. mixquant: an update failed; passes run {how}"
+
+
+def test_linears_whose_parts_are_others_are_warmed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensor scales of q, k and v may be equal in some blocks of a checkpoint, and differ in others."""
+    from mixquant_sglang.kernels.triton import warm_up as kernels
+    from mixquant_sglang.layers.warm_up import warm_up
+
+    warmed: list[int] = []
+    monkeypatch.setattr(kernels, "weight_only", lambda packed, *_: warmed.append(len(packed.tensors())))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+
+    def method(*rows: int) -> Any:
+        parts = [nvfp4.quantize(torch.randn(n, 32).bfloat16()) for n in rows]
+        reader = EmulatedW4A16(torch.empty(sum(rows), 32), ready=parts)
+        made = SimpleNamespace(shape=(sum(rows), 32), bias=None, low={"w4a16"}, invariant=False, split=False)
+        made.copy_in, made.split_product = lambda _: reader, None
+        return made
+
+    methods = [method(32, 16), method(48), method(32, 16), method(16, 32)]
+    warm_up(torch.nn.Module(), methods, [], [], torch.device("cpu"))
+    assert warmed == [6, 3, 6]
 
 
 class _Checked(torch.nn.Module):
