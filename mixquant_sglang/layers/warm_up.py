@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,9 @@ from mixquant_sglang.layers.fused import FusedActivation, FusedNorm
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY
 from mixquant_sglang.recipe.roles import Role
+
+if TYPE_CHECKING:
+    from mixquant_sglang.kernels.linear.base import PackedLinear
 
 
 def warm_up(
@@ -40,16 +44,18 @@ def warm_up(
         bias = method.bias
         for precision in sorted(method.low):
             packed = method.copy_in(precision)
+            parts = _parts(packed)
             for each in (None, bias) if method.invariant else (None,):  # of which a bias is a kind of its own
-                if new("product", precision, n, k, each is None):
+                if new("product", precision, parts, each is None):
                     packed.matmul(torch.zeros(kernels.ROWS, k, dtype=torch.bfloat16, device=device), each)
             fmt = packed.activation_format
             if fmt and new("rows", fmt, k, method.split):
                 kernels.quantise("rows", k, fmt, device, protects=method.split)
         for precision in sorted(WEIGHT_ONLY.keys() & method.low):
+            packed = method.copy_in(precision)
             for cut in {0, method.split_product.columns if method.split_product else 0}:
-                if new("weight only", precision, n, k, cut, bias is not None):
-                    kernels.weight_only(method.copy_in(precision), n, k, bias, cut, device)
+                if new("weight only", precision, _parts(packed), cut, bias is not None):
+                    kernels.weight_only(packed, n, k, bias, cut, device)
         if method.split and method.precision[Role.PROTECTED] == "bf16" and not method.invariant:
             for cut in {0, method.split_product.columns if method.split_product else 0}:
                 if new("few", n, k, cut, bias is not None):
@@ -66,3 +72,9 @@ def warm_up(
                 kernels.quantise(source, k, fmt, device, protects=linear.split)
     torch.cuda.synchronize(device)
     return f"compiled {kernels.compiled() - before} kernels in {time.perf_counter() - begin:.1f} s"
+
+
+def _parts(packed: PackedLinear) -> tuple[torch.Size, ...]:
+    """What tells kinds of a linear apart: of a quantised checkpoint the parts of one (q, k, v) may be products of their
+    own, in some blocks alone."""
+    return tuple(tensor.shape for tensor in packed.tensors())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,7 +83,8 @@ def _mlp(name: str, inner: int, hidden: int) -> list[Matrix]:
 class Decoder:
     """A language model and what stands before it. ``tied``: the table of tokens is lm_head's weight too. ``tables``:
     parameters of further tables. ``tower``: of the parts for other modalities. ``window_share``: tokens of the cache
-    of windowed attention for each of full attention's. ``unread``: what of a config.json is not counted."""
+    of windowed attention for each of full attention's. ``unread``: what of a config.json is not counted. ``in_bf16``:
+    of a quantised checkpoint, whether it has a linear, or experts, in BF16, by name and shards."""
 
     name: str
     hidden: int
@@ -94,6 +95,7 @@ class Decoder:
     tower: int = 0
     window_share: float = 1.0
     unread: tuple[str, ...] = ()
+    in_bf16: Callable[[str, Sequence[str]], bool] | None = None
 
     @property
     def layers(self) -> int:

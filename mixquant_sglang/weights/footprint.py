@@ -38,6 +38,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)  # that ``smallest_tp`` tries
 # What ``that_fit`` tries: recipes that differ in what they pack, and the rule that leaves out most of it.
 _TRIED = ("fp8", "nvfp4-fp8", "nvfp4")
 EXPERTS_BF16 = LayerRule(r"re:.*\.experts$", "bf16", "bf16", "experts in bf16")
+IN_CHECKPOINT = "BF16 in the checkpoint"
 KEEP_EXPERTS = f"with {{match: '{EXPERTS_BF16.match}', prefill: bf16}}"
 
 
@@ -121,6 +122,8 @@ def by_name(
                 prefill, decode = matcher.precisions(name, selection.prefill, selection.decode)
             asked = sorted({prefill, decode} - {"bf16"})
             refused = next(filter(None, (_refusal(one, each, selection) for each in asked)), None)
+            if asked and decoder.in_bf16 is not None and decoder.in_bf16(name, matcher.shards(name)):
+                refused = IN_CHECKPOINT
             if refused:
                 prefill = decode = "bf16"  # as a server does
             why = (one.refusal if low else None) or refused

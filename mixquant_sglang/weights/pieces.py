@@ -119,8 +119,13 @@ def piece(module: str, kind: Kind, parts: Parts) -> Piece:
             raise ValueError(problem)
     codes, scales = parts[kind.codes].contiguous(), parts[kind.scales].contiguous()
     if kind.layout:
-        outer = parts[kind.layout.tensor_scale].reshape(()).float()
-        return NVFP4Tensor(codes, scales, outer.reciprocal() if kind.layout.encodes else outer)
+        return NVFP4Tensor(codes, scales, tensor_scale(kind.layout, parts[kind.layout.tensor_scale]))
     if kind.form == "blocks":
         return FP8Blocks(codes, scales.float())
     return FP8Tensor(codes, scales.float().reshape(-1).expand(len(codes)).contiguous())
+
+
+def tensor_scale(layout: Layout, stored: torch.Tensor) -> torch.Tensor:
+    """That of a weight, float32 of no dimension, of what its checkpoint has."""
+    outer = stored.reshape(()).float()
+    return outer.reciprocal() if layout.encodes else outer

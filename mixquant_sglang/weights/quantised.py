@@ -144,6 +144,11 @@ class QuantisedCheckpoint:
                 elif (whole := self._gathered(module, kind, leaf, tensor)) is not None:
                     yield f"{module}.weight", whole.dequantize(torch.bfloat16)
 
+    @property
+    def begun(self) -> str | None:
+        """A module that is multiplied out, of which some has arrived, and not all."""
+        return next(iter(self._parts), None)
+
     def forget(self) -> None:
         """Drops what has arrived of modules that are multiplied out, and are not whole."""
         self._parts.clear()

@@ -15,8 +15,9 @@ No torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import BLOCK, TILE
 from mixquant_sglang.recipe import Recipe
 from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY, stored
+from mixquant_sglang.recipe.modules import EXPERT_LEAVES, is_experts
+from mixquant_sglang.recipe.schema import REGEX
 from mixquant_sglang.weights.layouts import COMPRESSED_TENSORS, MODELOPT, Layout
 
 FIELDS = ("quantization_config", "compression_config")
@@ -35,18 +38,34 @@ _KNOWN = (
     f"and fp8 with scales for tensors or blocks of {TILE} x {TILE}"
 )
 _KEYS = ("kv_cache_scheme", "kv_cache_quant_algo")
+_IGNORED = ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers")
+_HEADS = re.compile(r"(?:model\.language_model|language_model\.model)\.")  # wrappers; the planner has ``model``
 
 
 @dataclass(frozen=True)
 class Family:
     """``precision``: fp8 or nvfp4; ``layout``: of NVFP4; ``blocks``: whether FP8 has scales for blocks; ``kv_cache``:
-    what it says of a quantised KV cache, "" for nothing."""
+    what it says of a quantised KV cache, "" for nothing. ``ignored``, ``targets``: regular expressions for modules, of
+    its lists; without targets it means all linears."""
 
     words: str
     precision: str
     layout: Layout | None = None
     blocks: bool = False
     kv_cache: str = ""
+    ignored: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+
+    def leaves(self, name: str, shards: Sequence[str]) -> bool:
+        """Whether its lists leave in BF16 the linear ``name``, which holds ``shards``, or the experts ``name``.  For
+        the planner, that may have no more than a config; of a checkpoint the files say it."""
+        if is_experts(name):
+            return any(all(self._leaves(f"{name}.0.{leaf}") for leaf in each) for each in EXPERT_LEAVES)
+        return self._leaves(name) or (bool(shards) and all(map(self._leaves, shards)))
+
+    def _leaves(self, name: str) -> bool:
+        among = any(re.match(target, name) for target in self.targets)
+        return bool(self.targets and not among) or any(re.match(ignored, name) for ignored in self.ignored)
 
     @property
     def recipe(self) -> str:
@@ -72,6 +91,34 @@ def said(config: Mapping[str, Any], folder: Path | None) -> tuple[str, dict[str,
 
 def family(where: str, config: Mapping[str, Any]) -> Family:
     """MixQuantError, which begins with ``where``, for what no recipe takes."""
+    exact = config.get("quant_method") == "compressed-tensors"
+    lists = (config.get(key) for key in _IGNORED)
+    ignored = tuple(_pattern(each, exact) for found in lists for each in _words(found))
+    groups = (config.get("config_groups") or {}).values() if exact else ()
+    targets = [each for group in groups for each in _words(group.get("targets"))]
+    every = any(each.isidentifier() and each[:1].isupper() for each in targets)  # a class: Linear
+    return replace(
+        _family(where, config),
+        ignored=ignored,
+        targets=() if every else tuple(_pattern(each, exact) for each in targets),
+    )
+
+
+def _words(found: Any) -> Iterator[str]:
+    yield from (each for each in (found if isinstance(found, (list, tuple)) else ()) if isinstance(each, str))
+
+
+def _pattern(name: str, exact: bool) -> str:
+    """A regular expression for what a list means by ``name``: compressed-tensors the last parts of a module's name,
+    others a part of it or several, with ``*`` for anything, and what lies below."""
+    if name.startswith(REGEX):
+        return name.removeprefix(REGEX)
+    name = _HEADS.sub("model.", name, count=1).strip(".")
+    parts = [re.escape(name)] if exact else [re.escape(part) for part in name.split("*")]
+    return r"(?:.*\.)?" + ".*".join(parts) + ("$" if exact else r"(?:$|\.)")
+
+
+def _family(where: str, config: Mapping[str, Any]) -> Family:
     method = str(config.get("quant_method"))
     kv_cache = next((f"{key} {_short(config[key])}" for key in _KEYS if config.get(key)), "")
     if method == "compressed-tensors":

@@ -22,7 +22,7 @@ from mixquant_sglang.formats import BLOCK, TILE
 from mixquant_sglang.formats.fp8_blocks import FP8Blocks
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.kernels.linear.base import Piece
-from mixquant_sglang.weights.pieces import Kind, Parts, piece
+from mixquant_sglang.weights.pieces import Kind, Parts, piece, tensor_scale
 from mixquant_sglang.weights.quantised import QuantisedCheckpoint
 from mixquant_sglang.weights.ready_made_linear import Share
 
@@ -124,7 +124,7 @@ class QuantisedLinear:
         for count in self.joined:
             names = [f"{module}.{layout.tensor_scale}" for module in self.modules[done : done + count]]
             done += count
-            values = {float(tensors[name].reshape(())) for name in names if name in tensors}
+            values = {float(tensor_scale(layout, tensors[name])) for name in names if name in tensors}
             if len(values) > 1:
                 return f"{names[0]} is not that of {', '.join(names[1:])}, with which it was loaded as one: start again"
         return None

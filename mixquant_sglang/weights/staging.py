@@ -8,6 +8,7 @@ then incomplete, which ends a start and refuses an update.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ class Staging:
         self._buffer: torch.nn.Parameter | None = None
         self._missing = 0
         self._there: set[Place] = set()  # what has arrived
+        self._lock = threading.Lock()  # some loaders write the parts of one weight from several threads
         self.parameter = self._with_attributes(Absent(torch.empty(shape, dtype=dtype, device="meta"), False))
         self.parameter.weight_loader = self.load  # type: ignore[attr-defined]
 
@@ -55,6 +57,13 @@ class Staging:
 
     def load(self, _parameter: torch.nn.Parameter, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """As the loader that it stands for."""
+        with self._lock:
+            buffer = self._load(loaded, *args, **kwargs)
+        if buffer is not None:
+            self._whole(buffer)
+
+    def _load(self, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """The weight, once all of it is there."""
         if self._buffer is None:
             empty = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             self._buffer = self._with_attributes(torch.nn.Parameter(empty, requires_grad=False))
@@ -65,14 +74,13 @@ class Staging:
         # A part that came before, once more: the last one counts, and the others are still to come.
         self._missing -= sum(numbers for place, numbers in places.items() if place not in self._there)
         self._there |= places.keys()
-        if self._missing <= 0:
-            buffer = self._buffer
-            self.forget()
-            if self._missing < 0:
-                raise RuntimeError(
-                    f"mixquant: {-self._missing} numbers more than a weight {list(self._shape)} has came"
-                )
-            self._whole(buffer.data)
+        if self._missing > 0:
+            return None
+        buffer = self._buffer.data
+        self.forget()
+        if self._missing < 0:
+            raise RuntimeError(f"mixquant: {-self._missing} numbers more than a weight {list(self._shape)} has came")
+        return buffer
 
     def forget(self) -> None:
         """Drops what has arrived."""

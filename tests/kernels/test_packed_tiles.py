@@ -35,6 +35,23 @@ def test_few_rows_are_for_warps(n: int, k: int, fp4: bool, straight: bool, monke
             assert warps == 1 or 64 * pieces * warps < 2 * (k // 2 if fp4 else k)  # none is without weights
 
 
+@pytest.mark.parametrize("straight", [False, True])
+@pytest.mark.parametrize("fp4", [False, True])
+@pytest.mark.parametrize(("n", "k"), [*SIZES, (4096, 528), (4096, 32)])
+def test_tensor_cores_take_what_a_tile_has_along_k(
+    n: int, k: int, fp4: bool, straight: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At least 16 numbers, and NVFP4's even and odd ones are multiplied apart: else nothing compiles on a GPU."""
+    monkeypatch.setattr(packed_tiles, "STRAIGHT", straight)
+    for bucket in BUCKETS:
+        for m in (bucket, 256):
+            fitted = fitting.__wrapped__(choose.__wrapped__(n, k, bucket, fp4), n, k, m, bucket, fp4, 232448)
+            if isinstance(fitted, Tiles):
+                assert k % fitted.k == 0 and fitted.k // (2 if fp4 else 1) >= 16
+            else:
+                assert fitted.warps >= 1 and fitted.pieces >= 1
+
+
 def test_programs_share_tiles_until_there_are_enough() -> None:
     choice = Choice(Tiles(64, 128, 1, 4, 4), 384)
     assert choice.of(24576, 4096) == choice.tiles

@@ -14,12 +14,15 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
+from mixquant_sglang.formats.fp8_blocks import FP8Blocks  # noqa: E402
 from mixquant_sglang.kernels.limits import MANY_ROWS, WIDE  # noqa: E402
 from mixquant_sglang.kernels.linear.w4a16 import NativeW4A16  # noqa: E402
 from mixquant_sglang.kernels.linear.w8a16 import NativeW8A16  # noqa: E402
+from mixquant_sglang.kernels.linear.w8a16_blocks import NativeBlockW8A16  # noqa: E402
 from mixquant_sglang.kernels.triton import (  # noqa: E402
     activations,
     attention,
+    block_rows,
     few_rows,
     launch,
     packed_rows,
@@ -116,6 +119,27 @@ def test_packed_rows(
                     if cut:
                         linear.place(bf16(tokens, cut), index, bf16(m, k), given, bf16(tokens, n - cut))
     assert readers == warmed
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("n", "k", "cut"), [(192, 128, 64), (100, 256, 0), (2048, 128, 0)])
+def test_block_rows(keys: set[str], n: int, k: int, cut: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_rows, "_block_rows", Recorder(block_rows._block_rows, keys))
+    weight = FP8Blocks(torch.zeros(n, k).to(torch.float8_e4m3fn), torch.ones(-(-n // 128), k // 128))
+    linear, bias = NativeBlockW8A16(bf16(n, k), ready=[weight]), bf16(n) if with_bias else None
+    for columns in {0, cut}:
+        warm_up.weight_only(linear, n, k, bias, columns, CPU)
+    warmed = {*keys}
+    assert warmed
+    for m in (1, 15, 16, 17, 64, 65, 300):
+        for given in {None, bias} if bias is None else (None, bias):
+            linear.matmul(bf16(m, k), given)
+            if m <= MANY_ROWS:
+                index = torch.full((m,), -1)
+                linear.place(bf16(17, n), index, bf16(m, k), given)
+                if cut:
+                    linear.place(bf16(17, cut), index, bf16(m, k), given, bf16(17, n - cut))
+    assert keys == warmed
 
 
 @pytest.mark.parametrize("protects", [False, True])

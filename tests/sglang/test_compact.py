@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import os
 import subprocess
@@ -13,9 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixquant_sglang.formats import fp8
+from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.formats import fp8, nvfp4
+from mixquant_sglang.host import runtime
+from mixquant_sglang.host.hooks import checker, launcher
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.kernels.linear.emulated_nvfp4 import EmulatedNVFP4
+from mixquant_sglang.kernels.linear.w4a16 import EmulatedW4A16
 from mixquant_sglang.recipe import load
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.modules import FUSED
@@ -23,6 +29,7 @@ from mixquant_sglang.recipe.roles import by_role
 from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.weights.incoming import Known
 from mixquant_sglang.weights.refresh import Weights
+from mixquant_sglang.weights.staging import Absent
 from tests.support import exact_checkpoints, model_runs
 from tests.support.processes import module
 from tests.support.run_model import STEPS
@@ -199,6 +206,113 @@ def test_the_answer_to_an_update_says_how_passes_run(masterless: bool, how: str)
     weights.broken("an update failed")
     said = _with_packing(SimpleNamespace(weights=weights), "Succeeded.")  # type: ignore[arg-type]
     assert said == f"Succeeded. mixquant: an update failed; passes run {how}"
+
+
+def test_linears_whose_parts_are_others_are_warmed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensor scales of q, k and v may be equal in some blocks of a checkpoint, and differ in others."""
+    from mixquant_sglang.kernels.triton import warm_up as kernels
+    from mixquant_sglang.layers.warm_up import warm_up
+
+    warmed: list[int] = []
+    monkeypatch.setattr(kernels, "weight_only", lambda packed, *_: warmed.append(len(packed.tensors())))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+
+    def method(*rows: int) -> Any:
+        parts = [nvfp4.quantize(torch.randn(n, 32).bfloat16()) for n in rows]
+        reader = EmulatedW4A16(torch.empty(sum(rows), 32), ready=parts)
+        made = SimpleNamespace(shape=(sum(rows), 32), bias=None, low={"w4a16"}, invariant=False, split=False)
+        made.copy_in, made.split_product = lambda _: reader, None
+        return made
+
+    methods = [method(32, 16), method(48), method(32, 16), method(16, 32)]
+    warm_up(torch.nn.Module(), methods, [], [], torch.device("cpu"))
+    assert warmed == [6, 3, 6]
+
+
+class _Checked(torch.nn.Module):
+    """A norm before a linear whose weight is kept, or not."""
+
+    def __init__(self, kept: bool) -> None:
+        super().__init__()
+        self.norm = torch.nn.Parameter(torch.zeros(8, dtype=torch.bfloat16), requires_grad=False)
+        weight = torch.zeros(4, 8, dtype=torch.bfloat16)
+        self.weight = torch.nn.Parameter(weight, False) if kept else Absent(weight.to("meta"), False)
+
+
+def _checker(model: torch.nn.Module) -> Any:
+    """SGLang's, of ``model``, as a server that runs it calls it."""
+    from sglang.srt.utils.weight_checker import WeightChecker
+
+    checker: Any = object.__new__(WeightChecker)
+    checker._get_model = lambda: model
+    more = {"role": "target"} if "role" in inspect.signature(WeightChecker.handle).parameters else {}
+
+    def check_weights(_runner: Any, action: str) -> Any:
+        return checker.handle(action=action, **more)
+
+    return check_weights
+
+
+def _run_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    asked = load(name)
+    run = Runtime(asked, select(asked, Device("this CPU", None)))
+    monkeypatch.setattr(runtime, "_runtime", run)
+    return run
+
+
+RUNNER = SimpleNamespace(is_draft_worker=False)
+
+
+@pytest.mark.parametrize("action", ["reset_tensors", "snapshot", "compare", "checksum"])
+def test_the_weights_checker_is_refused_before_anything_is_overwritten(
+    action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _Checked(kept=False)
+    _run_of("fp8-compact", monkeypatch)
+    with pytest.raises(MixQuantError, match=r"^/weights_checker: recipe fp8-compact keeps no BF16 weights"):
+        checker.check_weights(_checker(model), RUNNER, action=action)
+    assert not model.norm.any()
+    if action == "reset_tensors":
+        draft = SimpleNamespace(is_draft_worker=True)  # whose weights are SGLang's own
+        checker.check_weights(_checker(draft_model := _Checked(kept=True)), draft, action=action)
+        assert draft_model.norm.any()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_that_the_checker_overwrote_are_packed_anew(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else prefill would multiply by the numbers of before, and decode by random ones."""
+    run, packed = _run_of("fp8", monkeypatch), []
+    run.weights.layers.append(
+        SimpleNamespace(name="a", masterless=False, by_value=(), pack=lambda: packed.append(run.weights.current))  # type: ignore[arg-type]
+    )
+    checker.check_weights(_checker(_Checked(kept=True)), RUNNER, action="snapshot")
+    assert run.weights.current and run.weights.refresh() is None and not packed
+    if fails:
+        with pytest.raises(TypeError, match="not kept in BF16"):
+            checker.check_weights(_checker(_Checked(kept=False)), RUNNER, action="reset_tensors")
+    else:
+        checker.check_weights(_checker(_Checked(kept=True)), RUNNER, action="reset_tensors")
+    assert not run.weights.current
+    assert run.weights.refresh() is None and run.weights.current and packed == [False]
+
+
+@pytest.mark.parametrize(("recipe", "says"), [("fp8-compact", True), ("nvfp4-compact", True), ("fp8", False)])
+@pytest.mark.parametrize("found", [None, [[0.5], None], [0.5, 1.0]])
+def test_a_weight_that_is_not_kept_has_no_numbers_and_that_is_said(
+    recipe: str, says: bool, found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher.asked, "recipe", load(recipe))
+
+    async def original(_manager: Any, _obj: Any, _request: Any) -> Any:
+        return found
+
+    name = "model.layers.0.self_attn.q_proj.weight"
+    answer = checker.weights_by_name(original, None, SimpleNamespace(name=name), None)
+    if says and found != [0.5, 1.0]:
+        with pytest.raises(MixQuantError, match=f"no numbers of {name}: recipe {recipe} keeps no BF16 weights"):
+            asyncio.run(answer)
+    else:
+        assert asyncio.run(answer) == found
 
 
 @pytest.mark.slow

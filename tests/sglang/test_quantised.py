@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Resu
     rows = cases["fp8 tensor", "quantised"]["model"]
     cases["fp8 tensor", "cache"] = {"model": rows, "recipe": "fp8-compact", "args": {"kv_cache_dtype": "fp8_e4m3"}}
     cases["fp8 blocks", "auto"] = {"model": blocks, "recipe": "auto"}
-    common = {"prompts": [20], "steps": 2, "wide": True, "survive": True}
+    common = {"prompts": [20], "steps": 2, "fp32_sums": True, "survive": True}
     found = model_runs.run([case | common for case in cases.values()], folder, model_runs.CPU, 600)
     return dict(zip(cases, found, strict=True))
 

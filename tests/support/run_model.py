@@ -13,7 +13,6 @@ Prints one line of JSON for each, from case FIRST on.  A case may have
   places it is told.  With other pixels the bits of the first pass are ``other_image``
 * ``steps``: decode steps; ``policy``: generates again, with requests that ask for BF16 prefill
 * ``fp32_sums``: BF16 linears are FP32 sums, rounded once (fp32_sums.py)
-* ``wide``: linears that nothing packs multiply in FP32, and round once
 * ``survive``: an error is the case's result, and the next one goes on
 
 With ``TRITON_INTERPRET=1`` Triton kernels run on a CPU, and with them families that have no other code there.
@@ -168,24 +167,6 @@ def _multiplied_past(rows: int) -> Iterator[None]:
 
 
 @contextmanager
-def _wide(on: bool) -> Iterator[None]:
-    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
-
-    apply = UnquantizedLinearMethod.apply
-
-    def wide(_method: Any, layer: Any, x: Any, bias: Any = None) -> Any:
-        out = x.float() @ layer.weight.float().t()
-        return (out if bias is None else out + bias).to(x.dtype)
-
-    if on:
-        UnquantizedLinearMethod.apply = wide
-    try:
-        yield
-    finally:
-        UnquantizedLinearMethod.apply = apply
-
-
-@contextmanager
 def _environment(more: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in more}
     os.environ.update(more)
@@ -255,7 +236,7 @@ def _load_and_run(case: dict[str, Any]) -> dict[str, Any]:
     one_batch._set_envs_and_config(args)
     if hasattr(one_batch, "_init_process_global_configs"):
         one_batch._init_process_global_configs()
-    with _multiplied_past(case.get("past", 0)), fp32_sums(case.get("fp32_sums", False)), _wide(case.get("wide", False)):
+    with _multiplied_past(case.get("past", 0)), fp32_sums(case.get("fp32_sums", False)):
         bench, _ = one_batch.load_model(args, PortArgs.init_new(args), 0, 0)
         runner = bench.torch_runner
         pools = runner.req_to_token_pool, runner.token_to_kv_pool_allocator

@@ -20,7 +20,7 @@ from mixquant_sglang.tools.plan.command import DEFAULT_RECIPES, add_arguments
 from mixquant_sglang.tools.plan.command import run as run_command
 from mixquant_sglang.tools.plan.gpus import GPUS, Gpu, find_gpu
 from mixquant_sglang.tools.plan.hosts import BENCH_ONE_BATCH, SERVER, Host
-from mixquant_sglang.tools.plan.models import MODELS, find_model
+from mixquant_sglang.tools.plan.models import MODELS, find_model, find_quantised
 from mixquant_sglang.tools.plan.predict import Prediction
 from mixquant_sglang.tools.plan.predict import predict as predict_plan
 from mixquant_sglang.tools.plan.rates import ATTENTION_TILE
@@ -28,6 +28,7 @@ from mixquant_sglang.tools.plan.recipes import STOCK_BF16, STOCK_FP8, make_plan
 from mixquant_sglang.tools.plan.workload import Workload
 from mixquant_sglang.weights.decoder import Decoder
 from mixquant_sglang.weights.mixers import Attention
+from tests.support import quantised_checkpoints
 
 QWEN = find_model("Qwen3-8B")
 H200 = find_gpu("H200")
@@ -559,6 +560,57 @@ def test_a_quantised_checkpoint_is_planned_with_the_recipe_that_takes_it(
     assert {*json.loads(capsys.readouterr().out)} == {"fp8-compact"}
     said = refusal(*asked, "--recipe", "fp8-compact", "auto")
     assert "is already quantised (fp8 in blocks); recipe auto derives" in said and "recipe fp8-compact" in said
+
+
+QKV, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "group_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("said", "left"),
+    [
+        ({"modules_to_not_convert": ["model.layers.0.self_attn.o_proj", "lm_head"]}, {"self_attn.o_proj": 1}),
+        ({"modules_to_not_convert": ["model.layers.1", "mlp.down"]}, {QKV: 1, "self_attn.o_proj": 1}),
+        ({"ignored_layers": ["mlp.gate"]}, {}),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["*layers.1*"]}, {QKV: 1}),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["self_attn"]}, {QKV: 2, "mlp.down_proj": 0}),
+        ({**COMPRESSED, "ignore": ["re:.*(gate|up)_proj$"]}, {GATE_UP: 2, QKV: 0}),
+        ({**COMPRESSED, "ignore": ["self_attn.q_proj", "self_attn.k_proj"]}, {}),  # a start refuses a linear of both
+        ({**COMPRESSED, "ignore": ["model.layers.0.self_attn", "k_norm"]}, {}),  # that is no linear
+        (
+            {
+                **COMPRESSED,
+                "config_groups": {"g": {"targets": ["re:.*mlp.*", "o_proj"], "weights": NVFP4_WEIGHTS}},
+            },
+            {QKV: 2, GATE_UP: 0},
+        ),
+        ({**COMPRESSED, "config_groups": {"g": {"targets": ["Linear"], "weights": NVFP4_WEIGHTS}}}, {}),
+    ],
+)
+def test_what_the_lists_of_a_quantised_checkpoint_leave_out_is_bf16(
+    tmp_path: Path, said: dict[str, object], left: dict[str, int]
+) -> None:
+    config = {**CONFIG, "num_hidden_layers": 2, "quantization_config": {"quant_method": "fp8", **said}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = find_quantised(str(tmp_path))
+    assert found is not None
+    plan = make_plan(found[0].recipe, replace(find_model(str(tmp_path)), in_bf16=found[1]), find_gpu("H200"))
+    counts = {one.name: one.count for one in plan.placed if one.refusal == "BF16 in the checkpoint"}
+    assert {name: counts.get(name, 0) for name in left} == left and bool(counts) == bool(left)
+    assert all((one.prefill, one.decode) == ("bf16", "bf16") for one in plan.placed if one.refusal)
+
+
+def test_the_files_of_a_quantised_checkpoint_say_what_is_bf16(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not its lists, which the small checkpoint's do not name."""
+    tiny = Path(__file__).parents[1] / "models" / "tiny-qwen3"
+    made, _ = quantised_checkpoints.write(tiny, tmp_path / "made", "fp8 rows")
+    asked = (str(made), "--gpu", "H200", "--input-len", "512", "--json")
+    assert run(*asked) == 0
+    planned = json.loads(capsys.readouterr().out)["fp8-compact"]
+    assert planned["stays_bf16"] == {"self_attn.o_proj": "BF16 in the checkpoint (1 of 8)"}
 
 
 @pytest.mark.parametrize(

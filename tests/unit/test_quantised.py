@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,14 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats.fp8 import FP8Tensor
 from mixquant_sglang.formats.fp8_blocks import FP8Blocks, quantize_activations
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
+from mixquant_sglang.host import runtime
+from mixquant_sglang.host.hooks import weights as update
+from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.kernels import registry
 from mixquant_sglang.kernels.linear.fp8_blocks import EmulatedBlockFP8
 from mixquant_sglang.kernels.linear.w8a16_blocks import EmulatedBlockW8A16
+from mixquant_sglang.recipe import load
+from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.weights.incoming import Known
 from mixquant_sglang.weights.pieces import piece
 from mixquant_sglang.weights.quantised import QuantisedCheckpoint
@@ -221,6 +227,31 @@ def test_updates_that_are_refused(tmp_path: Path) -> None:
     assert "negative" in str(known.problem(f"{Q}.weight_scale", -made[f"{Q}.weight_scale"], cpu))
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_session_that_brings_parts_of_what_is_multiplied_out_is_told(
+    cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its BF16 weight stays the old one beside new ones, and the next session's scales meet these codes."""
+    run = Runtime(asked := load("fp8-compact"), select(asked, Device("this CPU", None)))
+    monkeypatch.setattr(runtime, "_runtime", run)
+    made, _ = quantised("fp8 rows", {Q: weights()[Q]})
+    checkpoint = QuantisedCheckpoint.open(save(tmp_path / "made", "fp8 rows", made))
+    checkpoint.keep(Q, (), "by rule")
+    run.use_quantised(checkpoint)
+    updater = SimpleNamespace(get_model_runner=lambda: SimpleNamespace(is_draft_worker=False))
+    codes, scales = f"{Q}.weight", f"{Q}.weight_scale"
+    update.weights_begin(updater)
+    assert not [*run.loaders_see([(codes, made[codes])])]
+    assert cut or [*run.loaders_see([(scales, made[scales])])]
+    update.weights_end(None, updater)
+    assert run.weights.current is not cut and checkpoint.begun is None
+    update.weights_begin(updater)
+    assert not [*run.loaders_see([(scales, made[scales])])]  # not with codes of the session before
+    ((name, weight),) = run.loaders_see([(codes, made[codes])])
+    update.weights_end(None, updater)
+    assert run.weights.current and name == codes and weight.dtype is torch.bfloat16
+
+
 def test_tensor_scales_that_were_joined_stay_equal(tmp_path: Path) -> None:
     made, _ = quantised("nvfp4 modelopt", weights())
     checkpoint, came = QuantisedCheckpoint.open(save(tmp_path / "c", "nvfp4 modelopt", made)), []
@@ -234,6 +265,19 @@ def test_tensor_scales_that_were_joined_stay_equal(tmp_path: Path) -> None:
     list(checkpoint.sorted_out(made.items()))
     with pytest.raises(ValueError, match=r"tensor scales of .*qkv_proj's parts differ"):
         linear.pieces(came[1])
+
+
+def test_scales_that_were_equal_at_load_are_so_in_an_update_of_the_same_checkpoint(tmp_path: Path) -> None:
+    """compressed-tensors stores reciprocals, and those of two neighbours may be one number."""
+    made, _ = quantised("nvfp4 parts", weights())
+    for name, bits in ((Q, 0x3FFFFFFF), (K, 0x3FFFFFFE), (V, 0x3FFFFFFF)):
+        made[f"{name}.weight_global_scale"] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    checkpoint, came = QuantisedCheckpoint.open(save(tmp_path / "c", "nvfp4 parts", made)), []
+    linear = QuantisedLinear(checkpoint, QKV, checkpoint.of_linear(QKV, (Q, K, V)))
+    linear.place(Share((256, 128, 128), 256, 256), torch.device("cpu"), came.append)
+    list(checkpoint.sorted_out(made.items()))
+    assert len(linear.pieces(came[0])) == 1
+    assert checkpoint.differing(made) is None
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -47,6 +49,28 @@ def test_parts_of_an_update_that_ended_are_forgotten() -> None:
     staged.forget()
     staged.load(staged.parameter, weight[2:], slice(2, 4))
     assert staged.begun and not whole
+
+
+def test_parts_may_come_from_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from SGLang's loader of DeepSeek's models, which hands each part to a pool of them."""
+    whole: list[torch.Tensor] = []
+    staged, weight = staging(whole), torch.randn(4, 8)
+    empty = torch.empty
+
+    def slowly(*args: object, **kwargs: object) -> torch.Tensor:
+        time.sleep(0.05)
+        return empty(*args, **kwargs)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(torch, "empty", slowly)
+    threads = [
+        threading.Thread(target=staged.load, args=(staged.parameter, weight[i : i + 2], slice(i, i + 2)))
+        for i in (0, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not staged.begun and torch.equal(whole[0], weight.bfloat16())
 
 
 def test_more_than_fits_is_an_error() -> None:

@@ -287,6 +287,20 @@ HOOKS = (
         "packs the weights again after their memory was released",
     ),
     Hook(
+        "check_weights",
+        "around",
+        "scheduler",
+        ("sglang.srt.model_executor.model_runner.ModelRunner.check_weights",),
+        "refuses to overwrite weights of which some are not kept, and packs anew what was overwritten",
+    ),
+    Hook(
+        "weights_by_name",
+        "around",
+        "asked",
+        ("sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.get_weights_by_name",),
+        "says why there are no numbers of a weight that is not kept",
+    ),
+    Hook(
         "can_replay_decode",
         "around",
         "scheduler",

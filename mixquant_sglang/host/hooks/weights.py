@@ -54,6 +54,8 @@ def read_checkpoint(original: Callable[..., Any], loader: Any, source: Any) -> A
     disk = run.arriving.disk
     if disk is not None:
         disk.readings += 1
+        if run.quantised is not None:
+            run.quantised.forget()  # of a reading that broke off
         if disk.readings > 1:
             source = dataclasses.replace(source, model_or_path=disk.before)
         return run.loaders_see(original(loader, source))
@@ -267,12 +269,17 @@ def _taken_down(
 def weights_begin(updater: Any) -> None:
     if (run := _served(updater)) is not None:
         run.weights.begin()
+        if run.quantised is not None:
+            run.quantised.forget()
 
 
 @handler
 def weights_end(_result: None, updater: Any, **_kwargs: Any) -> None:
     if (run := _served(updater)) is not None:
         run.weights.end()
+        if run.quantised is not None and (module := run.quantised.begun):
+            run.quantised.forget()
+            run.weights.broken(f"only parts of {module} arrived, which is multiplied out to BF16")
 
 
 @handler

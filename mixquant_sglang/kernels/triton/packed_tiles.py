@@ -14,6 +14,7 @@ BUCKETS = (8, 16, 32, 64, 128)  # rows: what a kernel is compiled for; more take
 PLACED = 64  # of rows that are put in their places, the last
 LEAST = 16  # rows that ``Tiles`` are made for
 _STEPS = 4  # along K that a program has at least
+LEAST_K = 16  # that tensor cores take at a time; of NVFP4, of the even and of the odd numbers along K
 LOCKS = 4096  # tiles of which a split launch has at most as many
 WIDE = 96 * 64  # weight rows from which on tiles are others
 # Whether the compiler keeps what ``Warps`` read in registers: from 3.7 on it goes through 64 KB of shared memory.
@@ -58,6 +59,7 @@ class Choice(NamedTuple):
 # (NVFP4, bucket, wide) -> what serves.  ``scripts/bench_packed --sweep`` prints these lines.  Those of ``Tiles`` were
 # best, or nearly, for Qwen3-8B's weights on an H200. That up to 16 rows of FP8 and 8 of NVFP4 ``Warps`` are faster was
 # measured there with an earlier build of that kernel; their sizes are reckoned, from bytes in flight, and want a sweep.
+_ANY_K = Warps(16, 2, 8)
 _FEW = Choice(Tiles(32, 256, 1, 4, 2), 384)
 _SOME = Choice(Tiles(64, 128, 1, 4, 4), 384)
 _MANY = Choice(Tiles(128, 128, 1, 3, 8), 96)
@@ -100,7 +102,12 @@ def choose(n: int, k: int, bucket: int, fp4: bool) -> Tiles | Warps:
 @functools.cache
 def fitting(tiles: Tiles | Warps, n: int, k: int, m: int, bucket: int, fp4: bool, shared: int) -> Tiles | Warps:
     """``tiles`` with no more along K than divides it, in no more programs than there are such tiles, and no more of
-    them in flight than ``shared`` bytes of memory take; no warps that would find no weights."""
+    them in flight than ``shared`` bytes of memory take; no warps that would find no weights.
+
+    No tile along K divides NVFP4's K where it is no multiple of 32: then warps, which cut theirs short, for any number
+    of rows."""
+    if fp4 and k % (2 * LEAST_K) and not isinstance(tiles, Warps):
+        tiles = _ANY_K
     if isinstance(tiles, Warps):
         return _fitting_warps(tiles, k // 2 if fp4 else k)
     bucket = max(bucket, LEAST)

@@ -3,6 +3,7 @@
 A program has ``Warps.n`` weight rows, and its warps share K: each reads pieces of 64 bytes of every row, 16 bytes a
 thread, widens them by the bits and multiplies by all rows in tensor cores (m16n8k16); the warps' FP32 sums are added at
 the end.  No packed byte goes through shared memory, and nothing goes through a scratch between programs.
+NVFP4 whose K is no multiple of 32, which no tile divides, comes here with any number of rows, 16 at a time.
 
 That takes an order of K in which the 16 bytes that a thread has read are the operands that tensor cores want of it. A
 sum does not care, as long as ``rows`` are read in the same order.  Of a piece, thread ``t`` of four has bytes

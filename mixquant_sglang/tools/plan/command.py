@@ -22,8 +22,8 @@ for each row and a state in place of a cache. Blocks other than Llama-like ones 
 recipe takes of the memory: ``memory.py``; from how many tokens on it pays: ``advice.py``. Short passes of hybrids wait
 for the host: they take what was measured of one model (``hosts.py``), and the output says so.
 
-A checkpoint that is quantised already is planned with the recipe that takes it, against its dimensions in BF16; linears
-that it has in BF16 count as if they were quantised.
+A checkpoint that is quantised already is planned with the recipe that takes it, against its dimensions in BF16. What of
+it is BF16 its files say, for which torch is needed; without them, the lists of its config.
 
 Refused: arguments out of range, and what ``models.py`` and ``gpus.py`` refuse. Not modelled: passes that mix prefill
 and decode rows, that passes with more than 64 protected rows run without a graph, rates by linear rather than by layer,
@@ -36,6 +36,7 @@ prefix, towers. Needs neither a GPU nor torch nor SGLang.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from mixquant_sglang import recipe as recipes
@@ -81,9 +82,11 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table or the JSON; returns 0. MixQuantError, in one line, for whatever the user can mend."""
     gpu, model = find_gpu(args.gpu), find_model(args.model)
     names = list(dict.fromkeys(args.recipe or DEFAULT_RECIPES))
-    if (quantised := find_quantised(args.model)) is not None:
-        if model.has_experts:
+    if (found := find_quantised(args.model)) is not None:
+        quantised, in_bf16 = found
+        if any(b.experts and not in_bf16(f"{at}.{b.experts.name}", ()) for at, b in model.named()):
             raise MixQuantError(f"MODEL: {args.model}: experts of quantised checkpoints are not taken")
+        model = replace(model, in_bf16=in_bf16)
         names = names if args.recipe else [quantised.recipe]
         for name in {*names} - {STOCK_BF16, STOCK_FP8}:
             check_recipe(recipes.load(name), quantised, args.model)

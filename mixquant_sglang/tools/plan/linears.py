@@ -37,6 +37,16 @@ class Plan:
         return tuple(one for one in self.placed if one.experts)
 
     @property
+    def stays_bf16(self) -> dict[str, str]:
+        """Why what is asked for in low precision is BF16, by name; where some of that name are, how many."""
+        made = {}
+        for name, why in {(one.name, one.refusal): None for one in self.placed if one.refusal}:
+            alike = [one for one in self.placed if one.name == name]
+            these, total = sum(o.count for o in alike if o.refusal == why), sum(o.count for o in alike)
+            made[name] = f"{why}" if these == total else f"{why} ({these} of {total})"
+        return made
+
+    @property
     def has_bf16(self) -> bool:
         """Whether short passes can run in BF16 (``min_tokens``)."""
         return all(keeps_master(one.prefill, one.decode) for one in self.placed)

@@ -6,11 +6,13 @@ Refused: unknown names, files that are no config, and what ``weights/decoder_con
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.recipe import did_you_mean, nearest, show
+from mixquant_sglang.recipe.modules import is_experts
 from mixquant_sglang.weights.decoder import Block, Decoder
 from mixquant_sglang.weights.decoder_config import read_decoder
 from mixquant_sglang.weights.mixers import Attention
@@ -138,12 +140,27 @@ def _file(name: str) -> Path | None:
     return path / "config.json" if is_dir else None
 
 
-def find_quantised(name: str) -> Family | None:
-    """What the checkpoint in the directory ``name`` is quantised in; None for one that is not, and for known names.
-    MixQuantError for what no recipe takes."""
+def find_quantised(name: str) -> tuple[Family, Callable[[str, Sequence[str]], bool]] | None:
+    """What the checkpoint in the directory ``name`` is quantised in, and whether a linear, or experts, are BF16 in it:
+    its files say so, or, where there are none, its config's lists.  None for one that is not quantised, and for known
+    names.  MixQuantError for what no recipe takes."""
     file = _file(name)
     found = _read_config(file)[1] if file is not None else None
-    return family(f"MODEL: {file}: {found[0]}", found[1]) if found else None
+    if file is None or found is None:
+        return None
+    known, folder = family(f"MODEL: {file}: {found[0]}", found[1]), file.resolve().parent
+    if not any(folder.glob("*.safetensors")):
+        return known, known.leaves
+    from mixquant_sglang.weights.quantised import QuantisedCheckpoint
+
+    checkpoint = QuantisedCheckpoint.open(folder)
+
+    def in_bf16(name: str, shards: Sequence[str]) -> bool:
+        if is_experts(name):
+            checkpoint.check_experts(name)
+        return not checkpoint.of_linear(name, shards)
+
+    return known, in_bf16
 
 
 def _read_config(path: Path) -> tuple[Decoder, tuple[str, dict[str, Any]] | None]:

@@ -82,7 +82,7 @@ def predict(
             "decode": (step_flops / step_moved, step_flops / (decode / 1e3)),
         },
         sources=_sources(plan, gpu),
-        stays_bf16={one.name: one.refusal for one in plan.placed if one.refusal},
+        stays_bf16=plan.stays_bf16,
         notes=(*([gathering.describe()] if gathering else []), *([WAITS] if parts.get("waiting") else [])),
     )
 
