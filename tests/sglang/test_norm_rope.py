@@ -15,6 +15,7 @@ import torch
 from mixquant_sglang import recipe
 from mixquant_sglang.host import norm_rope as host
 from mixquant_sglang.host.runtime import Pair, Runtime
+from mixquant_sglang.kernels.environment import Environment
 from mixquant_sglang.layers import norm_rope
 from mixquant_sglang.layers.norm_rope import Heads, NormRope, fastest, find, heads_of, install, prepare
 from mixquant_sglang.recipe.select import Device, select
@@ -271,9 +272,9 @@ def server(watching: tuple[str, ...] = (), found: bool = True, **more: Any) -> A
     )
 
 
-def runtime(**more: Any) -> Runtime:
+def runtime(*, invariant: bool = False, **more: Any) -> Runtime:
     known = replace(recipe.load("bf16"), **more)
-    return Runtime(known, select(known, Device("a GPU", (9, 0))))
+    return Runtime(known, select(known, Device("a GPU", (9, 0))), environment=Environment(invariant=invariant))
 
 
 def test_servers_that_have_it_say_so(asked: list[int], caplog: pytest.LogCaptureFixture) -> None:
@@ -301,12 +302,14 @@ def test_servers_that_do_not_have_it(
             (runtime(), server(found=False), CUDA),
             (runtime(), server(enable_dp_attention=True), CUDA),
             (runtime(), server(("--forward-hooks",)), CUDA),
+            (runtime(invariant=True), server(), CUDA),  # after load SGLang puts norms of other bits in place of its own
         ):
             host.prepare_norm_rope(run, runner, device)
             host.install_norm_rope(run, SimpleNamespace())
             assert run.norm_rope is None
     assert asked == []
     assert "own kernels: DP attention" in caplog.text and "own kernels: --forward-hooks sees all" in caplog.text
+    assert "own kernels: inference is to be deterministic" in caplog.text
 
     def no_memory(*_: Any) -> Any:
         raise torch.OutOfMemoryError
