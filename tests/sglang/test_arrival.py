@@ -15,7 +15,7 @@ import pytest
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.host import runtime
+from mixquant_sglang.host import runtime, sent
 from mixquant_sglang.host.hooks import arrival, launcher, registry
 from mixquant_sglang.recipe.fingerprint import asked_digest
 from mixquant_sglang.versions import machine
@@ -107,6 +107,7 @@ def arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> recipe.Recipe:
     for name in told:
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(launcher, "asked", launcher.Asked())
+    monkeypatch.setattr(sent, "_sent", None)
     monkeypatch.setattr(launcher, "register_config", lambda: None)
     monkeypatch.setattr(registry, "set_hooks", lambda process: None)
     monkeypatch.setattr(registry, "check_hooks_took_effect", lambda *_: None)

@@ -15,6 +15,7 @@ from typing import Any
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import refusing
+from mixquant_sglang.host import sent
 from mixquant_sglang.host.hooks import http, launcher, registry
 from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.recipe import Recipe
@@ -70,6 +71,7 @@ def arrive(environment: dict[str, str], wanted: Recipe) -> Arrival:
             registry.set_hooks(process)
         launcher.register_config()
         launcher.asked.recipe, launcher.asked.arrived = wanted, True
+        sent.keep(wanted)
         if launcher.HTTP_SERVER in sys.modules:
             http.add_layer()
     return arrival

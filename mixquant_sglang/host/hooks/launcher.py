@@ -232,12 +232,6 @@ def _fields(config: Any) -> dict[str, Any]:
     return {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in found.items()}
 
 
-def served_recipe() -> Recipe:
-    """Of the server that this process runs the model of: what its launcher sent along, else what the environment asks
-    for; raises ``MixQuantError``."""
-    return asked.recipe if asked.arrived and asked.recipe is not None else recipe.load_requested()
-
-
 def asked_recipe() -> Recipe | None:
     """The recipe of the server that this process launches."""
     return asked.recipe
