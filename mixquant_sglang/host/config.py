@@ -18,9 +18,9 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-from mixquant_sglang import __version__, recipe
+from mixquant_sglang import __version__
 from mixquant_sglang.errors import refusing
-from mixquant_sglang.host import quantised, refusals, runtime
+from mixquant_sglang.host import quantised, refusals, runtime, sent
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.lifecycle import LoadSteps
@@ -50,7 +50,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         master: QuantisedCheckpoint | None = None
         with refusing():
             registry.check_hooks_took_effect()
-            asked, device, mode = recipe.load_requested(), machine.device(), machine.disaggregation()
+            asked, device, mode = sent.served(), machine.device(), machine.disaggregation()
             refusals.check_asked(asked, os.environ.get(machine.ASKED_ENV))
             self._recipe, selection = pairs.select_for(asked, device, mode)
             refusals.check_recipe(self._recipe, selection)

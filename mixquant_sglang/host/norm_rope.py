@@ -28,6 +28,11 @@ def prepare_norm_rope(run: Runtime, model_runner: Any, device: torch.device) -> 
     prefill."""
     if not run.recipe.fuse or device.type != "cuda" or (run.pair is not None and run.pair.mode == pairs.DECODE):
         return
+    if run.environment.invariant:
+        # compared here with norms that SGLang replaces after load (ModelRunner.maybe_enable_batch_invariant_mode), and
+        # passes of fewer rows keep those
+        logger.info(_OWN, "inference is to be deterministic")
+        return
     args = model_runner.server_args
     attentions, others = find(model_runner.model)
     for reason, names in others.items():

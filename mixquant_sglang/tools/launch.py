@@ -14,6 +14,7 @@ import re
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ def _ends(flags: Sequence[str]) -> list[str]:
             server_args = _resolve(flags)
         if server_args.quantization != "mixquant":
             return [f"--quantization {server_args.quantization}: a server without mixquant"]
+        noted += _missing(server_args)
         _check_model(server_args)
     except SystemExit as error:
         line = error.code if isinstance(error.code, str) else (said.getvalue().strip().splitlines() or [_PRINTS])[-1]
@@ -165,6 +167,16 @@ def _resolve(flags: Sequence[str]) -> Any:
     if hasattr(server_args, "resolve_once"):  # 0.5.17 resolves as it constructs
         server_args.resolve_once()
     return server_args
+
+
+def _missing(server_args: Any) -> list[str]:
+    """What SGLang imports once it launches, and says the same of."""
+    from mixquant_sglang.versions.dialect import dialect
+
+    args = dialect().resolved(server_args)
+    if args.use_ray and not args.smg_grpc_mode and find_spec("ray") is None:
+        return ["SGLang: Ray is required for --use-ray mode. Install it with: pip install 'sglang[ray]'"]
+    return []
 
 
 def _check_model(server_args: Any) -> None:

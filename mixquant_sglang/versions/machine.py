@@ -18,9 +18,9 @@ ACTIVE_ENV = "MIXQUANT_ACTIVE"
 DISAGGREGATION_ENV = "MIXQUANT_DISAGGREGATION"
 # Of the same process: a digest of what its recipe asks.  A file may be another one by the time that others read it.
 ASKED_ENV = "MIXQUANT_ASKED"
-
 # Of the same process: "1" where it resolved --enable-deterministic-inference.
 DETERMINISTIC_ENV = "MIXQUANT_DETERMINISTIC"
+TOLD = (ACTIVE_ENV, DISAGGREGATION_ENV, ASKED_ENV, DETERMINISTIC_ENV)  # all of these
 
 
 def sglang_version() -> str:

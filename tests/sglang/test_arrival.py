@@ -15,7 +15,7 @@ import pytest
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.host import runtime
+from mixquant_sglang.host import runtime, sent
 from mixquant_sglang.host.hooks import arrival, launcher, registry
 from mixquant_sglang.recipe.fingerprint import asked_digest
 from mixquant_sglang.versions import machine
@@ -93,6 +93,55 @@ def test_a_ray_actor_gets_the_plugin(tiny_model: Path, tmp_path: Path, monkeypat
     assert (
         actor["recipe"] == ["own.yaml", "fp8"] and actor["environment"] == environment and actor["again"] == environment
     )
+
+
+@pytest.fixture
+def arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> recipe.Recipe:
+    """This process is an actor, on a node that does not have the launcher's recipe file."""
+    file = tmp_path / "own.yaml"
+    file.write_text("version: 1\nprefill: {precision: fp8}\n")
+    wanted = recipe.load(str(file))
+    file.unlink()
+    told = dict.fromkeys(machine.TOLD, "") | {machine.ACTIVE_ENV: "1", machine.ASKED_ENV: asked_digest(wanted)}
+    told |= {machine.DETERMINISTIC_ENV: "1", recipe.RECIPE_ENV: str(file)}
+    for name in told:
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(launcher, "asked", launcher.Asked())
+    monkeypatch.setattr(sent, "_sent", None)
+    monkeypatch.setattr(launcher, "register_config", lambda: None)
+    monkeypatch.setattr(registry, "set_hooks", lambda process: None)
+    monkeypatch.setattr(registry, "check_hooks_took_effect", lambda *_: None)
+    monkeypatch.setattr(runtime, "_runtime", None)
+    monkeypatch.setattr("sglang.srt.plugins.load_plugins", lambda: None)
+    arrival.arrive(told, wanted)
+    return wanted
+
+
+def test_an_actor_serves_what_the_launcher_read(arrived: recipe.Recipe) -> None:
+    from mixquant_sglang.host import config
+
+    config.MixQuantConfig()
+    run = runtime.current()
+    assert run is not None and run.recipe == arrived and run.environment.invariant
+
+
+def test_an_actor_asks_nothing_again(arrived: recipe.Recipe, tiny_model: Path) -> None:
+    """0.5.17's makes another record of the resolved one, which resolves itself once more."""
+    told = {name: os.environ[name] for name in machine.TOLD}
+    args = unresolved(model_path=str(tiny_model), quantization="mixquant")
+    seen: list[str] = []
+    launcher.resolve_server_args(lambda args: seen.append(args.speculative_draft_model_quantization), args)
+    assert seen == ["unquant"]  # which SGLang made None of, and would make our method of
+    assert {name: os.environ[name] for name in machine.TOLD} == told and launcher.asked.recipe == arrived
+
+
+def test_all_that_a_launcher_tells_goes_along(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in machine.TOLD:
+        monkeypatch.setenv(name, "1")
+    carried = carrying(monkeypatch, tiny_model, use_ray=True)._mixquant.environment
+    assert {name: carried[name] for name in machine.TOLD} == dict.fromkeys(machine.TOLD, "1")
+    constants = {value for name, value in vars(machine).items() if name.endswith("_ENV")}
+    assert constants == {*machine.TOLD}
 
 
 @pytest.mark.slow

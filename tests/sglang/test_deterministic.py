@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.host import deterministic, gathering, lifecycle, min_tokens, tuning
+from mixquant_sglang.host import deterministic, gathering, lifecycle, min_tokens, norm_rope, tuning
+from mixquant_sglang.host.around_attention import prepare_around_attention
 from mixquant_sglang.host.hooks import launcher
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.kernels.environment import Environment
@@ -260,12 +261,13 @@ def test_nothing_is_fused_tuned_or_gathered(invariant: bool, monkeypatch: pytest
     monkeypatch.setattr(gathering, "prefill_attention", lambda args: "fa3")
     monkeypatch.setattr(gathering, "caches_bf16", lambda args: True)
     monkeypatch.setattr(gathering, "heads_of", calls("gather"))
+    monkeypatch.setattr(norm_rope, "find", calls("norm and RoPE", ({}, {})))
     steps = lifecycle.LoadSteps(run, SimpleNamespace(ready=None))  # type: ignore[arg-type]
     steps._fuse(runner())
     method = SimpleNamespace(runs=lambda *kernel: kernel == ("fp8", "native"), gemm_shapes=[(96, 64)])
     tuning.tune_fp8(run, runner(), [method], torch.device("cuda"))  # type: ignore[list-item]
-    gathering.prepare_gathering(run, runner(), torch.device("cuda"))
-    assert called == ([] if invariant else ["fuse", "prune", "tune", "gather"])
+    prepare_around_attention(run, runner(), torch.device("cuda"))
+    assert called == ([] if invariant else ["fuse", "prune", "tune", "norm and RoPE", "gather"])
 
 
 def test_schedulers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mixquant_sglang.host.hooks import launcher
 from mixquant_sglang.tools import doctor, launch
 from tests.sglang.test_deployments import LAUNCHED, differs
+from tests.sglang.test_refusals import unresolved
 from tests.support import quantised_checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -147,6 +150,23 @@ def test_a_whole_run(tiny_model: Path) -> None:
     assert "flag: --api-key (not shown)\n" in out and "flag: --port 30001\n" in out and "flag: --device cpu\n" in out
     assert "recipe: auto (prefill auto" in out and "ends: --quantization mixquant does not go with" in out
     assert "sk-secret" not in out and "/" not in out.replace("and/or", "")
+
+
+def test_ray_is_asked_for_where_schedulers_are_its_actors(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang imports it once all was parsed and resolved."""
+    actors = unresolved(model_path=str(tiny_model), use_ray=True)
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    assert launch._missing(actors) == [
+        "SGLang: Ray is required for --use-ray mode. Install it with: pip install 'sglang[ray]'"
+    ]
+    assert not launch._missing(unresolved(model_path=str(tiny_model)))
+    asked: list[str] = []
+    monkeypatch.setattr(launch, "_resolve", lambda flags: SimpleNamespace(quantization="mixquant"))
+    monkeypatch.setattr(launch, "_missing", lambda args: ["no ray"])
+    monkeypatch.setattr(launch, "_check_model", asked.append)
+    monkeypatch.setattr("sglang.srt.plugins.load_plugins", lambda: None)
+    monkeypatch.setattr(launcher, "asked", launcher.asked)
+    assert launch._ends([]) == ["no ray"] and len(asked) == 1
 
 
 def test_own_options_come_first() -> None:

@@ -287,9 +287,9 @@ def server(watching: tuple[str, ...] = (), found: bool = True, **more: Any) -> A
     )
 
 
-def runtime(**more: Any) -> Runtime:
+def runtime(*, invariant: bool = False, **more: Any) -> Runtime:
     known = replace(recipe.load("bf16"), **more)
-    return Runtime(known, select(known, Device("a GPU", (9, 0))))
+    return Runtime(known, select(known, Device("a GPU", (9, 0))), environment=Environment(invariant=invariant))
 
 
 def test_servers_that_have_it_say_so(asked: list[int], caplog: pytest.LogCaptureFixture) -> None:
@@ -319,6 +319,7 @@ def test_servers_that_do_not_have_it(
             (runtime(), server(found=False), CUDA),
             (runtime(), server(enable_dp_attention=True), CUDA),
             (runtime(), server(("--forward-hooks",)), CUDA),
+            (runtime(invariant=True), server(), CUDA),  # after load SGLang puts norms of other bits in place of its own
         ):
             host.prepare_norm_rope(run, runner, device)
             host.install_norm_rope(run, SimpleNamespace())
@@ -326,6 +327,7 @@ def test_servers_that_do_not_have_it(
     assert asked == []
     assert "own kernels: inference is to be deterministic" in caplog.text
     assert "own kernels: DP attention" in caplog.text and "own kernels: --forward-hooks sees all" in caplog.text
+    assert "own kernels: inference is to be deterministic" in caplog.text
 
     def no_memory(*_: Any) -> Any:
         raise torch.OutOfMemoryError

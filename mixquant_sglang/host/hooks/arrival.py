@@ -15,6 +15,7 @@ from typing import Any
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import refusing
+from mixquant_sglang.host import sent
 from mixquant_sglang.host.hooks import http, launcher, registry
 from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.recipe import Recipe
@@ -22,8 +23,7 @@ from mixquant_sglang.versions import machine
 from mixquant_sglang.versions.dialect import dialect
 
 # A Ray actor inherits nothing of the launcher.
-_OURS = (machine.ACTIVE_ENV, machine.DISAGGREGATION_ENV, machine.ASKED_ENV, recipe.RECIPE_ENV, recipe.MIN_TOKENS_ENV)
-_CARRIED = (*_OURS, "SGLANG_PLUGINS")
+_CARRIED = (*machine.TOLD, recipe.RECIPE_ENV, recipe.MIN_TOKENS_ENV, "SGLANG_PLUGINS")
 
 
 class Arrival:
@@ -70,7 +70,8 @@ def arrive(environment: dict[str, str], wanted: Recipe) -> Arrival:
         for process in ("asked", "scheduler"):
             registry.set_hooks(process)
         launcher.register_config()
-        launcher.asked.recipe = wanted
+        launcher.asked.recipe, launcher.asked.arrived = wanted, True
+        sent.keep(wanted)
         if launcher.HTTP_SERVER in sys.modules:
             http.add_layer()
     return arrival

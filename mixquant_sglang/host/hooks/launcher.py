@@ -38,6 +38,7 @@ class Asked:
     dtype: str | None = None
     moe_backend: str | None = None
     recipe: Recipe | None = None
+    arrived: bool = False  # the recipe came with a launcher's arguments (``arrival.py``)
     noted: list[str] | None = None  # what ends the start, where all of it is asked for (mixquant doctor)
 
 
@@ -87,7 +88,10 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
     if dialect().resolution_finished(server_args):
         return original(server_args, *args, **kwargs)
     ours = server_args.quantization == machine.NAME
-    for name in (machine.ACTIVE_ENV, machine.DISAGGREGATION_ENV, machine.DETERMINISTIC_ENV, machine.ASKED_ENV):
+    if ours and asked.arrived:  # a Ray actor of 0.5.17 makes another record of the resolved one
+        _leave_draft(server_args)
+        return original(server_args, *args, **kwargs)
+    for name in machine.TOLD:
         os.environ.pop(name, None)
     with _refusing():
         if asked.flags and not ours:
@@ -102,8 +106,7 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
                     registry.target_of(hook)
             asked.dtype = server_args.dtype
             asked.moe_backend = getattr(server_args, "moe_runner_backend", None)
-            if server_args.speculative_draft_model_quantization is None:  # SGLang would take ours for the draft too
-                server_args.speculative_draft_model_quantization = "unquant"
+            _leave_draft(server_args)
             if gathers(server_args) and (asked.recipe is None or not asked.recipe.bf16_throughout):
                 server_args.disable_prefill_cuda_graph = True  # of which a rank cannot do without alone
             _prepare_launcher()
@@ -129,6 +132,12 @@ def _noting() -> Iterator[None]:
         if asked.noted is None:
             raise
         asked.noted.append(str(error))
+
+
+def _leave_draft(server_args: Any) -> None:
+    """SGLang would take our method for the draft too."""
+    if server_args.speculative_draft_model_quantization is None:
+        server_args.speculative_draft_model_quantization = "unquant"
 
 
 def _tell_deterministic(args: Any) -> None:
