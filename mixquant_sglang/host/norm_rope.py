@@ -40,9 +40,7 @@ def prepare_norm_rope(run: Runtime, model_runner: Any, device: torch.device) -> 
     if not attentions:
         return
     found: NormRope | str
-    if run.environment.invariant:  # the same bits, but ``least`` is timed, and the start has said that nothing is
-        found = "inference is to be deterministic"
-    elif gathers(args) or gathers(dialect().resolved(args)):
+    if gathers(args) or gathers(dialect().resolved(args)):
         found = "DP attention, whose passes have rows of no request"
     elif watching := refusals.watching(args):
         found = f"{' and '.join(watching)} sees all"
