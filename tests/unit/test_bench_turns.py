@@ -98,8 +98,9 @@ def test_one_that_does_not_stop_ends_the_benchmark(arms: list[Arm], monkeypatch:
 
 
 # A benchmark that is killed while its server is stopped.
-KILLED = """
+KILLED = f"""
 import os, signal, subprocess, sys
+sys.path.append({str(ROOT)!r})
 from scripts.bench import turns
 server = subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=turns.die_with_us)
 os.kill(server.pid, signal.SIGSTOP)
@@ -109,7 +110,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_servers_do_not_outlive_a_benchmark_that_is_killed() -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     deadline = time.monotonic() + 10
     with contextlib.suppress(psutil.NoSuchProcess):
