@@ -309,13 +309,11 @@ def test_servers_that_do_not_have_it(
 ) -> None:
     decode = runtime()
     decode.pair = Pair("decode", decode.recipe)
-    deterministic = Runtime(decode.recipe, decode.selection, environment=Environment(invariant=True))
     with caplog.at_level(logging.INFO):
         for run, runner, device in (
             (runtime(), server(), torch.device("cpu")),
             (runtime(fuse=False), server(), CUDA),
             (decode, server(), CUDA),
-            (deterministic, server(), CUDA),
             (runtime(), server(found=False), CUDA),
             (runtime(), server(enable_dp_attention=True), CUDA),
             (runtime(), server(("--forward-hooks",)), CUDA),
@@ -325,7 +323,6 @@ def test_servers_that_do_not_have_it(
             host.install_norm_rope(run, SimpleNamespace())
             assert run.norm_rope is None
     assert asked == []
-    assert "own kernels: inference is to be deterministic" in caplog.text
     assert "own kernels: DP attention" in caplog.text and "own kernels: --forward-hooks sees all" in caplog.text
     assert "own kernels: inference is to be deterministic" in caplog.text
 
