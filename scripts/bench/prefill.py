@@ -8,7 +8,7 @@ that nothing is cached.  While a server is asked the others are stopped, since i
 Medians over the rounds:
 
     prefill  client: seconds until the first token of a prompt of L tokens, batch 1, HTTP included; L@P: of L new tokens
-             behind P that a request just before left in the cache
+             behind P that one request of the round left in the cache, for all L (the KV pool must hold P and all L)
     pass     server: seconds of the forward passes (chunks) of that same prompt, without HTTP and scheduling; taken by
              CUDA events around the model runner, see passes.py
     decode   client: (time of 136 tokens - time of 8 tokens) / 128 after the same prompt, batch B
@@ -53,13 +53,14 @@ def measure(arms: list[Arm], args: argparse.Namespace) -> dict[str, dict[str, fl
 
     for round_number in range(args.rounds + 1):  # the first round warms up
         order = in_turn(arms, round_number)
-        for length in args.lengths:
-            for arm in order:
-                for prefix in args.prefixes:
-                    cached = prompt(prefix) if prefix else []
+        for prefix in args.prefixes:
+            cached = prompt(prefix) if prefix else []
+            for arm in order if cached else []:
+                with alone(arm):
+                    arm.generate([cached], 1)
+            for length in args.lengths:
+                for arm in order:
                     with alone(arm):
-                        if cached:
-                            arm.generate([cached], 1)
                         time.sleep(args.rest)
                         mark = arm.mark()
                         spent, (meta,) = arm.generate([cached + prompt(length)], 1)
