@@ -22,6 +22,7 @@ from mixquant_sglang.kernels.limits import GATHERED_BYTES as SCRATCH_BYTES
 from mixquant_sglang.kernels.limits import GATHERED_GAIN as GAIN
 from mixquant_sglang.kernels.limits import GATHERED_PREFIXES as PREFIXES
 from mixquant_sglang.kernels.limits import GATHERED_ROWS as ROWS
+from mixquant_sglang.kernels.tuning.timing import least
 from mixquant_sglang.versions.attention import (
     attends_plainly,
     extend_namespace,
@@ -319,15 +320,15 @@ def _pages(lengths: Sequence[tuple[int, int]], page: int) -> list[int]:
     return [-(-whole // page) for _, whole in lengths]
 
 
-def _seconds(call: Callable[[], Any], device: torch.device, times: int = 5) -> float:
-    """The least of so many."""
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     call()
-    found: list[float] = []
-    for _ in range(times):
+
+    def sample() -> float:
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         began.record()
         call()
         ended.record()
         torch.cuda.synchronize(device)
-        found.append(began.elapsed_time(ended) / 1e3)
-    return min(found)
+        return float(began.elapsed_time(ended)) / 1e3
+
+    return least(sample)

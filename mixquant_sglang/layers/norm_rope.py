@@ -19,6 +19,7 @@ import torch
 
 from mixquant_sglang.kernels.limits import NORM_ROPE_GAIN as GAIN
 from mixquant_sglang.kernels.limits import NORM_ROPE_ROWS as ROWS
+from mixquant_sglang.kernels.tuning.timing import least
 from mixquant_sglang.layers.blocks import rope_of
 from mixquant_sglang.layers.fused import norm_source
 from mixquant_sglang.versions.attention import attends_plainly
@@ -271,8 +272,8 @@ def same(attention: Any, sample: Sample, rows: int, tile: Any) -> bool:
 
 
 def timed(attention: Any, sample: Sample, device: torch.device, rows: int, tile: Any) -> float:
-    """Seconds of ``run`` with ``tile``, or of ``own_steps`` for None: the least of five times eight calls, which wait
-    on the device for each other alone."""
+    """Seconds of ``run`` with ``tile``, or of ``own_steps`` for None: the least of several times eight calls, which
+    wait on the device for each other alone."""
     heads = heads_of(attention)
     arguments = sample.arguments(attention, rows, 0)
     call: Callable[[], Any]
@@ -281,8 +282,8 @@ def timed(attention: Any, sample: Sample, device: torch.device, rows: int, tile:
     else:
         call = partial(run, attention, heads.norm, tile, **arguments)
     call()
-    found: list[float] = []
-    for _ in range(5):
+
+    def once() -> float:
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda._sleep(4_000_000)  # type: ignore[no-untyped-call]  # launches queue up behind it
         began.record()
@@ -290,5 +291,6 @@ def timed(attention: Any, sample: Sample, device: torch.device, rows: int, tile:
             call()
         ended.record()
         torch.cuda.synchronize(device)
-        found.append(began.elapsed_time(ended) / 8e3)
-    return min(found)
+        return float(began.elapsed_time(ended)) / 8e3
+
+    return least(once)

@@ -9,13 +9,14 @@ from mixquant_sglang.recipe.select import Device
 
 
 def block_linear(device: Device) -> BlockLinear:
-    return BlockLinear(cutlass=device.capability is not None and device.capability[0] in (9, 10))
+    return BlockLinear(cutlass=device.capability is not None and device.capability[0] >= 12)
 
 
 class BlockLinear:
-    """sgl-kernel's CUTLASS GEMM where SGLang has it (SM90, SM100; it falls back to Triton for weights that are no
-    multiple of 128), its Triton one elsewhere.  Not what ``--fp8-gemm-backend`` names: DeepGEMM, which SGLang prefers,
-    rounds scales to powers of two from SM100 on, and decode reads the same ones."""
+    """SGLang's CUTLASS GEMM on SM120 (for other GPUs it has none and raises; weights that are no multiple of 128 it
+    leaves to Triton), its Triton one elsewhere.  Not what ``--fp8-gemm-backend`` names: DeepGEMM, which SGLang prefers,
+    rounds scales to powers of two from SM100 on, and decode reads the same ones; on SM90 it is compiled while serving,
+    for each number of rows."""
 
     def __init__(self, *, cutlass: bool) -> None:
         from sglang.srt.layers.quantization import fp8_utils

@@ -79,7 +79,8 @@ def test_in_a_graph_in_the_places_of_rows(used: int, slots: int) -> None:
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (704, 384), (40, 128)])
 @pytest.mark.parametrize("m", [1, 17, 300])
 def test_sglangs_linear_gives_the_numbers_of_the_emulated_kernel(n: int, k: int, m: int) -> None:
-    """Its quantiser may round an element on a boundary to the other code, and it sums in another order."""
+    """It sums in another order.  Scales are powers of two, so that no quotient is rounded before it becomes a code: of
+    others either quantiser may round an element on a boundary to the other code."""
     from mixquant_sglang.kernels.environment import Environment
     from mixquant_sglang.kernels.linear.fp8_blocks import EmulatedBlockFP8, NativeBlockFP8
     from mixquant_sglang.recipe.select import Device
@@ -92,6 +93,7 @@ def test_sglangs_linear_gives_the_numbers_of_the_emulated_kernel(n: int, k: int,
     environment = Environment(fp8_block_linear=block_linear(Device("", capability)))
     native = NativeBlockFP8(torch.empty(0), ready=[w], environment=environment)
     emulated = EmulatedBlockFP8(torch.empty(0), ready=[w])
-    x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda").clamp(-3.25, 3.25)
+    x[:, ::128] = 3.5  # 448 / 128
     out, want = native.matmul(x, None).float(), emulated.matmul(x, None).float()
     assert float((out - want).norm() / want.norm()) < 4e-3

@@ -201,7 +201,7 @@ def stand_in(capability: tuple[int, int]) -> None:
     EmulatedFP8.matmul = emulated_fp8  # type: ignore[method-assign]
     fp8_gemm.CANDIDATES.clear()
     fp8_gemm.CANDIDATES["stand-in"] = multiply
-    fp8_measure.medians = lambda calls, seconds: [1.0 for call in calls if call() is not None]
+    fp8_measure.milliseconds = lambda calls, seconds: [1.0 for call in calls if call() is not None]
     machine.device = lambda: Device(f"GPU that is not here, SM{capability[0]}{capability[1]}", capability)
     machine.kernel_versions = lambda: {"stand-in": "1"}
     fp4.fp4_gemm_measuring = lambda _runner: nullcontext()

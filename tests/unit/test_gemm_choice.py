@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mixquant_sglang.errors import MixQuantError
-from mixquant_sglang.kernels.tuning import fp8_cache, fp8_gemm, fp8_measure
+from mixquant_sglang.kernels.tuning import fp8_cache, fp8_gemm, fp8_measure, timing
 from mixquant_sglang.kernels.tuning.fp8_gemm import Cell, GemmTable
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ class Fakes:
         self.ms: dict[str, float] = {"cutlass": 1.0, "cublas": 0.5}
         self.errors: dict[str, Callable[[int, int, int], Exception | None]] = {}
         monkeypatch.setattr(fp8_gemm, "CANDIDATES", {name: self.candidate(name) for name in self.ms})
-        monkeypatch.setattr(fp8_measure, "medians", self.medians)
+        monkeypatch.setattr(fp8_measure, "milliseconds", self.milliseconds)
         monkeypatch.setattr(fp8_gemm, "_table", GemmTable({}))
 
     def candidate(self, name: str) -> fp8_gemm.Gemm:
@@ -53,7 +53,7 @@ class Fakes:
 
         return run
 
-    def medians(self, calls: Sequence[Callable[[], torch.Tensor]], seconds: float) -> list[float]:
+    def milliseconds(self, calls: Sequence[Callable[[], torch.Tensor]], seconds: float) -> list[float]:
         out = []
         for call in calls:
             call()
@@ -176,48 +176,6 @@ def test_a_candidate_that_raises_is_out_for_that_shape(fakes: Fakes, error: Exce
     assert second == (
         "fp8 GEMM [48, 32]: 16 rows cutlass 16.000 ms, 64 rows cutlass 64.000 ms; cublas is out: no such kernel"
     )
-
-
-class Clock:
-    """A GPU in which each call takes what it says, and nothing else takes any time."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        self.order: list[int] = []
-        clock = self
-
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                assert enable_timing
-
-            def record(self) -> None:
-                self.at = clock.now
-
-            def elapsed_time(self, end: Event) -> float:
-                return 1e3 * (end.at - self.at)
-
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(fp8_measure.time, "monotonic", lambda: clock.now)
-        empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(1, dtype=dtype))
-
-    def call(self, index: int, *seconds: float) -> Callable[[], torch.Tensor]:
-        def run() -> torch.Tensor:
-            self.now += seconds[min(self.order.count(index), len(seconds) - 1)]
-            self.order.append(index)
-            return torch.zeros(1)
-
-        return run
-
-
-@pytest.mark.parametrize(("each", "rounds"), [(0.001, 20), (0.11, 6), (0.3, 3), (0.6, 2), (5.0, 1)])
-def test_repetitions_alternate_and_end_in_time(monkeypatch: pytest.MonkeyPatch, each: float, rounds: int) -> None:
-    clock = Clock(monkeypatch)
-    ms = fp8_measure.medians([clock.call(0, each, each, each / 2), clock.call(1, each)], 1.0)
-    assert [clock.order.count(i) for i in (0, 1)] == [rounds] * 2
-    assert clock.order[:4] == [0, 1, 1, 0][: 2 * rounds]
-    assert ms[1] == pytest.approx(1e3 * each) and ms[0] == pytest.approx(1e3 * (each / 2 if rounds > 4 else each))
 
 
 def test_a_shape_that_nothing_runs(fakes: Fakes) -> None:
@@ -367,13 +325,31 @@ def test_what_another_rank_wrote_meanwhile_goes_first(
     """Two ranks with close times would else choose differently."""
 
     def slow_rank(calls: Sequence[Callable[[], torch.Tensor]], seconds: float) -> list[float]:
-        monkeypatch.setattr(fp8_measure, "medians", fakes.medians)
+        monkeypatch.setattr(fp8_measure, "milliseconds", fakes.milliseconds)
         load([(48, 32)], [16])  # the other rank, done before this one
         return [1.0, 5.0]
 
-    monkeypatch.setattr(fp8_measure, "medians", slow_rank)
+    monkeypatch.setattr(fp8_measure, "milliseconds", slow_rank)
     assert load([(48, 32)], [16]).pick(48, 32, 16) == "cublas"
     assert load([(48, 32)], [16]).pick(48, 32, 16) == "cublas"
+
+
+def test_what_others_disturbed_serves_this_start_alone(
+    fakes: Fakes, folder: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shared(calls: Sequence[Callable[[], torch.Tensor]], seconds: float) -> list[float]:
+        timing._disturbed(3.0)
+        return fakes.milliseconds(calls, seconds)
+
+    monkeypatch.setattr(timing, "_said", False)
+    monkeypatch.setattr(fp8_measure, "milliseconds", shared)
+    assert load().pick(48, 32, 16) == "cublas" and not folder.exists()
+    said = warnings(log)
+    assert len(said) == 2 and "in use by others" in said[0] and "the next start times again" in said[1]
+    fakes.timed.clear()
+    monkeypatch.setattr(fp8_measure, "milliseconds", fakes.milliseconds)
+    load()
+    assert fakes.timed and the_file(folder)
 
 
 def test_racing_writers_leave_a_whole_file(folder: Path, tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ import torch
 
 from mixquant_sglang.kernels.tuning.cache_file import CacheFile, Cells, Sizes
 from mixquant_sglang.kernels.tuning.fp8_gemm import Cell
-from mixquant_sglang.kernels.tuning.fp8_measure import medians
+from mixquant_sglang.kernels.tuning.timing import milliseconds
 
 logger = logging.getLogger(__name__)
 
 BF16, LOW = "bf16", "low"
 # Rows of the passes that are timed. GEMMs step with their tiles, and SGLang's prefill graphs are as near to each other.
 ROWS = (16, *range(32, 513, 32), *range(576, 1025, 64), 1280, 1536, 2048, 3072, 4096)
-SECONDS = 1.0  # for the repetitions of one kind of layer, all rows together; at most twice that
+SECONDS = 1.0  # for the repetitions of one kind of layer, all rows together; see timing.py
 GAIN = 1.02  # that low precision must bring: less is noise, and BF16 is the better number
 
 Call = Callable[[], object]
@@ -44,7 +44,7 @@ class Alike:
 
 
 def file_of(kind: str, precision: str, fields: Sequence[str]) -> CacheFile:
-    return CacheFile(f"pass-{kind}-{precision}", 1, (*fields, "form", "rows"), (BF16, LOW), buckets=False)
+    return CacheFile(f"pass-{kind}-{precision}", 2, (*fields, "form", "rows"), (BF16, LOW), buckets=False)
 
 
 def load_or_time(
@@ -95,7 +95,7 @@ def _times(one: Alike, rows: Sequence[int]) -> dict[int, Cell]:
             with torch.cuda.graph(graph, pool=pool):
                 call()
             graphs.append(graph)
-    ms = iter(medians([graph.replay for graph in graphs], SECONDS))
+    ms = iter(milliseconds([graph.replay for graph in graphs], SECONDS))
     return {m: Cell({name: round(next(ms) / one.each, 6) for name in (BF16, LOW)}, {}) for m in rows}
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from mixquant_sglang.kernels.tuning.fp8_gemm import Cell, bucket
+from mixquant_sglang.kernels.tuning.timing import watch
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +47,20 @@ class CacheFile:
     ) -> tuple[Cells, set[Sizes]]:
         """The cells ``wanted``, of which ``measure`` gives those that the file lacks, and which these were.
 
-        A file that is broken or of another key is rebuilt, a folder that cannot be written is done without; either is
-        one warning.  Ranks may race: the file is always whole, and what it has goes before one's own."""
+        A file that is broken or of another key is rebuilt, a folder that cannot be written is done without, and times
+        that others disturbed (``timing.py``) are not written; each is one warning.  Ranks may race: the file is always
+        whole, and what it has goes before one's own."""
         key = self._key(device, versions)
         path = self._path(key)
         cells, complaint = self._read(path, key)
         if complaint:
             logger.warning("mixquant: %s: %s: rebuilt", path, complaint)
-        fresh = measure([where for where in wanted if where not in cells])
-        if fresh:
+        with watch() as watched:
+            fresh = measure([where for where in wanted if where not in cells])
+        if fresh and watched.disturbed:
+            logger.warning("mixquant: %s: not written, the next start times again", path)
+            cells |= {**fresh, **self._read(path, key)[0]}
+        elif fresh:
             cells |= {**fresh, **self._read(path, key)[0]}
             try:
                 self._write(path.expanduser(), key, cells)

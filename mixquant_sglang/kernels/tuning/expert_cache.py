@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from mixquant_sglang.kernels.tuning.cache_file import CacheFile, Cells, Sizes, first_line
 from mixquant_sglang.kernels.tuning.expert_tiles import CANDIDATES, Shape, TileTable, likely
 from mixquant_sglang.kernels.tuning.fp8_gemm import Cell, bucket
-from mixquant_sglang.kernels.tuning.fp8_measure import medians
+from mixquant_sglang.kernels.tuning.timing import milliseconds
 
 logger = logging.getLogger(__name__)
 
-FILE = CacheFile("fp8-experts", 1, ("experts", "i", "h", "top_k", "rows"), tuple(CANDIDATES), whole=False)
-SECONDS = 2.0  # for the repetitions of one shape, all rows together; at most twice that
+FILE = CacheFile("fp8-experts", 2, ("experts", "i", "h", "top_k", "rows"), tuple(CANDIDATES), whole=False)
+SECONDS = 2.0  # for the repetitions of one shape, all rows together; see timing.py
 
 
 def load_or_tune(
@@ -74,7 +74,7 @@ def _measure_shape(shape: Shape, experts: Any, rows: Sequence[int], device: torc
                 continue
             kept.append(call)
             calls[m, name] = graph.replay
-    times = dict(zip(calls, medians([*calls.values()], SECONDS), strict=True)) if calls else {}
+    times = dict(zip(calls, milliseconds([*calls.values()], SECONDS), strict=True)) if calls else {}
     found = {m: {name: round(ms, 6) for (rows_, name), ms in times.items() if rows_ == m} for m in rows}
     return {(*shape, m): Cell(found[m], out[m]) for m in rows if found[m]}
 

@@ -13,7 +13,7 @@ from mixquant_sglang.kernels.tuning.fp8_measure import measure, wanted
 
 logger = logging.getLogger(__name__)
 
-FILE = CacheFile("fp8-gemm", 1, ("n", "k", "rows"), tuple(CANDIDATES))
+FILE = CacheFile("fp8-gemm", 2, ("n", "k", "rows"), tuple(CANDIDATES))
 
 
 def load_or_tune(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -15,10 +13,11 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels.tuning import fp8_gemm
 from mixquant_sglang.kernels.tuning.cache_file import first_line
 from mixquant_sglang.kernels.tuning.fp8_gemm import Cell, GemmTable, Shape, Where, bucket
+from mixquant_sglang.kernels.tuning.timing import milliseconds
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 1.0  # for the repetitions of one tuning, all shapes together; at most twice that
+SECONDS = 1.0  # for the repetitions of one tuning, all shapes together; see timing.py
 _REFUSALS = (RuntimeError, ValueError, TypeError, ImportError, AttributeError)  # an op that will not or is not there
 
 
@@ -74,7 +73,7 @@ def _measure_shape(n: int, k: int, rows: list[int], device: torch.device, second
             "use 'kernel: emulated', or keep such layers in BF16 with a rule of the recipe"
         )
     calls = [partial(fp8_gemm.CANDIDATES[name], x[:m], w, sx[:m], sw, None) for m in rows for name in left]
-    ms = iter(medians(calls, seconds))
+    ms = iter(milliseconds(calls, seconds))
     return {(n, k, m): Cell({name: round(next(ms), 6) for name in left}, out) for m in rows}
 
 
@@ -86,23 +85,3 @@ def _random(rows: int, columns: int, seed: torch.Generator) -> Tensor:
         numbers = torch.randn(part.shape, dtype=torch.bfloat16, device=seed.device, generator=seed)
         part.copy_(numbers.mul_(64).clamp_(-448, 448))
     return data
-
-
-def medians(calls: Sequence[Callable[[], object]], seconds: float) -> list[float]:
-    """Milliseconds of each call on the GPU, over up to 20 rounds through all of them, fewer when time is up."""
-    # Written before each call.  It is more than twice any L2, so weights come from memory as they do between layers; it
-    # takes tens of microseconds, in which the host gets ahead of the GPU.
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    event = partial(torch.cuda.Event, enable_timing=True)
-    rounds: list[list[float]] = []
-    begin = time.monotonic()
-    while len(rounds) < 20 and time.monotonic() - begin <= seconds * (1 if len(rounds) >= 3 else 2):
-        events = [(event(), event()) for _ in calls]
-        for (start, stop), call in list(zip(events, calls, strict=True))[:: -1 if len(rounds) % 2 else 1]:
-            flush.zero_()
-            start.record()
-            call()
-            stop.record()
-        torch.cuda.synchronize()
-        rounds.append([start.elapsed_time(stop) for start, stop in events])
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
