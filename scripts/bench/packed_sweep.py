@@ -29,12 +29,14 @@ _FEW = (
 _SOME = (
     *(Tiles(32, 128, 1, 5, 4), Tiles(32, 256, 1, 3, 4), Tiles(64, 64, 1, 6, 4), Tiles(64, 128, 1, 4, 4)),
     *(Tiles(64, 256, 1, 3, 4), Tiles(128, 64, 1, 5, 8), Tiles(128, 128, 1, 3, 8)),
+    # Wide ones: each tile reads all rows from the L2 cache again, which 64 rows of BF16 make more than the weights.
+    *(Tiles(128, 64, 1, 6, 4), Tiles(128, 128, 1, 4, 4), Tiles(256, 64, 1, 4, 8), Tiles(256, 128, 1, 3, 8)),
 )
 _MANY = (
     *(Tiles(64, 64, 1, 5, 4), Tiles(64, 128, 1, 3, 4), Tiles(128, 64, 1, 4, 4), Tiles(128, 64, 1, 4, 8)),
-    *(Tiles(128, 128, 1, 3, 8),),
+    *(Tiles(128, 128, 1, 3, 8), Tiles(256, 64, 1, 3, 8), Tiles(256, 64, 1, 4, 8), Tiles(256, 128, 1, 2, 8)),
 )
-PROGRAMS = (1, 96, 192, 384)
+SHARING = ((1, 4), (96, 4), (128, 8), (192, 4), (256, 8), (384, 4))  # ``Choice``: programs, most
 
 
 def bucket_of(rows: int) -> int:
@@ -44,7 +46,7 @@ def bucket_of(rows: int) -> int:
 def candidates(bucket: int) -> list[Choice]:
     tiled = _FEW if bucket <= 16 else _SOME if bucket <= 64 else _MANY
     warps = [Choice(tiles) for tiles in _WARPS] if bucket <= 32 else []
-    return warps + [Choice(tiles, programs) for tiles in tiled for programs in PROGRAMS]
+    return warps + [Choice(tiles, *sharing) for tiles in tiled for sharing in SHARING]
 
 
 def launches(bucket: int, n: int, k: int) -> dict[Tiles | Warps, list[Choice]]:
@@ -86,7 +88,7 @@ class Sweep:
 
 def line(choice: Choice) -> str:
     tiles = f"{type(choice.tiles).__name__}({', '.join(map(str, choice.tiles))})"
-    return f"Choice({tiles})" if choice.programs == 1 else f"Choice({tiles}, {choice.programs})"
+    return f"Choice({tiles})" if choice.programs == 1 else f"Choice({tiles}, {choice.programs}, {choice.most})"
 
 
 def compile_ahead(formats: Sequence[str], rows: Sequence[int], shapes: Sequence[tuple[int, int]]) -> int:

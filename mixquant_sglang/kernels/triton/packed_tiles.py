@@ -11,7 +11,7 @@ import triton
 from mixquant_sglang.kernels.limits import BLOCK, MANY_ROWS
 
 BUCKETS = (8, 16, 32, 64, 128)  # rows: what a kernel is compiled for; more take several tiles of the last
-PLACED = 64  # of rows that are put in their places, the last
+PLACED = 16  # of rows that are put in their places, the last: of many slots few are used, in most passes one
 LEAST = 16  # rows that ``Tiles`` are made for
 _STEPS = 4  # along K that a program has at least
 LEAST_K = 16  # that tensor cores take at a time; of NVFP4, of the even and of the odd numbers along K
@@ -41,17 +41,18 @@ class Warps(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """``programs``: of ``Tiles``, along K as many share a tile as it takes to have so many."""
+    """``programs``: of ``Tiles``, along K as many share a tile as it takes to have so many, ``most`` at most."""
 
     tiles: Tiles | Warps
     programs: int = 1
+    most: int = 4
 
     def of(self, n: int, k: int) -> Tiles | Warps:
         tiles = self.tiles
         if isinstance(tiles, Warps):
             return tiles
         over, split = triton.cdiv(n, tiles.n), 1
-        while over * split < self.programs and k // tiles.k >= 2 * split * _STEPS and split < 4:
+        while over * split < self.programs and k // tiles.k >= 2 * split * _STEPS and split < self.most:
             split *= 2
         return tiles._replace(split=split)
 
