@@ -11,7 +11,7 @@ import triton
 from mixquant_sglang.kernels.limits import BLOCK, MANY_ROWS
 
 BUCKETS = (8, 16, 32, 64, 128)  # rows: what a kernel is compiled for; more take several tiles of the last
-PLACED = 16  # of rows that are put in their places, the last: of many slots few are used, in most passes one
+PLACED = 8  # of rows that are put in their places, the last: of many slots few are used, in most passes one
 LEAST = 16  # rows that ``Tiles`` are made for
 _STEPS = 4  # along K that a program has at least
 LEAST_K = 16  # that tensor cores take at a time; of NVFP4, of the even and of the odd numbers along K
@@ -57,31 +57,30 @@ class Choice(NamedTuple):
         return tiles._replace(split=split)
 
 
-# (NVFP4, bucket, wide) -> what serves.  ``scripts/bench_packed --sweep`` prints these lines.  Those of ``Tiles`` were
-# best, or nearly, for Qwen3-8B's weights on an H200. That up to 16 rows of FP8 and 8 of NVFP4 ``Warps`` are faster was
-# measured there with an earlier build of that kernel; their sizes are reckoned, from bytes in flight, and want a sweep.
+# (NVFP4, bucket, wide) -> what serves: what ``scripts/bench_packed --sweep`` found for Qwen3-8B's weights on an H200
+# (Triton 3.6, November 2026); 16 and 128 rows of NVFP4 are older.
 _ANY_K = Warps(16, 2, 8)
 _FEW = Choice(Tiles(32, 256, 1, 4, 2), 384)
 _SOME = Choice(Tiles(64, 128, 1, 4, 4), 384)
 _MANY = Choice(Tiles(128, 128, 1, 3, 8), 96)
 CHOICES: dict[tuple[bool, int, bool], Choice] = {
     (False, 8, False): Choice(Warps(16, 2, 8)),
-    (False, 8, True): Choice(Warps(32, 2, 8)),
-    (False, 16, False): Choice(Warps(16, 2, 8)),
-    (False, 16, True): Choice(Warps(32, 2, 8)),
-    (False, 32, False): _SOME,
+    (False, 8, True): Choice(Warps(16, 2, 8)),
+    (False, 16, False): _FEW,
+    (False, 16, True): _FEW,
+    (False, 32, False): Choice(Tiles(32, 256, 1, 3, 4), 384),
     (False, 32, True): _SOME,
     (False, 64, False): _SOME._replace(programs=192),
-    (False, 64, True): _SOME._replace(programs=192),
-    (False, 128, False): _MANY,
+    (False, 64, True): _SOME._replace(programs=1),
+    (False, 128, False): Choice(Tiles(64, 128, 1, 3, 4), 192),
     (False, 128, True): Choice(Tiles(64, 128, 1, 3, 4)),
     (True, 8, False): Choice(Warps(16, 2, 8)),
-    (True, 8, True): Choice(Warps(16, 2, 8)),
+    (True, 8, True): Choice(Warps(16, 1, 4)),
     (True, 16, False): _FEW,
     (True, 16, True): _FEW,
-    (True, 32, False): _SOME,
-    (True, 32, True): _SOME,
-    (True, 64, False): _SOME,
+    (True, 32, False): Choice(Tiles(128, 128, 1, 3, 8), 256, 8),
+    (True, 32, True): Choice(Tiles(128, 128, 1, 3, 8), 256, 8),
+    (True, 64, False): Choice(Tiles(64, 256, 1, 3, 4), 192),
     (True, 64, True): _SOME,
     (True, 128, False): _MANY,
     (True, 128, True): _MANY,
