@@ -27,7 +27,7 @@ def test_few_rows_are_for_warps(n: int, k: int, fp4: bool, straight: bool, monke
     monkeypatch.setattr(packed_tiles, "STRAIGHT", straight)
     for bucket in BUCKETS:
         chosen = choose.__wrapped__(n, k, bucket, fp4)
-        assert isinstance(chosen, Warps) == (straight and bucket <= (8 if fp4 else 16))
+        assert isinstance(chosen, Warps) == (straight and bucket <= 8)
         fitted = [fitting(chosen, n, k, m, bucket, fp4, 232448) for m in (1, bucket)]
         assert fitted[0] == fitted[1]  # a row's bits do not depend on how many of a bucket there are
         if isinstance(fitted[0], Warps):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mixquant_sglang.kernels.limits import WIDE
+from mixquant_sglang.kernels.limits import MANY_ROWS, WIDE
 from mixquant_sglang.kernels.triton import (
     activations,
     attention,
@@ -80,7 +80,7 @@ def weight_only(packed: Any, n: int, k: int, bias: torch.Tensor | None, cut: int
         x = torch.zeros(m, k, dtype=torch.bfloat16, device=device)
         for each in (None, bias) if bias is not None else (None,):
             packed.matmul(x, each)
-            if packed.places and m <= packed_tiles.PLACED:
+            if packed.places and m <= MANY_ROWS:
                 index = torch.full((m,), -1, dtype=torch.int64, device=device)
                 rest = x.new_empty(ROWS, n - cut) if cut else None
                 packed.place(x.new_empty(ROWS, cut or n), index, x, each, rest)
