@@ -68,7 +68,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_call(fmt: str, m: int) -
     [(1, 1), (0, 8), (3, 8), (16, 16), (0, 64), (1, 64), (16, 64), (40, 64), (1, 256), (100, 256), (256, 256)],
 )
 def test_in_a_graph_in_the_places_of_rows(fmt: str, used: int, slots: int) -> None:
-    from mixquant_sglang.kernels.triton import packed_tiles
+    from mixquant_sglang.kernels.limits import PLACED
     from mixquant_sglang.kernels.triton.packed_rows import linear_rows
 
     weight, _ = packed(fmt, 6144, 4096)
@@ -83,7 +83,7 @@ def test_in_a_graph_in_the_places_of_rows(fmt: str, used: int, slots: int) -> No
     index[:used] = chosen
     graph.replay()
     together = torch.cat([first, rest], dim=1)
-    parts = rows[:used].split(packed_tiles.PLACED) if used else ()
+    parts = rows[:used].split(PLACED) if used else ()
     want = torch.cat([together[:0], *(linear_rows(part, weight) for part in parts)])
     assert torch.equal(together[chosen], want)
     together[chosen] = math.nan

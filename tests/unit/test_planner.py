@@ -304,9 +304,9 @@ def test_one_copy_takes_half_the_memory_and_leaves_more_for_the_cache() -> None:
     assert compact.extra_weight_bytes == fp8.extra_weight_bytes - linears
     assert compact.kv_tokens_displaced < 0 < fp8.kv_tokens_displaced
     assert 0.281 < 1 + predict("nvfp4-compact", 2048).extra_weight_bytes / linears < 0.29
-    # half the bytes in decode and for protected rows, and prompt rows as in fp8
+    # half the bytes in decode and for protected rows, read at other rates, and prompt rows as in fp8
     assert compact.decode_ms < 0.75 * bf16.decode_ms and fp8.decode_ms == bf16.decode_ms
-    assert compact.prefill_parts["protected"] < 0.6 * fp8.prefill_parts["protected"]
+    assert compact.prefill_parts["protected"] < 0.75 * fp8.prefill_parts["protected"]
     assert compact.prefill_parts["linears"] == fp8.prefill_parts["linears"]
     both = predict("w8a16", 8192)
     assert both.prefill_parts["quantise"] == both.prefill_parts["protected"] == 0 < both.prefill_parts["dequantise"]
@@ -331,6 +331,29 @@ def test_no_min_tokens_is_advised_where_there_is_no_bf16(capsys: pytest.CaptureF
     assert run(*wanted) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fp8"]["faster_from_tokens"] and not found["fp8-compact"].get("faster_from_tokens")
+
+
+def test_more_protected_rows_than_eight_read_packed_weights_again() -> None:
+    parts = [predict("fp8-compact", 512, batch=batch).prefill_parts["protected"] for batch in (1, 8, 9)]
+    assert parts[0] == pytest.approx(parts[1], rel=0.01) and parts[2] > 1.9 * parts[1]
+
+
+# Milliseconds on an H200, run of 2026-11-28 (SGLang 0.5.17, contexts of 128 tokens), batch 1, 8, 32, 64, 128.
+COMPACT_STEPS = {
+    "bf16": (5.11, 5.36, 5.65, 6.15, 7.38),
+    "fp8-compact": (3.66, 3.82, 5.45, 6.70, 9.17),
+    "nvfp4-compact": (3.36, 3.66, 5.99, 8.34, 13.05),
+}
+
+
+@pytest.mark.parametrize("recipe", ["fp8-compact", "nvfp4-compact"])
+def test_decode_of_packed_weights_gains_and_loses_as_measured(recipe: str) -> None:
+    for batch, bf16, low in zip((1, 8, 32, 64, 128), COMPACT_STEPS["bf16"], COMPACT_STEPS[recipe], strict=True):
+        plans = [predict(name, 128, batch=batch).decode_ms for name in ("bf16", recipe)]
+        if batch == 128:  # BF16's own step is predicted too short there
+            assert plans[0] / plans[1] < 0.85
+        else:
+            assert plans[0] / plans[1] == pytest.approx(bf16 / low, rel=0.1), batch
 
 
 def test_nvfp4_compact_is_refused_where_nvfp4_is_native() -> None:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from mixquant_sglang.kernels.limits import BLOCK, MANY_ROWS
+from mixquant_sglang.kernels.limits import BLOCK, MANY_ROWS, PLACED
 from mixquant_sglang.kernels.triton.compiled import Compiled
 from mixquant_sglang.kernels.triton.launch import sm
 from mixquant_sglang.kernels.triton.packed_tiled import _packed_rows
@@ -31,7 +31,6 @@ from mixquant_sglang.kernels.triton.packed_tiles import (
     BUCKETS,
     LEAST,
     LOCKS,
-    PLACED,
     Tiles,
     Warps,
     choose,

@@ -11,7 +11,6 @@ import triton
 from mixquant_sglang.kernels.limits import BLOCK, MANY_ROWS
 
 BUCKETS = (8, 16, 32, 64, 128)  # rows: what a kernel is compiled for; more take several tiles of the last
-PLACED = 8  # of rows that are put in their places, the last: of many slots few are used, in most passes one
 LEAST = 16  # rows that ``Tiles`` are made for
 _STEPS = 4  # along K that a program has at least
 LEAST_K = 16  # that tensor cores take at a time; of NVFP4, of the even and of the odd numbers along K

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixquant_sglang.kernels.limits import FEW_ROWS, WIDE
+from mixquant_sglang.kernels.limits import FEW_ROWS, PLACED, WIDE
 from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY, stored
 from mixquant_sglang.tools.plan.linears import Plan
 from mixquant_sglang.tools.plan.rates import at
@@ -49,6 +49,8 @@ class LinearCost:
         if self.plan.stock:
             curve = rates.stock_gemm.get(run, curve)
         compute = flops / (self.roof.peak(run) * at(curve, rows)) * 1e3
+        if read != run:  # a kernel of ours, which turns what it reads into BF16
+            return max(compute, self.roof.memory(moved, at(rates.packed[precision], rows))), moved
         return max(compute, self.roof.memory(moved, memory)), moved
 
     def conversions(self, precision: str, emulated: bool, rows: int, fused: bool) -> tuple[float, float]:
@@ -101,6 +103,8 @@ class LinearCost:
         weights = linear.count * linear.n * linear.k * WEIGHT_BYTES[stored(linear.decode)]
         few, fractions = rates.protected
         read = roof.memory(weights, fractions[rows > few])
+        if linear.decode in WEIGHT_ONLY and linear.decode not in self.plan.emulated:
+            return roof.memory(weights, rates.placed[linear.decode]) * -(-rows // PLACED), weights
         if rows <= FEW_ROWS:
             return read, weights
         ms, moved = self.gemm(linear.decode, linear.decode in self.plan.emulated, rows, rates.copy)

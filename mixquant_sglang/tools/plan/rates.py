@@ -59,6 +59,8 @@ class Rates:
     q_copy: float  # q copied out of the result of qkv_proj before attention
     protected: tuple[int, tuple[float, float]]  # (R, ...) weights read for up to R protected rows of a pass, for more
     idle_linear_us: float  # per linear: the same kernel in a pass without protected rows
+    packed: Mapping[str, Curve]  # w8a16, w4a16: packed weights read for that many BF16 rows
+    placed: Mapping[str, float]  # ... for each eight protected rows of a prefill pass
     kv: float  # KV cache read by decode attention
     # Our kernels: "alone", or the "norm" or "silu" that quantises what it writes -> format ("qdq": emulated) -> curve
     quantise: Mapping[str, Mapping[str, Curve]]
@@ -154,6 +156,14 @@ H200_RATES = Rates(
     # [H200] 3.75 ms for 13.9 GB with up to 16 rows, 5.5 ms with 17 to 64; 0.2 ms for 144 linears without any
     protected=(16, (0.772, 0.526)),
     idle_linear_us=1.4,
+    # [H200] what fp8-compact's and nvfp4-compact's decode steps at batch 1, 8, 32, 64, 128 took less or more than BF16's
+    # of the same run (2026-11-28: 3.66, 3.82, 5.45, 6.70, 9.17 and 3.36, 3.66, 5.99, 8.34, 13.05 against 5.11, 5.36, 5.65,
+    # 6.15, 7.38 ms), with BF16's linears at ``weights``. [assumed] 256: two tiles of 128 rows read all weights each.
+    packed={
+        "w8a16": ((1, 0.681), (8, 0.710), (32, 0.428), (64, 0.352), (128, 0.270), (256, 0.135)),
+        "w4a16": ((1, 0.447), (8, 0.434), (32, 0.208), (64, 0.141), (128, 0.088), (256, 0.044)),
+    },
+    placed={"w8a16": 0.538, "w4a16": 0.337},  # [H200] the kernels alone: 74.8 and 67.1 us for the linears of a layer
     kv=0.79,  # [H200] slope of the decode step between contexts of 2k and 32k tokens: 3.8 TB/s
     # [H200] fp8 and qdq: our Triton kernels. fp8 at 2048 and 8192 rows: alone 8.1 and 26.4 us for K = 4096, 3 bytes an
     # element (K = 12288: 20.3 and 72.0); norm with residual 18.4 and 60.9 us, 7 bytes; SiLU 33.2 and 117.6 us, 5 bytes.
