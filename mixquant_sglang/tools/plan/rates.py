@@ -157,7 +157,7 @@ H200_RATES = Rates(
     protected=(16, (0.772, 0.526)),
     idle_linear_us=1.4,
     # [H200] decode steps of fp8-compact and nvfp4-compact at batch 1, 8, 32, 64, 128: 3.66, 3.82, 5.45, 6.70, 9.17 and
-    # 3.36, 3.66, 5.99, 8.34, 13.05 ms; BF16's of that run (2026-11-28) 5.11, 5.36, 5.65, 6.15, 7.38. The difference, with
+    # 3.36, 3.66, 5.99, 8.34, 13.05 ms; BF16's of that run (2026-11-28) 5.11, 5.36, 5.65, 6.15, 7.38. The rest, with
     # BF16's linears at ``weights``. [assumed] 256: two tiles of 128 rows, each of which reads all weights
     packed={
         "w8a16": ((1, 0.681), (8, 0.710), (32, 0.428), (64, 0.352), (128, 0.270), (256, 0.135)),
