@@ -82,7 +82,7 @@ class LoadSteps:
         self._guard(model)
         self._fuse(model_runner)
         tuning.tune_fp8(self._run, model_runner, linears, device)
-        tuning.tune_experts(model_runner, experts, device)
+        tuning.tune_experts(self._run, model_runner, experts, device)
         prepare_around_attention(self._run, model_runner, device)
         if packed and device.type == "cuda":
             rows = tuning.prefill_rows(model_runner)

@@ -8,8 +8,19 @@ import pytest
 
 pytest.importorskip("triton")
 
+from mixquant_sglang.kernels.limits import MANY_ROWS
 from mixquant_sglang.kernels.triton import packed_tiles
-from mixquant_sglang.kernels.triton.packed_tiles import BUCKETS, CHOICES, WIDE, Choice, Tiles, Warps, choose, fitting
+from mixquant_sglang.kernels.triton.packed_tiles import (
+    BUCKETS,
+    CHOICES,
+    PLACED,
+    WIDE,
+    Choice,
+    Tiles,
+    Warps,
+    choose,
+    fitting,
+)
 from scripts.bench import packed_sweep
 
 SIZES = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (40, 48), (96, 16), (1000, 1040)]
@@ -28,8 +39,9 @@ def test_few_rows_are_for_warps(n: int, k: int, fp4: bool, straight: bool, monke
     for bucket in BUCKETS:
         chosen = choose.__wrapped__(n, k, bucket, fp4)
         assert isinstance(chosen, Warps) == (straight and bucket <= 8)
-        fitted = [fitting(chosen, n, k, m, bucket, fp4, 232448) for m in (1, bucket)]
-        assert fitted[0] == fitted[1]  # a row's bits do not depend on how many of a bucket there are
+        slots = range(1, (MANY_ROWS if bucket == PLACED else bucket) + 1)
+        fitted = [fitting(chosen, n, k, m, bucket, fp4, 232448) for m in slots]
+        assert len({*fitted}) == 1  # a row's bits do not depend on how many of a bucket, or slots, there are
         if isinstance(fitted[0], Warps):
             _, pieces, warps = fitted[0]
             assert warps == 1 or 64 * pieces * warps < 2 * (k // 2 if fp4 else k)  # none is without weights

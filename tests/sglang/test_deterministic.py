@@ -255,7 +255,7 @@ def test_nothing_is_fused_tuned_or_gathered(invariant: bool, monkeypatch: pytest
     monkeypatch.setattr(lifecycle.speculation, "draft_reads_hidden_states", lambda runner: False)
     monkeypatch.setattr(tuning, "prefill_rows", lambda runner: [256])
     monkeypatch.setattr(tuning.machine, "kernel_versions", dict)
-    monkeypatch.setattr(tuning.fp8_cache, "load_or_tune", calls("tune"))
+    monkeypatch.setattr(tuning.fp8_cache, "load_or_tune", calls("tune", tuning.fp8_gemm.GemmTable({})))
     monkeypatch.setattr(tuning.fp8_gemm, "use", lambda table: None)
     monkeypatch.setattr(gathering, "gathers", lambda args: False)
     monkeypatch.setattr(gathering, "prefill_attention", lambda args: "fa3")

@@ -1,4 +1,4 @@
-"""The kernel of ``packed_rows.py`` for up to 16 rows: each warp reads its own weights straight into registers.
+"""The kernel of ``packed_rows.py`` for few rows: each warp reads its own weights straight into registers.
 
 A program has ``Warps.n`` weight rows, and its warps share K: each reads pieces of 64 bytes of every row, 16 bytes a
 thread, widens them by the bits and multiplies by all rows in tensor cores (m16n8k16); the warps' FP32 sums are added at

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 ROUNDS = 20
 PATIENCE = 4  # times as long, and as many rounds, where times do not settle
+AGREEING = 3  # rounds, of which the times of a call are to be near to each other; of a slow GPU, two
 NEAR = 1.05  # of the third least time over the least, where nobody disturbed
 STRAY = 0.1  # of the calls of one round, that may be further apart: short ones are
 
@@ -65,13 +66,13 @@ def _disturbed(apart: float) -> None:
 
 def apart(times: Sequence[float]) -> float:
     """The third least of ``times``, or the last of fewer, over the least."""
-    ordered = sorted(times)[:3]
+    ordered = sorted(times)[:AGREEING]
     return ordered[-1] / ordered[0] if ordered[0] > 0 else 1.0
 
 
 def milliseconds(calls: Sequence[Call], seconds: float) -> list[float]:
     """Of each call on the GPU: the least over up to ``ROUNDS`` rounds through all of them, fewer when ``seconds`` are
-    over."""
+    over.  A round that others make longer than that is no reason to stop: one alone agrees with nothing."""
     # Written before each call.  It is more than twice any L2, so weights come from memory as they do between layers; it
     # takes tens of microseconds, in which the host gets ahead of the GPU.
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
@@ -87,8 +88,9 @@ def milliseconds(calls: Sequence[Call], seconds: float) -> list[float]:
 
     while True:
         spent, done = time.monotonic() - begin, len(rounds)
-        over = done >= ROUNDS or spent > seconds * (1 if done >= 3 else 2)
-        if over and (done >= PATIENCE * ROUNDS or spent > PATIENCE * seconds or settled()):
+        over = done >= ROUNDS or (done >= AGREEING and spent > seconds)
+        late = done >= 2 and spent > PATIENCE * seconds
+        if late or (over and (done >= PATIENCE * ROUNDS or settled())):
             break
         events = [(event(), event()) for _ in calls]
         for (start, stop), call in list(zip(events, calls, strict=True))[:: -1 if done % 2 else 1]:
