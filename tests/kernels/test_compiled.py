@@ -139,11 +139,7 @@ for fp4, bias, cut, placed in ((False, None, 0, False), (False, bf16(96), 64, Tr
         if placed:
             keeping = {"out": bf16(30, cut or 96), "index": torch.full((m,), -1)}
             keeping["rest"] = bf16(30, 96 - cut) if cut else None
-        if not placed or m == 5:
-            twice(lambda: packed_rows.linear_rows(x, weight, bias, **keeping), [kernel])
-        else:  # eights of slots, however many there are
-            packed_rows.linear_rows(x, weight, bias, **keeping)
-            assert warped.used == tiled.used == 0
+        twice(lambda: packed_rows.linear_rows(x, weight, bias, **keeping), [kernel])
         x = x[:-1]
         if placed:
             keeping["index"] = keeping["index"][:-1]

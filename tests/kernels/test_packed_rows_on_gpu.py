@@ -83,8 +83,7 @@ def test_in_a_graph_in_the_places_of_rows(fmt: str, used: int, slots: int) -> No
     index[:used] = chosen
     graph.replay()
     together = torch.cat([first, rest], dim=1)
-    parts = rows[:used].split(PLACED) if used else ()
-    want = torch.cat([together[:0], *(linear_rows(part, weight) for part in parts)])
+    want = torch.cat([linear_rows(part, weight) for part in rows.split(PLACED)])[:used]
     assert torch.equal(together[chosen], want)
     together[chosen] = math.nan
     assert bool(together.isnan().all())

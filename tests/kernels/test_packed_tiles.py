@@ -8,12 +8,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-from mixquant_sglang.kernels.limits import MANY_ROWS
+from mixquant_sglang.kernels.limits import MANY_ROWS, PLACED
 from mixquant_sglang.kernels.triton import packed_tiles
 from mixquant_sglang.kernels.triton.packed_tiles import (
     BUCKETS,
     CHOICES,
-    PLACED,
     WIDE,
     Choice,
     Tiles,

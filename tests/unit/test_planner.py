@@ -306,7 +306,7 @@ def test_one_copy_takes_half_the_memory_and_leaves_more_for_the_cache() -> None:
     assert 0.281 < 1 + predict("nvfp4-compact", 2048).extra_weight_bytes / linears < 0.29
     # half the bytes in decode and for protected rows, read at other rates, and prompt rows as in fp8
     assert compact.decode_ms < 0.75 * bf16.decode_ms and fp8.decode_ms == bf16.decode_ms
-    assert compact.prefill_parts["protected"] < 0.75 * fp8.prefill_parts["protected"]
+    assert compact.prefill_parts["protected"] < 0.95 * fp8.prefill_parts["protected"]
     assert compact.prefill_parts["linears"] == fp8.prefill_parts["linears"]
     both = predict("w8a16", 8192)
     assert both.prefill_parts["quantise"] == both.prefill_parts["protected"] == 0 < both.prefill_parts["dequantise"]
@@ -333,8 +333,8 @@ def test_no_min_tokens_is_advised_where_there_is_no_bf16(capsys: pytest.CaptureF
     assert found["fp8"]["faster_from_tokens"] and not found["fp8-compact"].get("faster_from_tokens")
 
 
-def test_more_protected_rows_than_eight_read_packed_weights_again() -> None:
-    parts = [predict("fp8-compact", 512, batch=batch).prefill_parts["protected"] for batch in (1, 8, 9)]
+def test_more_protected_rows_than_64_read_packed_weights_again() -> None:
+    parts = [predict("fp8-compact", 100, batch=batch).prefill_parts["protected"] for batch in (1, 64, 65)]
     assert parts[0] == pytest.approx(parts[1], rel=0.01) and parts[2] > 1.9 * parts[1]
 
 
