@@ -2,10 +2,10 @@
 
     python -I -S tests/support/forked.py FOLDER PROBED MODULE ARGUMENTS...
 
-runs MODULE as ``python -m`` would, with this process's arguments, environment, folder and standard streams, and ends
-as it ends.  The process that forks listens in FOLDER, is started by the first that asks, and ends with the process
-PROBED.  It has what a scheduler imports, with TORCHDYNAMO_DISABLE=1 as all of these modules have it, and nothing of
-mixquant_sglang: a fork loads the plugin itself.
+runs MODULE as ``python -m`` would, with this process's arguments, environment (``PYTHONPATH`` too), folder and standard
+streams, and ends as it ends.  The process that forks listens in FOLDER, is started by the first that asks, and ends
+with the process PROBED.  It has what a scheduler imports, with TORCHDYNAMO_DISABLE=1 as all of these modules have it,
+and nothing of mixquant_sglang: a fork loads the plugin itself.
 
 A process of its own is run instead, and that is said on standard error, with ``TRITON_INTERPRET``, which Triton reads
 when it is imported, and where there is a GPU, after whose first use nothing may fork.
@@ -183,6 +183,8 @@ def _become(asked: dict[str, Any], streams: list[int]) -> None:
         os.chdir(asked["folder"])
         random.seed()
         sys.argv = ["-c", *asked["words"][1:]]
+        given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:0] = [folder for folder in given if folder and folder not in sys.path]
         sys.path.append(str(ROOT))
         runpy.run_module(asked["words"][0], None, "__main__", True)
         status = 0

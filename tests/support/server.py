@@ -14,7 +14,7 @@ from typing import Any
 import requests
 import torch
 
-from tests.support.processes import free_port
+from tests.support.processes import free_port, module
 
 ON_GPU = torch.cuda.is_available()
 START_LIMIT_S = 900  # a new environment on a cold disk takes minutes to import
@@ -28,15 +28,22 @@ CPU_FLAGS = [
 
 
 def launch(
-    args: list[str], log: Path, *, env: dict[str, str] | None = None, pythonpath: list[Path] | None = None
+    args: list[str],
+    log: Path,
+    *,
+    env: dict[str, str] | None = None,
+    pythonpath: list[Path] | None = None,
+    forked: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """``python -m sglang.launch_server ARGS`` in a process group of its own, output to ``log``."""
+    """``python -m sglang.launch_server ARGS`` in a process group of its own, output to ``log``; ``forked``: the
+    launcher is the fork of a process that has imported SGLang, its children are not."""
     full = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", **(env or {})}
     full.pop("MIXQUANT_RECIPE", None)
     full.update({key: value for key, value in (env or {}).items() if key == "MIXQUANT_RECIPE"})
     inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     full["PYTHONPATH"] = os.pathsep.join([*map(str, pythonpath or []), *inherited])
-    command = [sys.executable, "-m", "sglang.launch_server", *args]
+    start = module("sglang.launch_server") if forked else [sys.executable, "-m", "sglang.launch_server"]
+    command = [*start, *args]
     with log.open("wb") as out:
         return subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=full, cwd=log.parent, start_new_session=True
@@ -50,8 +57,8 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def ends(args: list[str], log: Path, **kwargs: Any) -> tuple[int, str]:
-    """Starts a server that must not serve; its exit status and output."""
-    process = launch(args, log, **kwargs)
+    """Starts a server that must not serve, most often before it has children; its exit status and output."""
+    process = launch(args, log, forked=True, **kwargs)
     try:
         status = process.wait(timeout=START_LIMIT_S)
     finally:

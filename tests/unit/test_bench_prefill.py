@@ -9,6 +9,8 @@ import pytest
 
 from scripts.bench.prefill import measure
 
+pytestmark = pytest.mark.once
+
 
 class Arm:
     """A server whose cache knows prompts by their first token."""

@@ -17,6 +17,8 @@ import pytest
 
 from scripts.bench import servers, turns
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Two processes of one group, each of which spins.

@@ -30,6 +30,8 @@ from mixquant_sglang.weights.decoder import Decoder
 from mixquant_sglang.weights.mixers import Attention
 from tests.support import quantised_checkpoints
 
+pytestmark = pytest.mark.once
+
 QWEN = find_model("Qwen3-8B")
 H200 = find_gpu("H200")
 LENGTHS = (512, 2048, 8192, 16384, 32768)

@@ -26,6 +26,8 @@ from mixquant_sglang.tools.plan.recipes import STOCK_BF16, STOCK_FP8, make_plan
 from mixquant_sglang.tools.plan.workload import Workload
 from mixquant_sglang.weights.decoder import Decoder, Experts
 
+pytestmark = pytest.mark.once
+
 H200 = find_gpu("H200")
 QWEN = find_model("Qwen3-30B-A3B")
 OTHERS = [model for model in MODELS if not model.is_plain]

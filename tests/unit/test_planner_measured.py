@@ -29,6 +29,8 @@ from mixquant_sglang.tools.plan.roofline import Roofline
 from mixquant_sglang.tools.plan.workload import Workload
 from mixquant_sglang.weights.decoder import Decoder
 
+pytestmark = pytest.mark.once
+
 H100, H200 = find_gpu("H100"), find_gpu("H200")
 QWEN, EXPERTS = find_model("Qwen3-8B"), find_model("Qwen3-30B-A3B")
 HYBRID, WIDE = find_model("Qwen3.5-35B-A3B"), find_model("Gemma-4-26B-A4B")

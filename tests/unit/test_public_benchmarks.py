@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 pytest.importorskip("openai")
 pytest.importorskip("tqdm")
 

@@ -37,6 +37,8 @@ from scripts.load.problems import Agent, draw, first, prompt
 from scripts.load.rounds import CALM, CUT, PRESSED, Life, Rounds
 from scripts.load.target import Target, differs, metrics, together
 
+pytestmark = pytest.mark.once
+
 AGENTS = draw(7, 4, 5)
 WHOLE = Request(RIGHT, prompt=300, cached=100, generated=20, most=24, retractions=0)
 

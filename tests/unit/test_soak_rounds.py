@@ -18,6 +18,8 @@ from scripts.load.rounds import CALM, CUT, PRESSED, Rounds
 from scripts.load.target import Side, Target
 from tests.support.soak_server import SoakServer
 
+pytestmark = pytest.mark.once
+
 AGENTS = draw(7, 4, 5)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.once
+
 TASKS = ("find", "hops", "order", "agent", "quote")
 LINES = [f"return self.member_{i % 7}(argument_{i}, other[{i * 37 % 101}])" for i in range(400)]
 SHAPE = {"vocab_size": 700, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}

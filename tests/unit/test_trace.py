@@ -19,6 +19,8 @@ from scripts.bench.trace import main, parse
 from scripts.bench.traffic import BadTrace, Prompts, Request, Traffic, due, read, shared, take
 from tests.support.stub_server import BROKEN, BUSY, DROPPED, FULL, OK, SHORT, SLOW, Stub, common, serve
 
+pytestmark = pytest.mark.once
+
 # Three turns of one conversation, and another that shares the first block with it.
 ROWS = [
     (0, 1000, 5, [0, 1]),
