@@ -15,8 +15,7 @@ def block_linear(device: Device) -> BlockLinear:
 class BlockLinear:
     """SGLang's CUTLASS GEMM on SM120 (for other GPUs it has none and raises; weights that are no multiple of 128 it
     leaves to Triton), its Triton one elsewhere.  Not what ``--fp8-gemm-backend`` names: DeepGEMM, which SGLang prefers,
-    rounds scales to powers of two from SM100 on, and decode reads the same ones; on SM90 it is compiled while serving,
-    for each number of rows."""
+    rounds scales to powers of two from SM100 on, and decode reads the same ones; on SM90 nobody has tried it here."""
 
     def __init__(self, *, cutlass: bool) -> None:
         from sglang.srt.layers.quantization import fp8_utils
