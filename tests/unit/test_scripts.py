@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -325,3 +326,18 @@ def test_measure_formats_gives_the_reasons_for_the_defaults() -> None:
         assert errors["w: search"][name] < 0.9 * errors["w: absmax"][name]
         drifted = errors["x: tensor static, calibrated to 1/8 of it"][name]
         assert drifted > 1.2 * default[name]
+
+
+def test_the_parts_of_all_tests_leave_none_out() -> None:
+    """What a part of ``scripts/test`` ignores is a part by itself, and each test file is in one part."""
+    text = (ROOT / "scripts" / "test").read_text()
+    names = dict(re.findall(r"\b(\w+)=(tests/\S+\.py)\b", text))
+    (listed,) = re.findall(r"side_by_side (tests/e2e.*?) -- ", text.replace("\\\n", " "))
+    for name, path in names.items():
+        listed = listed.replace(f"${name}", path)
+    parts = [part.split() for part in shlex.split(listed)]
+    files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == 2 and "$" not in listed and {*names.values()} <= {*files}
+    for file in files:
+        inside = [part for part in parts if file.startswith(part[0]) and f"--ignore={file}" not in part]
+        assert len(inside) == 1, (file, inside)
