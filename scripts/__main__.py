@@ -28,6 +28,7 @@ COMMANDS = {
     "eval_longmemeval": "public.longmemeval",
     "eval_reasoning": "public.reasoning",
     "eval_ruler": "public.ruler",
+    "eval_tasks": "eval.tasks",
     "eval_text": "eval.text",
     "fuzz": "tools.fuzz",
     "make_family_models": "models.make_family_models",

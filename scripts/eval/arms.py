@@ -127,9 +127,16 @@ class Client:
         return self._answers(self._wave("greedy", prompts, [self._params(limit) for limit in limits]))
 
     def sampled(
-        self, prompts: list[list[int]], limits: list[int], seeds: list[int], temperature: float, top_p: float
+        self,
+        prompts: list[list[int]],
+        limits: list[int],
+        seeds: list[int],
+        temperature: float,
+        top_p: float,
+        top_k: int = 0,
     ) -> list[Answer]:
-        drawn = {"temperature": temperature, "top_p": top_p}
+        """``top_k`` 0: of the whole vocabulary."""
+        drawn = {"temperature": temperature, "top_p": top_p} | ({"top_k": top_k} if top_k else {})
         params = [
             self._params(limit) | {"custom_params": {"seed": seed, **drawn}}
             for limit, seed in zip(limits, seeds, strict=True)

@@ -34,10 +34,10 @@ def _mixed(z: torch.Tensor) -> torch.Tensor:
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
-def gumbel(seeds: torch.Tensor, steps: torch.Tensor, vocab: int) -> torch.Tensor:
-    """FP64 [R, vocab]: Gumbel noise, a function of seed, step and token id alone."""
+def gumbel(seeds: torch.Tensor, steps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """FP64 of the shape of ``ids`` [R, K]: Gumbel noise, a function of seed, step and token id alone."""
     rows = _mixed(_mixed(seeds) + steps)
-    bits = _mixed(rows[:, None] + _mixed(torch.arange(1, vocab + 1, device=seeds.device))[None])
+    bits = _mixed(rows[:, None] + _mixed(ids + 1))
     uniform = (((bits >> 11) & _LOW_53).double() + 0.5) * 2.0**-53
     return -torch.log(-torch.log(uniform))
 
@@ -59,7 +59,8 @@ class Replay:
 
 
 class Sample:
-    """Draws by ``custom_params``: seed, temperature, top_p; the request itself is greedy."""
+    """Draws by ``custom_params``: seed, temperature, top_p, and top_k where every request of the batch has one; the
+    request itself is greedy."""
 
     def __call__(self, logits: torch.Tensor, params: list[dict[str, Any]]) -> torch.Tensor:
         def column(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
@@ -68,9 +69,18 @@ class Sample:
         seeds, steps = column([one["seed"] for one in params], torch.int64), column(_steps(params), torch.int64)
         temperature = column([one["temperature"] for one in params], torch.float64)[:, None]
         top_p = column([one["top_p"] for one in params], torch.float64)[:, None]
-        ordered, ids = torch.softmax(logits.double() / temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
+        most = [one.get("top_k", 0) for one in params]
+        if min(most) > 0:  # of a large vocabulary, the few that can be drawn alone
+            scaled = logits.float() / temperature.float()
+            best, ids = scaled.topk(min(max(most), logits.shape[-1]), dim=-1)
+            ordered = (best - scaled.logsumexp(dim=-1, keepdim=True)).double().exp()
+            place = torch.arange(ids.shape[-1], device=logits.device)
+            ordered = ordered.masked_fill(place >= column(most, torch.int64)[:, None], 0.0)
+        else:
+            whole = torch.softmax(logits.double() / temperature, dim=-1)
+            ordered, ids = whole.sort(dim=-1, descending=True, stable=True)
         ordered[ordered.cumsum(-1) - ordered > top_p] = 0.0  # as SGLang's sampler does
-        noise = gumbel(seeds, steps, logits.shape[-1]).gather(1, ids)
+        noise = gumbel(seeds, steps, ids)
         drawn = ids.gather(1, (ordered.log() + noise).argmax(dim=-1, keepdim=True))
         return torch.zeros_like(logits).scatter_(1, drawn, 1.0)
 

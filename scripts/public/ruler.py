@@ -17,7 +17,7 @@ import argparse
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -55,7 +55,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def prompts(name: str, length: int, args: argparse.Namespace, source: Material, tokenizer: Tokenizer) -> list[Example]:
+class Counts(Protocol):
+    """Whatever tells how many tokens a text has."""
+
+    def count(self, text: str) -> int: ...
+
+
+def prompts(name: str, length: int, args: argparse.Namespace, source: Material, tokenizer: Counts) -> list[Example]:
     """The examples of a task: the largest size that fits, less where one has longer words."""
     task = TASKS[name]
     most = length - TEMPLATE_TOKENS - (args.max_tokens or task.tokens)
