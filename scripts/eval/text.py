@@ -39,7 +39,8 @@ Answers are the expected calls in both, forced as above, so the text is the same
 
 OUT/parts has a file for each arm and cell: the same command goes on where it was cut short, arms may be measured one by
 one (--arms), and --collect makes the table of what is there, on any machine.  The same command on the same machine
-gives the same table.  Writes OUT/results.json, OUT/tables.txt, OUT/text.png; the last line of stdout is JSON.
+gives the same table.  Writes OUT/results.json, OUT/tables.txt and, of windows, OUT/text.png; the last line of stdout is
+JSON.
 
     scripts/eval_text --model MODEL --data DATA --out OUT --lengths 512 2048 8192 --n 60 --parallel 4
     scripts/eval_text --model MODEL --data DATA --out OUT --lengths 512 2048 8192 --n 60 --collect

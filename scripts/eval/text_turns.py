@@ -16,7 +16,6 @@ import argparse
 import json
 import urllib.request
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -144,9 +143,8 @@ def _check_cache(client: Client, before: Talk, cached: int, page: int, flushed: 
     if before and not flushed:
         had = len(before[-1].prompt) + len(before[-1].answer) - 1
         if cached < had - had % page:
-            raise client.arm.failed(
-                f"kept {cached} of {had} earlier tokens, in pages of {page}: give it more --kv-tokens"
-            )
+            wrong = f"kept {cached} of {had} earlier tokens (pages of {page})"
+            raise client.arm.failed(f"{wrong}: give it more --kv-tokens, if its cache keeps answers at all")
 
 
 def figures(part: Part, base: Part) -> Groups:
@@ -157,17 +155,16 @@ def figures(part: Part, base: Part) -> Groups:
     nll = -part.logprobs[:, -1].astype(np.float64)
     best, reference = (np.take_along_axis(p.ids, p.logprobs.argmax(1)[:, None], 1)[:, 0] for p in (part, base))
     same, right = best == reference, best == base.ids[:, -1]
-    ends = iter([*accumulate(base.lengths[base.lengths > 0].tolist())])
-    start, talks = 0, []
-    for lengths in base.lengths:
-        talks.append([slice(start, start := next(ends)) for _ in range(np.count_nonzero(lengths))])
+    counts = base.lengths[base.lengths > 0]
+    answers = iter(np.split(np.arange(counts.sum()), np.cumsum(counts)[:-1]))  # where the tokens of each are
+    talks = [[next(answers) for _ in range(np.count_nonzero(row))] for row in base.lengths]
     chosen = {"all": talks, "later": [talk[1:] for talk in talks]}
     chosen |= {f"turn {turn + 1}": [talk[turn : turn + 1] for talk in talks] for turn in range(base.lengths.shape[1])}
     out: Groups = {}
     for group, every in chosen.items():
         found: dict[str, list[float]] = {name: [] for name in ("kl", "first", "nll", "top1", "exact")}
         for turns in filter(None, every):
-            at = np.concatenate([np.arange(one.start, one.stop) for one in turns])
+            at = np.concatenate(turns)
             first, exact = ([x[one] for one in turns] for x in (kl, right))
             row = (kl[at].mean(), np.mean([x[0] for x in first]), nll[at].mean(), same[at].mean())
             for name, value in zip(found, (*row, np.mean([x.all() for x in exact])), strict=True):
