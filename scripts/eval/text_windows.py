@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import numpy as np
@@ -67,5 +68,6 @@ class Windows:
         return analyse(values, pairs, (REFERENCE, WORST), self.args.seed, self.args.draws)
 
     def shown(self, results: Results, arms: list[str], head: str) -> str:
-        drawn = plot(results, arms, self.args.out / "text.png", head)
-        return tables(results, arms) + ("" if drawn else "\n\n(no picture: matplotlib is not installed)")
+        if not plot(results, arms, self.args.out / "text.png", head):
+            print("no picture: matplotlib is not installed", file=sys.stderr)
+        return tables(results, arms)
