@@ -27,12 +27,13 @@ Means over cells, a cell being a source at a length.  Intervals: paired bootstra
 Passes are low however short they are (MIXQUANT_MIN_TOKENS=1): what a recipe does, and not what it leaves alone.
 NVFP4 is emulated where the GPU has no tensor cores for it; the table says so.
 
-With --multi-turn, whole conversations of BFCL, turn by turn (text_turns.py; not --lengths), each arm in two ways:
+With --multi-turn, whole conversations of BFCL, turn by turn (text_turns.py), each arm in two ways:
 
     kept       the radix cache keeps each answer's KV as decode wrote it, and the next turn prefills what is new
     flushed    the cache is emptied before each turn, so that earlier answers are prefilled again in the arm's precision
 
-Answers are the expected calls in both, forced as above, so the text is the same for all; KL is from BF16's, kept.
+Answers are the expected calls in both, forced as above, so the text is the same for all.  KL is from BF16's, kept, and
+what there is to recover is what nvfp4-everywhere, kept, loses.  Intervals are over conversations, by turn and in all.
 
     top1       share of the answers' tokens where the arm's most probable token is BF16's
     exact      share of turns whose every token is the arm's most probable: greedy, it would make the expected calls
@@ -84,7 +85,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for the results")
     add("--arms", nargs="+", choices=ARMS, metavar="ARM", help="default: all; bf16 is measured with whatever else")
     add("--sources", nargs="+", choices=SOURCES, help="default: those with data")
-    add("--lengths", nargs="+", type=int, default=[512, 2048, 8192], help="prompt tokens (default: %(default)s)")
+    add("--lengths", nargs="+", type=int, help="prompt tokens (default: 512 2048 8192)")
     add("--multi-turn", action="store_true", help=f"whole conversations, kept and flushed ({', '.join(TURNS)})")
     add("--n", type=int, default=60, help="windows of each source and length, or conversations (default: %(default)s)")
     add(
@@ -107,6 +108,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, low in {"n": 1, "answer_tokens": 2, "top": 1, "wave": 1, "parallel": 1, "gpus": 1, "draws": 100}.items():
         if getattr(args, name) < low:
             parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is less than {low}")
+    if args.multi_turn and args.lengths:
+        parser.error("argument --lengths: conversations are whole; leave it or --multi-turn out")
+    args.lengths = args.lengths or [512, 2048, 8192]
     usable = TURNS if args.multi_turn else SOURCES
     if other := [source for source in args.sources or () if source not in usable]:
         parser.error(f"argument --sources: {other[0]} has no conversations of several turns; {', '.join(usable)} has")

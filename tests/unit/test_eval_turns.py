@@ -328,13 +328,14 @@ def test_what_has_no_turns_is_refused(tmp_path: Path, data: Path, capsys: pytest
 
     (tmp_path / "config.json").write_text("{}")
     base = ["--model", str(tmp_path), "--out", str(tmp_path / "out"), "--multi-turn"]
-    args = parse([*base, "--data", str(data), "--kv-tokens", "100"])  # --lengths do not count
+    args = parse([*base, "--data", str(data), "--kv-tokens", "100"])  # which no window would fit into
     assert args.sources == ["bfcl"]
     for more, message in (
         (
             ["--data", str(data), "--sources", "bfcl", "essays"],
             "essays has no conversations of several turns; bfcl has",
         ),
+        (["--data", str(data), "--lengths", "512"], "--lengths: conversations are whole"),
         ([], "has no bfcl-v4-multi-turn-base-60.jsonl, which bfcl needs"),
     ):
         with pytest.raises(SystemExit):
