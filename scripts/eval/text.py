@@ -27,12 +27,25 @@ Means over cells, a cell being a source at a length.  Intervals: paired bootstra
 Passes are low however short they are (MIXQUANT_MIN_TOKENS=1): what a recipe does, and not what it leaves alone.
 NVFP4 is emulated where the GPU has no tensor cores for it; the table says so.
 
+With --multi-turn, whole conversations of BFCL, turn by turn (text_turns.py), each arm in two ways:
+
+    kept       the radix cache keeps each answer's KV as decode wrote it, and the next turn prefills what is new
+    flushed    the cache is emptied before each turn, so that earlier answers are prefilled again in the arm's precision
+
+Answers are the expected calls in both, forced as above, so the text is the same for all.  KL is from BF16's, kept, and
+what there is to recover is what nvfp4-everywhere, kept, loses.  Intervals are over conversations, by turn and in all.
+
+    top1       share of the answers' tokens where the arm's most probable token is BF16's
+    exact      share of turns whose every token is the arm's most probable: greedy, it would make the expected calls
+
 OUT/parts has a file for each arm and cell: the same command goes on where it was cut short, arms may be measured one by
 one (--arms), and --collect makes the table of what is there, on any machine.  The same command on the same machine
-gives the same table.  Writes OUT/results.json, OUT/tables.txt, OUT/text.png; the last line of stdout is JSON.
+gives the same table.  Writes OUT/results.json, OUT/tables.txt and, of windows, OUT/text.png; the last line of stdout is
+JSON.
 
     scripts/eval_text --model MODEL --data DATA --out OUT --lengths 512 2048 8192 --n 60 --parallel 4
     scripts/eval_text --model MODEL --data DATA --out OUT --lengths 512 2048 8192 --n 60 --collect
+    scripts/eval_text --model MODEL --data DATA --out OUT --multi-turn --n 60 --parallel 4
 """
 
 from __future__ import annotations
@@ -43,20 +56,18 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from scripts.bench.servers import Arm, machine, serving
 from scripts.eval.arms import FLAGS, Client
 from scripts.eval.run import processor_on_path, state_of
-from scripts.eval.statistics import analyse
-from scripts.eval.text_data import SOURCES, Window, missing, windows
-from scripts.eval.text_parts import Part, differs, figures, file_of, measured_with
-from scripts.eval.text_report import plot, tables
+from scripts.eval.text_data import SOURCES, TURNS, missing
+from scripts.eval.text_parts import REFERENCE, WORST, Cell, Stored, differs, file_of, measured_with
+from scripts.eval.text_turns import Turns
+from scripts.eval.text_windows import Windows
 
-REFERENCE, WORST = "bf16", "nvfp4-everywhere"
 UNPROTECTED = (
     "version: 1\nprefill: {precision: nvfp4}\ndecode: {precision: bf16}\nprotect: {last_prompt_token: false}\n"
 )
@@ -64,8 +75,6 @@ ARMS = (
     *(REFERENCE, WORST, "stock-fp8", "w4a16", "w8a16", "nvfp4", "nvfp4-unprotected", "nvfp4-fp8", "fp8"),
     *("fp8-attention", "fp8-compact", "nvfp4-compact"),
 )
-BESIDE = (("nvfp4-unprotected", "nvfp4"), ("fp8-attention", "fp8"), ("fp8-compact", "fp8"), ("nvfp4-compact", "nvfp4"))
-Cell = tuple[str, int]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,9 +85,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for the results")
     add("--arms", nargs="+", choices=ARMS, metavar="ARM", help="default: all; bf16 is measured with whatever else")
     add("--sources", nargs="+", choices=SOURCES, help="default: those with data")
-    add("--lengths", nargs="+", type=int, default=[512, 2048, 8192], help="prompt tokens (default: %(default)s)")
-    add("--n", type=int, default=60, help="windows of each source and length (default: %(default)s)")
-    add("--answer-tokens", type=int, default=128, help="that follow a prompt (default: %(default)s)")
+    add("--lengths", nargs="+", type=int, help="prompt tokens (default: 512 2048 8192)")
+    add("--multi-turn", action="store_true", help=f"whole conversations, kept and flushed ({', '.join(TURNS)})")
+    add("--n", type=int, default=60, help="windows of each source and length, or conversations (default: %(default)s)")
+    add(
+        "--answer-tokens",
+        type=int,
+        default=128,
+        help="that follow a prompt; at most (default: %(default)s)",
+    )
     add("--top", type=int, default=64, help="tokens that KL compares one by one (default: %(default)s)")
     add("--wave", type=int, default=32, help="windows under way at once, at most (default: %(default)s)")
     add("--kv-tokens", type=int, default=300_000, help="KV pool of each server (default: %(default)s)")
@@ -93,11 +108,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, low in {"n": 1, "answer_tokens": 2, "top": 1, "wave": 1, "parallel": 1, "gpus": 1, "draws": 100}.items():
         if getattr(args, name) < low:
             parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is less than {low}")
-    if min(args.lengths) < 2 or args.kv_tokens < max(args.lengths) + args.answer_tokens + 64:
+    if args.multi_turn and args.lengths:
+        parser.error("argument --lengths: conversations are whole; leave it or --multi-turn out")
+    args.lengths = args.lengths or [512, 2048, 8192]
+    usable = TURNS if args.multi_turn else SOURCES
+    if other := [source for source in args.sources or () if source not in usable]:
+        parser.error(f"argument --sources: {other[0]} has no conversations of several turns; {', '.join(usable)} has")
+    if not args.multi_turn and (min(args.lengths) < 2 or args.kv_tokens < max(args.lengths) + args.answer_tokens + 64):
         parser.error("arguments --lengths, --kv-tokens: a prompt and its answer must fit into the KV pool")
     if not (args.model / "config.json").is_file():
         parser.error(f"argument --model: {args.model} has no config.json; name the folder of a checkpoint")
-    args.sources = args.sources or [source for source in SOURCES if not missing(source, args.data)]
+    if not args.sources:
+        args.sources = [*TURNS] if args.multi_turn else [one for one in SOURCES if not missing(one, args.data)]
     for source in args.sources:
         if lacking := missing(source, args.data):
             parser.error(f"argument --data: {args.data or 'nothing'} has no {lacking}, which {source} needs")
@@ -120,9 +142,9 @@ def digest_of(model: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def spare_token(vocab: int, every: list[Window]) -> int:
+def spare_token(vocab: int, answers: Iterable[list[int]]) -> int:
     """The last token that no answer holds: what Replay takes the place of."""
-    used = {token for window in every for token in window.answer}
+    used = {token for answer in answers for token in answer}
     return next(token for token in range(vocab - 1, -1, -1) if token not in used)
 
 
@@ -133,16 +155,15 @@ class Run:
 
         logging.set_verbosity_error()  # that whole sources are longer than the model's context
         self.args = args
-        self.cells: list[Cell] = [(source, length) for source in args.sources for length in args.lengths]
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         config = AutoConfig.from_pretrained(args.model).get_text_config()
-        longest = max(args.lengths) + args.answer_tokens
-        if longest > config.max_position_embeddings:
-            raise SystemExit(f"--lengths: {longest} tokens; the model has {config.max_position_embeddings}")
-        self.windows = {
-            cell: windows(cell[0], args.data, tokenizer, args.n, cell[1], args.answer_tokens) for cell in self.cells
+        self.asked = (Turns if args.multi_turn else Windows)(args, tokenizer, config.max_position_embeddings)
+        self.cells = self.asked.cells
+        self.digests = {
+            cell: hashlib.sha256(json.dumps(self.asked.texts(cell)).encode()).hexdigest()[:16] for cell in self.cells
         }
-        self.spare = spare_token(config.vocab_size, [window for every in self.windows.values() for window in every])
+        answers = (answer for cell in self.cells for _, answer in self.asked.texts(cell))
+        self.spare = spare_token(config.vocab_size, answers)
         where = machine()
         self.identity = {
             **{name: where[name] for name in ("sglang", "torch")},
@@ -154,47 +175,31 @@ class Run:
         (args.out / "parts").mkdir(parents=True, exist_ok=True)
 
     def identity_of(self, cell: Cell) -> dict[str, Any]:
-        every = [[window.prompt, window.answer] for window in self.windows[cell]]
-        return self.identity | {"cell": [*cell], "text": hashlib.sha256(json.dumps(every).encode()).hexdigest()[:16]}
+        return self.identity | {"cell": [*cell], "text": self.digests[cell]}
 
-    def stored(self, cell: Cell, arm: str) -> Part | None:
-        file = file_of(self.args.out, *cell, arm)
+    def stored(self, cell: Cell, arm: str) -> Stored | None:
+        file = file_of(self.args.out, cell, arm)
         if not file.is_file():
             return None
-        part = Part.load(file)
+        part = self.asked.stored.load(file)
         expected = self.identity_of(cell)
         if self.args.collect:  # on whatever machine it was measured
-            base = file_of(self.args.out, *cell, REFERENCE)
-            reference = Part.load(base).identity if base.is_file() else expected
+            base = file_of(self.args.out, cell, REFERENCE)
+            reference = self.asked.stored.load(base).identity if base.is_file() else expected
             expected |= {name: reference[name] for name in ("sglang", "torch", "gpu", "flags", "wave", "kv_tokens")}
         if other := differs(part.identity, expected):
             raise SystemExit(f"{file} was measured with another {other}: name another --out, or remove it")
         return part
 
     def measure(self, arm: Arm, name: str) -> None:
-        client, args = Client(arm, self.args.top, self.spare, ()), self.args
+        client = Client(arm, self.args.top, self.spare, ())
         server = state_of(arm) if not name.startswith("stock-") else stock_state(arm)
+        own = {"recipe": UNPROTECTED if name == "nvfp4-unprotected" else name, "server": server}
         for cell in self.cells:
             if self.stored(cell, name) is not None:
                 continue
-            began, every = time.monotonic(), self.windows[cell]
-            most = max(1, min(args.wave, args.kv_tokens // (cell[1] + args.answer_tokens + 64)))
-            replayed, greedy = [], []
-            for at in range(0, len(every), most):
-                wave = every[at : at + most]
-                prompts = [window.prompt for window in wave]
-                arm.flush()
-                replayed += client.replayed(prompts, [window.answer for window in wave])
-                arm.flush()
-                greedy += client.greedy(prompts, [args.answer_tokens] * len(wave))
-            own = {"recipe": UNPROTECTED if name == "nvfp4-unprotected" else name, "server": server}
-            ids, logprobs = ([getattr(one, what) for one in replayed] for what in ("top_ids", "top_logprobs"))
-            Part(
-                self.identity_of(cell) | own,
-                np.stack(ids).astype(np.int32),
-                np.stack(logprobs).astype(np.float32),
-                np.array([one.ids for one in greedy], dtype=np.int32),
-            ).save(file_of(args.out, *cell, name))
+            began = time.monotonic()
+            self.asked.measure(client, cell, self.identity_of(cell) | own).save(file_of(self.args.out, cell, name))
             print(f"{name}: {cell[0]} {cell[1]}, {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
 
     def waiting(self) -> list[str]:
@@ -202,27 +207,21 @@ class Run:
 
     def report(self, arms: list[str]) -> dict[str, Any]:
         args = self.args
-        parts: dict[Cell, dict[str, Part]] = {}
+        parts: dict[Cell, dict[str, Any]] = {}
         for cell in self.cells:
             parts[cell] = {arm: part for arm in arms if (part := self.stored(cell, arm)) is not None}
-        values = {
-            cell: {arm: figures(part, row[REFERENCE]) for arm, part in row.items()} for cell, row in parts.items()
-        }
-        pairs = [(arm, REFERENCE) for arm in arms if arm != REFERENCE]
-        pairs += [pair for pair in BESIDE if {*pair} <= {*arms}]
-        results = analyse(values, pairs, (REFERENCE, WORST), args.seed, args.draws)
+        results = self.asked.results(parts, arms)
         row = parts[self.cells[0]]
         servers = {arm: part.identity["server"] for arm, part in row.items()}
         made = measured_with(part for every in parts.values() for part in every.values())
         said = {name: " and ".join(every) for name, every in made.items()}
         known = row[REFERENCE].identity
         head = (
-            f"{args.model.name} ({known['model']}): {args.n} windows of each source and length "
-            f"({', '.join(args.sources)}; {', '.join(map(str, args.lengths))}), {args.answer_tokens} tokens each, top "
-            f"{args.top}; GPU {said['gpu']}, SGLang {said['sglang']}, torch {said['torch']}, mixquant "
-            f"{said['mixquant'] or 'none'}; emulated: {', '.join(made['emulated']) or 'nothing'}"
+            f"{args.model.name} ({known['model']}): {self.asked.head}, top {args.top}; GPU {said['gpu']}, SGLang "
+            f"{said['sglang']}, torch {said['torch']}, mixquant {said['mixquant'] or 'none'}; emulated: "
+            f"{', '.join(made['emulated']) or 'nothing'}"
         )
-        text = f"{head}\n\n{tables(results, arms)}\n"
+        text = f"{head}\n\n{self.asked.shown(results, arms, head)}\n"
         full = {
             "identity": {**known, "cell": None},
             "measured_with": made,
@@ -232,8 +231,7 @@ class Run:
         }
         (args.out / "results.json").write_text(json.dumps(full, indent=1) + "\n")
         (args.out / "tables.txt").write_text(text)
-        drawn = plot(results, arms, args.out / "text.png", head)
-        print(text if drawn else f"{text}\n(no picture: matplotlib is not installed)\n")
+        print(text)
         return {"out": str(args.out), "arms": arms, "emulated": made["emulated"], "all": results["all"]}
 
 

@@ -11,6 +11,8 @@ A window is a prompt of so many tokens and the answer: the tokens that follow it
 assistant's turn and what comes after.  No token is in two answers; prompts may overlap.  Conversations are rendered by
 the tokenizer's chat template, the schemas in the system's turn; by a plain one where it has none, or has one that
 rewrites earlier turns.  The data sets hold no results of tools, so a turn of calls is followed by the next user's.
+
+``conversations`` are whole ones, of sources whose have several turns: there an answer is the assistant's turn alone.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ FILES = {
     ),
     "tau2": ("tau2-airline-tasks.json", "tau2-airline-policy.md", "tau2-telecom-tasks-small.json"),
 }
+TURNS = ("bfcl",)  # sources of conversations with several turns
 _APIS = {
     "GorillaFileSystem": "gorilla_file_system",
     "MathAPI": "math_api",
@@ -75,6 +78,46 @@ def windows(source: str, data: Path | None, tokenizer: Any, n: int, length: int,
             f"{source} is too short for {n} answers of {answer} tokens behind {length}: give a smaller --n"
         )
     return [Window([*lead, *tokens[at - own : at]], tokens[at : at + answer]) for at in places]
+
+
+def conversations(source: str, data: Path, tokenizer: Any, n: int, room: int, answer: int) -> list[list[Window]]:
+    """At most ``n``, evenly spaced among those of which two turns or more fit into ``room`` tokens: a window for each
+    turn that does.  A prompt is all that was said before, so it begins with the one before it and its answer; of an
+    answer the first ``answer`` tokens count.  SystemExit where there are none."""
+    found = []
+    for messages in _bfcl(data) if source == "bfcl" else _tau2(data):
+        every = _turns(messages, tokenizer, answer)
+        fit = [turn for turn in every if len(turn.prompt) + len(turn.answer) <= room]
+        if len(fit) > 1:
+            found.append(fit)
+    if not found:
+        raise SystemExit(f"{source} has no conversation of which two turns fit into {room} tokens")
+    n = min(n, len(found))
+    return [found[number * len(found) // n] for number in range(n)]
+
+
+def _turns(messages: Messages, tokenizer: Any, answer: int) -> list[Window]:
+    """An answer is what the assistant says and the token that ends its turn: the first that the template puts behind.
+    What it puts before (Qwen3: an empty thought, in the last turn) belongs to the prompt."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    said = [message["content"] for message in messages if message["role"] == "assistant"]
+    for using in (tokenizer, None):  # None: a plain rendering, where a template changes what was said
+        first, *parts = [text for text, _ in segments(messages, using)]
+        if all(text in part for text, part in zip(said, parts, strict=True)):
+            break
+    prompt, made = encode(first), []
+    lead = list(tokenizer("").input_ids)
+    prompt = prompt if prompt[: len(lead)] == lead else [*lead, *prompt]
+    for text, part in zip(said, parts, strict=True):
+        at = part.index(text)
+        own, after = encode(text), encode(part[at + len(text) :])
+        prompt = [*prompt, *encode(part[:at])]
+        made.append(Window(prompt, [*own, *after[:1]][:answer]))
+        prompt = [*prompt, *own, *after]
+    return made
 
 
 def stream(source: str, data: Path | None, tokenizer: Any) -> tuple[list[int], list[int] | None]:

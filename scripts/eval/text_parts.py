@@ -1,17 +1,18 @@
 """What one arm of eval_text did with the windows of one cell, on disk, and the figures that come of it.
 
 A part is a file: the best tokens of each step of the answers, the answer's own token last, and the greedy
-continuations.  Its identity is all that the numbers depend on; parts of one table differ in the arm alone.
+continuations (of conversations: text_turns.py).  Its identity is all that the numbers depend on; parts of one table
+differ in the arm alone.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,29 +22,42 @@ EDGES = (1, 8, 32, 128, 512)  # where bins of the place in the answer end
 OWN = ("recipe", "server")  # what arms differ in
 
 
+BESIDE = (("nvfp4-unprotected", "nvfp4"), ("fp8-attention", "fp8"), ("fp8-compact", "fp8"), ("nvfp4-compact", "nvfp4"))
+REFERENCE, WORST = "bf16", "nvfp4-everywhere"
+Cell = tuple[str, int | str]  # a source at a length, or (conversations) in a mode
+S = TypeVar("S", bound="Stored")
+
+
 @dataclass(frozen=True)
-class Part:
+class Stored:
+    """Arrays in a file, with all that they depend on."""
+
     identity: dict[str, Any]
+
+    def save(self, file: Path) -> None:
+        made = file.with_suffix(".part")
+        arrays = {one.name: getattr(self, one.name) for one in fields(self)}
+        arrays["identity"] = np.frombuffer(json.dumps(self.identity).encode(), dtype=np.uint8)
+        with made.open("wb") as out:
+            np.savez_compressed(out, **arrays)
+        made.replace(file)
+
+    @classmethod
+    def load(cls: type[S], file: Path) -> S:
+        with np.load(file) as found:
+            arrays = {one.name: found[one.name] for one in fields(cls)}
+        return cls(**{**arrays, "identity": json.loads(arrays["identity"].tobytes())})
+
+
+@dataclass(frozen=True)
+class Part(Stored):
     ids: Array  # int32 [examples, answer tokens, top + 1 or fewer]
     logprobs: Array  # float32, the same shape
     greedy: Array  # int32 [examples, answer tokens]
 
-    def save(self, file: Path) -> None:
-        made = file.with_suffix(".part")
-        with made.open("wb") as out:
-            text = np.frombuffer(json.dumps(self.identity).encode(), dtype=np.uint8)
-            np.savez_compressed(out, identity=text, ids=self.ids, logprobs=self.logprobs, greedy=self.greedy)
-        made.replace(file)
 
-    @classmethod
-    def load(cls, file: Path) -> Part:
-        with np.load(file) as found:
-            identity = json.loads(found["identity"].tobytes())
-            return cls(identity, found["ids"], found["logprobs"], found["greedy"])
-
-
-def file_of(out: Path, source: str, length: int, arm: str) -> Path:
-    return out / "parts" / f"{source}-{length}-{arm}.npz"
+def file_of(out: Path, cell: Cell, arm: str) -> Path:
+    return out / "parts" / f"{cell[0]}-{cell[1]}-{arm}.npz"
 
 
 def differs(identity: dict[str, Any], expected: dict[str, Any]) -> str:
@@ -52,7 +66,7 @@ def differs(identity: dict[str, Any], expected: dict[str, Any]) -> str:
     return next((name for name in names if identity.get(name) != expected.get(name)), "")
 
 
-def measured_with(parts: Iterable[Part]) -> dict[str, list[str]]:
+def measured_with(parts: Iterable[Stored]) -> dict[str, list[str]]:
     """GPU, versions and emulated kernels of the parts of one table: all that there is of each, since cells may come
     from several machines and arms from several versions."""
     every = [*parts]

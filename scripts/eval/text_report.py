@@ -16,6 +16,14 @@ TITLES = {
 }
 
 
+TURN_TITLES = {
+    **{name: TITLES[name] for name in ("kl", "nll")},
+    "first": "the same KL at the first token of each answer",
+    "top1": "share of the answers' tokens where the arm's most probable token is BF16's (kept)",
+    "exact": "share of turns whose every token is the arm's most probable: greedy, it would make the expected calls",
+}
+
+
 def perplexity(nll: list[float]) -> list[float]:
     """e to the mean and to the ends of its interval: the interval of the perplexity, because e^x keeps the order."""
     return [math.exp(x) for x in nll]
@@ -67,6 +75,42 @@ def tables(results: Results, arms: list[str]) -> str:
             ]
             if columns:
                 out.append(table(f"{head} [95% interval]", columns, rows))
+    return "\n\n".join(out)
+
+
+def turn_summary(results: Results, arms: list[str]) -> str:
+    """A row for each arm and mode over all turns but the first, where modes are alike, in Markdown."""
+    later = results["later"]
+    lines = [
+        "| arm, from turn 2 on | KL from BF16 kept, nats | KL, flushed - kept | perplexity | top-1 as BF16's | "
+        "exact turns | KL taken back | log-likelihood taken back |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in (f"{arm}/{mode}" for arm in arms for mode in ("kept", "flushed")):
+        minus = later["kl"]["minus"].get(f"{name} - {name.replace('/flushed', '/kept')}")
+        values = [figure(later["kl"]["value"][name]), figure(minus, signed=True) if minus else "-"]
+        values.append(figure(perplexity(later["nll"]["value"][name])))
+        values += [figure(later[measure]["value"][name]) for measure in ("top1", "exact")]
+        values += [
+            share(later[measure]["recovered"][name]) if name in later[measure]["recovered"] else "-"
+            for measure in ("kl", "nll")
+        ]
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def turn_tables(results: Results, arms: list[str]) -> str:
+    """Of each measure: figures, differences and recovered shares, a row for each arm and mode, by turn."""
+    out = [turn_summary(results, arms)]
+    columns = [f"{group} ({found['examples']})" for group, found in results.items()]
+    for measure, title in TURN_TITLES.items():
+        for kind, head in (("value", title), ("minus", "paired difference"), ("recovered", "recovered share")):
+            rows = [
+                (name, [figure(found[measure][kind][name], kind == "minus") for found in results.values()])
+                for name in results["all"][measure][kind]
+            ]
+            if rows:
+                out.append(table(f"{head} [95% interval], by turn (conversations)", columns, rows))
     return "\n\n".join(out)
 
 

@@ -306,6 +306,5 @@ def test_an_arm_is_measured_once_and_collected_anywhere(
 
 def test_the_spare_token_is_in_no_answer() -> None:
     from scripts.eval.text import spare_token
-    from scripts.eval.text_data import Window
 
-    assert spare_token(10, [Window([9], [8, 3]), Window([7], [9])]) == 7
+    assert spare_token(10, [[8, 3], [9]]) == 7
