@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Accuracy of recipes on public tasks, with any chat checkpoint: real servers, the same prompts, paired intervals.
 
-Arms are those of eval_text.  Tasks (tasks_data.py): all of GSM8K, alone and behind worked problems (--shots), so that
-prefill has something to do; MATH-500; RULER's look-ups in essays, at --lengths.
+Arms are those of eval_text, or files of recipes.  Tasks (tasks_data.py): all of GSM8K, alone and behind worked problems
+(--shots), so that prefill has something to do; MATH-500; RULER's look-ups in essays, at --lengths.
 
     greedy      the answer at temperature 0
     sampled     the share of --samples answers at --temperature that are right, of tasks without a long prompt; a draw
@@ -41,8 +41,8 @@ from scripts.eval.run import state_of
 from scripts.eval.statistics import analyse
 from scripts.eval.tasks_data import FILES, LOOKUPS, Cell, Problem, cells_of, family, missing, problems
 from scripts.eval.tasks_report import tables
-from scripts.eval.text import ARMS, BESIDE, REFERENCE, UNPROTECTED, WORST, digest_of, measure, stock_state
-from scripts.eval.text_parts import differs
+from scripts.eval.text import ARMS, arms_of, digest_of, measure, stock_state
+from scripts.eval.text_parts import BESIDE, REFERENCE, WORST, differs
 from scripts.public.grading import math_grader
 
 TOKENS = {"gsm8k": 512, "math500": 1024}
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, required=True, help="folder of a BF16 chat checkpoint with its tokenizer")
     add("--data", type=Path, required=True, help="folder with the files of the tasks (tasks_data.py)")
     add("--out", type=Path, required=True, help="folder for the results")
-    add("--arms", nargs="+", choices=ARMS, metavar="ARM", help="default: all; bf16 is measured with whatever else")
+    add("--arms", nargs="+", metavar="ARM", help="of eval_text, or recipe files; default: all; bf16 is always there")
     add("--tasks", nargs="+", choices=(*FILES, *LOOKUPS), default=[*FILES, *LOOKUPS], help="default: %(default)s")
     add(
         "--shots", nargs="+", type=int, default=[0, 8, 32], help="worked problems before GSM8K's (default: %(default)s)"
@@ -91,7 +91,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"argument --model: {args.model} has no config.json; name the folder of a checkpoint")
     if lacking := missing(args.tasks, args.data):
         parser.error(f"argument --data: {args.data} has no {lacking}")
-    args.arms = list(dict.fromkeys([REFERENCE, *(args.arms or ARMS)]))
+    args.arms, args.recipes = arms_of(parser, args.arms or ARMS)
     args.out = args.out.resolve()
     return args
 
@@ -189,7 +189,7 @@ class Run:
             if self.stored(cell, name) is not None:
                 continue
             began, every = time.monotonic(), self.problems[cell]
-            own = {"recipe": UNPROTECTED if name == "nvfp4-unprotected" else name, "server": server}
+            own = {"recipe": self.args.recipes.get(name, name), "server": server}
             part: Part = {"identity": self.identity_of(cell) | own}
             part["greedy"] = self._asked(client, every, 1, self._greedy)
             if count := self.samples(cell):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Quality of recipes on the text of any checkpoint: real servers, the same windows, paired intervals.
 
-Arms are recipes by name (stock-fp8: SGLang's own --quantization fp8, in both phases):
+Arms are recipes by name, or files of recipes (stock-fp8: SGLang's own --quantization fp8, in both phases):
 
     bf16               the reference
     nvfp4-everywhere   W4A4 in both phases: what there is to take back
@@ -9,6 +9,7 @@ Arms are recipes by name (stock-fp8: SGLang's own --quantization fp8, in both ph
     w4a16, w8a16       rounded weights in both phases, BF16 activations
     nvfp4              Mix-Quant: NVFP4 prefill, BF16 decode and last prompt token
     nvfp4-unprotected  the same with the last prompt token in NVFP4
+    nvfp4-absmax       the same with block scales by the largest value, not searched
     nvfp4-fp8, fp8     attention's linears in FP8, all linears in FP8
     fp8-attention      with FP8 attention from 8192 tokens on, on Hopper
     fp8-compact, nvfp4-compact   one packed copy: answers from rounded weights
@@ -56,7 +57,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,12 @@ from scripts.eval.text_parts import REFERENCE, WORST, Cell, Stored, differs, fil
 from scripts.eval.text_turns import Turns
 from scripts.eval.text_windows import Windows
 
-UNPROTECTED = (
-    "version: 1\nprefill: {precision: nvfp4}\ndecode: {precision: bf16}\nprotect: {last_prompt_token: false}\n"
-)
+VARIANTS = {  # recipes that are not shipped
+    "nvfp4-unprotected": "version: 1\nprefill: {precision: nvfp4}\nprotect: {last_prompt_token: false}\n",
+    "nvfp4-absmax": "version: 1\nprefill: {precision: nvfp4}\nweights: {scales: absmax}\n",
+}
 ARMS = (
-    *(REFERENCE, WORST, "stock-fp8", "w4a16", "w8a16", "nvfp4", "nvfp4-unprotected", "nvfp4-fp8", "fp8"),
+    *(REFERENCE, WORST, "stock-fp8", "w4a16", "w8a16", "nvfp4", *VARIANTS, "nvfp4-fp8", "fp8"),
     *("fp8-attention", "fp8-compact", "nvfp4-compact"),
 )
 
@@ -83,7 +85,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, required=True, help="folder of a BF16 checkpoint with its tokenizer")
     add("--data", type=Path, help="folder with the files of the sources (text_data.py); without: code alone")
     add("--out", type=Path, required=True, help="folder for the results")
-    add("--arms", nargs="+", choices=ARMS, metavar="ARM", help="default: all; bf16 is measured with whatever else")
+    add("--arms", nargs="+", metavar="ARM", help="of these, or recipe files; default: all; bf16 is always there")
     add("--sources", nargs="+", choices=SOURCES, help="default: those with data")
     add("--lengths", nargs="+", type=int, help="prompt tokens (default: 512 2048 8192)")
     add("--multi-turn", action="store_true", help=f"whole conversations, kept and flushed ({', '.join(TURNS)})")
@@ -123,9 +125,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for source in args.sources:
         if lacking := missing(source, args.data):
             parser.error(f"argument --data: {args.data or 'nothing'} has no {lacking}, which {source} needs")
-    args.arms = list(dict.fromkeys([REFERENCE, *(args.arms or ARMS)]))
+    args.arms, args.recipes = arms_of(parser, args.arms or ARMS)
     args.out = args.out.resolve()
     return args
+
+
+def arms_of(parser: argparse.ArgumentParser, asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The names of the arms, BF16 first, and the recipes of those that are not shipped.  A file is an arm by its name
+    without suffix."""
+    names, recipes = [REFERENCE], dict(VARIANTS)
+    for arm in asked:
+        if arm in ARMS:
+            names.append(arm)
+            continue
+        file = Path(arm)
+        if not file.is_file():
+            parser.error(f"argument --arms: {arm} is no recipe file and none of {', '.join(ARMS)}")
+        text = file.read_text(encoding="utf-8")
+        if file.stem in ARMS or recipes.get(file.stem, text) != text:
+            parser.error(f"argument --arms: there is another arm {file.stem}; rename {arm}")
+        names.append(file.stem)
+        recipes[file.stem] = text
+    return list(dict.fromkeys(names)), recipes
 
 
 def digest_of(model: Path) -> str:
@@ -194,7 +215,7 @@ class Run:
     def measure(self, arm: Arm, name: str) -> None:
         client = Client(arm, self.args.top, self.spare, ())
         server = state_of(arm) if not name.startswith("stock-") else stock_state(arm)
-        own = {"recipe": UNPROTECTED if name == "nvfp4-unprotected" else name, "server": server}
+        own = {"recipe": self.args.recipes.get(name, name), "server": server}
         for cell in self.cells:
             if self.stored(cell, name) is not None:
                 continue
@@ -265,13 +286,14 @@ def measure(run: Run, waiting: list[str]) -> None:
     os.environ["MIXQUANT_MIN_TOKENS"] = "1"
     args.dummy, args.model_path, args.logs = False, args.model.resolve(), args.out / "logs"
     args.logs.mkdir(parents=True, exist_ok=True)
-    unprotected = args.logs / "nvfp4-unprotected.yaml"
-    unprotected.write_text(UNPROTECTED)
+    files = {name: args.logs / f"{name}.yaml" for name in args.recipes}
+    for name, file in files.items():
+        file.write_text(args.recipes[name])
     flags = [*FLAGS, "--random-seed", str(args.seed), *args.flags]
     for at in range(0, len(waiting), args.parallel):
         names = waiting[at : at + args.parallel]
-        files = [str(unprotected) if name == "nvfp4-unprotected" else name for name in names]
-        group = argparse.Namespace(**{**vars(args), "arms": files, "flags": flags})
+        served = [str(files.get(name, name)) for name in names]
+        group = argparse.Namespace(**{**vars(args), "arms": served, "flags": flags})
         # The pool outside: whatever ends this, servers are stopped first, and requests to them fail.
         with ThreadPoolExecutor(len(names)) as pool, processor_on_path(), serving(group, timed=False) as arms:
             for job in [pool.submit(run.measure, arm, name) for arm, name in zip(arms, names, strict=True)]:

@@ -20,9 +20,10 @@ from scripts.eval.statistics import Array, agreement, divergence
 
 EDGES = (1, 8, 32, 128, 512)  # where bins of the place in the answer end
 OWN = ("recipe", "server")  # what arms differ in
-
-
-BESIDE = (("nvfp4-unprotected", "nvfp4"), ("fp8-attention", "fp8"), ("fp8-compact", "fp8"), ("nvfp4-compact", "nvfp4"))
+BESIDE = (
+    *(("nvfp4-unprotected", "nvfp4"), ("nvfp4-absmax", "nvfp4"), ("fp8-attention", "fp8")),
+    *(("fp8-compact", "fp8"), ("nvfp4-compact", "nvfp4")),
+)
 REFERENCE, WORST = "bf16", "nvfp4-everywhere"
 Cell = tuple[str, int | str]  # a source at a length, or (conversations) in a mode
 S = TypeVar("S", bound="Stored")

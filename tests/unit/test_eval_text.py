@@ -213,16 +213,20 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, data: Path, capsys: 
     assert "has no tau2-airline-tasks.json, which tau2 needs" in refused("--sources", "tau2")
     assert "must fit into the KV pool" in refused("--kv-tokens", "8000")
     assert "--n: 0 is less than 1" in refused("--n", "0")
-    assert "invalid choice" in refused("--arms", "nvfp5")
+    assert "nvfp5 is no recipe file and none of bf16" in refused("--arms", "nvfp5")
 
 
-def test_every_arm_is_a_recipe_or_sglangs_own() -> None:
+def test_every_arm_is_a_recipe_or_sglangs_own(tmp_path: Path) -> None:
     from mixquant_sglang import recipe
-    from scripts.eval.text import ARMS, UNPROTECTED
+    from scripts.eval.text import ARMS, VARIANTS
 
-    special = {"stock-fp8", "nvfp4-unprotected"}
+    special = {"stock-fp8", *VARIANTS}
     assert {recipe.load(arm).name for arm in ARMS if arm not in special} == {*ARMS} - special
-    assert "last_prompt_token: false" in UNPROTECTED
+    made = {}
+    for name, text in VARIANTS.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+        made[name] = recipe.load(str(tmp_path / f"{name}.yaml"))
+    assert not made["nvfp4-unprotected"].protect_last_prompt_token and made["nvfp4-absmax"].scales == "absmax"
 
 
 class FakeArm:
@@ -308,3 +312,21 @@ def test_the_spare_token_is_in_no_answer() -> None:
     from scripts.eval.text import spare_token
 
     assert spare_token(10, [[8, 3], [9]]) == 7
+
+
+def test_a_recipe_file_is_an_arm_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import argparse
+
+    from scripts.eval.text import ARMS, VARIANTS, arms_of
+
+    parser = argparse.ArgumentParser()
+    mine, other = tmp_path / "mine.yaml", tmp_path / "nvfp4.yaml"
+    for file in (mine, other):
+        file.write_text("version: 1\nprefill: {precision: fp8}\n")
+    names, recipes = arms_of(parser, ["fp8", str(mine), "bf16", "nvfp4-absmax", "fp8"])
+    assert names == ["bf16", "fp8", "mine", "nvfp4-absmax"]
+    assert recipes == {**VARIANTS, "mine": mine.read_text()} and {*VARIANTS} < {*ARMS}
+    for asked, said in ((str(tmp_path / "no.yaml"), "is no recipe file and none of bf16"), (str(other), "rename")):
+        with pytest.raises(SystemExit):
+            arms_of(parser, [asked])
+        assert said in capsys.readouterr().err
