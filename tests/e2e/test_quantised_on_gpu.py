@@ -35,7 +35,7 @@ FLAGS = [
     *("--cuda-graph-max-bs-decode", "8", *ATTENTION),
 ]
 NEW = 16
-TIE = 0.125  # of logprobs: BF16 logits between 16 and 32 are so far apart
+TIE = 0.25  # of logprobs: BF16 logits between 16 and 32 are 0.125 apart, and two of them may be off by one step
 TEXTS = (  # what the model was trained on: the Python library's sources
     'def __repr__(self):\n        return "<%s at %x>" % (self.__class__.__name__, id(self))\n\n    def close(self',
     "import os\nimport sys\n\nclass Error(Exception):\n    pass\n\ndef main(argv=None):\n    if argv is None:\n",

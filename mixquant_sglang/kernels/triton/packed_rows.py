@@ -166,6 +166,9 @@ def _by_warps(
     whole = width % (64 * tiles.pieces * tiles.warps) == 0
     sizes = (n, width // (4 * unit), cut, out.stride(0), rest.stride(0), rows.stride(0))
     constants = (taken, tiles.n, tiles.pieces, tiles.warps, unit, n % tiles.n == 0, whole, walk, sm(rows.device))
+    options = {"num_warps": tiles.warps, "num_stages": 1, "enable_fp_fusion": False}
+    if walk and taken == 8:  # two programs of eight warps for a multiprocessor, which NVFP4 would miss by few registers
+        options["maxnreg"] = 128
     _warped.launch(
         _packed_warps,
         (rows.device.index, scales is None, index is None, bias is None, *sizes, *constants),
@@ -177,7 +180,7 @@ def _by_warps(
             *(m, *sizes),
         ),
         constants,
-        {"num_warps": tiles.warps, "num_stages": 1, "enable_fp_fusion": False},
+        options,
     )
 
 

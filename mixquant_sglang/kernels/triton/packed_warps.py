@@ -108,6 +108,12 @@ def _some_rows(
 ) -> None:
     """ROWS rows from ``first_row`` on by the program's weight rows."""
     first_n = tl.program_id(0) * BLOCK_N
+    slot = first_row + tl.arange(0, ROWS)
+    row = slot
+    used = rows
+    if index_ptr is not None:  # a number, asked once: the loop below waits for no index
+        row = tl.load(index_ptr + slot, mask=slot < rows, other=-1, eviction_policy="evict_last")
+        used = first_row + tl.sum((row >= 0).to(tl.int32), axis=0)
     H: tl.constexpr = BLOCK_N // 8
     STEP: tl.constexpr = 16 * PIECES * WARPS
     width = units * UNIT
@@ -131,15 +137,13 @@ def _some_rows(
         # The next step's bytes are on their way while this one's are multiplied.
         next_code = _load(codes, n, at, start + STEP, N, width, WHOLE_N, WHOLE_K, EVICT)
         if block_scale_ptr is None:
-            x = _columns_of_fp8(
-                rows_ptr, index_ptr, first_row, start, rows, width, rows_stride, ROWS, PIECES, WARPS, WHOLE_K
-            )
+            x = _columns_of_fp8(rows_ptr, first_row, used, start, width, rows_stride, ROWS, PIECES, WARPS, WHOLE_K)
             low, high = e4m3_pairs(code, SM)
             total = tl.dot(_matrix(low, high, BLOCK_N, PIECES, WARPS), x, total)
         else:
             next_scale = _load(scales, n, scale_at, (start + STEP) // 2, N, width // 2, WHOLE_N, WHOLE_K, EVICT)
             pairs = _columns_of_nvfp4(
-                rows_ptr, index_ptr, first_row, start, rows, width, rows_stride, ROWS, PIECES, WARPS, WHOLE_K
+                rows_ptr, first_row, used, start, width, rows_stride, ROWS, PIECES, WARPS, WHOLE_K
             )
             factor = e4m3_value(scale.to(tl.int32) & 0x7F) * 6.646139978924579e35  # 2^119
             factor = (factor.to(tl.int32, bitcast=True) >> 16) * 0x10001  # BF16 holds it
@@ -155,11 +159,7 @@ def _some_rows(
         code = next_code
     result = tl.sum(total, axis=0)
     column = first_n + tl.arange(0, BLOCK_N)
-    slot = first_row + tl.arange(0, ROWS)
-    row = slot
-    if index_ptr is not None:
-        row = tl.load(index_ptr + slot, mask=slot < rows, other=-1, eviction_policy="evict_last")
-    mask = ((slot < rows) & (row >= 0))[None, :] & (column[:, None] < N)
+    mask = (slot < used)[None, :] & (column[:, None] < N)
     if block_scale_ptr is None:
         result *= tl.load(scale_ptr + column, mask=column < N, other=0.0)[:, None]
     else:
@@ -208,10 +208,9 @@ def _matrix(
 @triton.jit  # type: ignore[untyped-decorator]
 def _columns_of_fp8(
     rows_ptr: tl.tensor,
-    index_ptr: tl.tensor,
     first_row: tl.tensor,
+    used: tl.tensor,
     start: tl.tensor,
-    rows: tl.tensor,
     width: tl.tensor,
     rows_stride: tl.tensor,
     ROWS: tl.constexpr,
@@ -230,7 +229,7 @@ def _columns_of_fp8(
     piece = tl.arange(0, PIECES)[None, None, None, None, None, :, None]
     at = start * 4 + (warp * PIECES + piece) * 64 + thread * 16 + half * 8 + tl.arange(0, 8)
     slot = first_row + eight * 8 + one
-    inside = _used(index_ptr, slot, rows)
+    inside = slot < used
     if not WHOLE_K:
         inside = inside & (at < width * 4)
     x = tl.load(rows_ptr + slot.to(tl.int64) * rows_stride + at, mask=inside, other=0.0, eviction_policy="evict_last")
@@ -241,10 +240,9 @@ def _columns_of_fp8(
 @triton.jit  # type: ignore[untyped-decorator]
 def _columns_of_nvfp4(
     rows_ptr: tl.tensor,
-    index_ptr: tl.tensor,
     first_row: tl.tensor,
+    used: tl.tensor,
     start: tl.tensor,
-    rows: tl.tensor,
     width: tl.tensor,
     rows_stride: tl.tensor,
     ROWS: tl.constexpr,
@@ -263,7 +261,7 @@ def _columns_of_nvfp4(
     piece = tl.arange(0, PIECES)[None, None, None, None, None, :, None]
     at = start * 4 + (warp * PIECES + piece) * 64 + thread * 16 + quarter * 4 + tl.arange(0, 4)
     slot = first_row + eight * 8 + one
-    inside = _used(index_ptr, slot, rows)
+    inside = slot < used
     if not WHOLE_K:
         inside = inside & (at < width * 4)
     x = tl.load(
@@ -271,11 +269,3 @@ def _columns_of_nvfp4(
     )
     named = tl.reshape(x, (4, 8, WARPS, M, 2, 2, PIECES, 4))
     return tl.reshape(tl.permute(named, (2, 6, 4, 5, 0, 7, 3, 1)), (WARPS, 64 * PIECES, ROWS))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _used(index_ptr: tl.tensor, slot: tl.tensor, rows: tl.tensor) -> tl.tensor:
-    inside = slot < rows
-    if index_ptr is not None:
-        inside = inside & (tl.load(index_ptr + slot, mask=inside, other=-1, eviction_policy="evict_last") >= 0)
-    return inside
