@@ -8,7 +8,8 @@ is compared with float64 on all codes. The last rows are the sums of all weights
 
 --sweep tries both kernels with lists of tiles (``packed_sweep.py``), and ends with the lines of
 ``packed_tiles.CHOICES``: copy these. --marlin adds SGLang's Marlin, whose weights are a second copy in a layout of its
-own (``packed_marlin.py``).
+own (``packed_marlin.py``). --placed times something else: protected rows in the slots of a captured prefill graph
+(``packed_placed.py``).
 
 Prints a table; the last line of stdout is JSON.
 """
@@ -17,46 +18,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import triton
 
-from mixquant_sglang.formats import fp8, nvfp4
-from mixquant_sglang.kernels.packing import quantize_nvfp4
-from mixquant_sglang.kernels.triton import packed_rows, packed_tiles
+from mixquant_sglang.kernels.triton import packed_rows
 from mixquant_sglang.kernels.triton.packed_rows import Packed
 from mixquant_sglang.kernels.triton.packed_tiles import Tiles, Warps
 from mixquant_sglang.kernels.triton.unpack import unscaled
-from scripts.bench import packed_marlin, packed_sweep
+from scripts.bench import packed_marlin, packed_placed, packed_sweep
+from scripts.bench.packed_weights import SHAPES, allowed, errors, exact, microseconds, packed, rotating
 
-SHAPES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))  # Qwen3-8B
 ROWS = (1, 8, 16, 32, 64, 128, 256)
-WORKING_SET = 512 << 20  # bytes that the weights of an arm have at least
-
-
-def packed(fmt: str, weight: torch.Tensor) -> Packed:
-    locks = torch.zeros(packed_tiles.LOCKS, dtype=torch.int32, device="cuda")
-    if fmt == "w8a16":
-        q = fp8.quantize(weight)
-        return Packed(q.data, q.scales, locks)
-    p = quantize_nvfp4(weight)
-    return Packed(p.packed, p.tensor_scale, locks, p.block_scales)
-
-
-def exact(weight: Packed) -> torch.Tensor:
-    """Its values in float64."""
-    if weight.block_scales is None:
-        return weight.codes.double() * weight.scale[:, None].double()
-    return (
-        nvfp4.NVFP4Tensor(weight.codes, weight.block_scales, weight.scale).unscaled(torch.float64)
-        * weight.scale.double()
-    )
 
 
 def widened(x: torch.Tensor, weight: Packed) -> torch.Tensor:
@@ -65,18 +42,6 @@ def widened(x: torch.Tensor, weight: Packed) -> torch.Tensor:
         weight.codes.to(torch.bfloat16) if weight.block_scales is None else unscaled(weight.codes, weight.block_scales)
     )
     return torch.mm(x, wide.t(), out_dtype=torch.float32).mul_(weight.scale).to(torch.bfloat16)
-
-
-def allowed(x: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The product in float64, and what FP32 sums and one rounding may be off."""
-    want = x.double() @ values.t()
-    return want, want.abs() * 2**-8 + 2**-20 * (x.double().abs() @ values.t().abs())
-
-
-def errors(out: torch.Tensor, want: torch.Tensor, may: torch.Tensor) -> float:
-    """The largest, in units of ``may``; infinite where a number is none."""
-    off = (out.double() - want).abs() / may.clamp(min=1e-30)
-    return float(torch.where(off.isnan(), math.inf, off).max())
 
 
 def check() -> float:
@@ -111,35 +76,12 @@ def check() -> float:
     return worst
 
 
-def microseconds(calls: Sequence[Callable[[], Any]], replays: int) -> float:
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times: list[float] = []
-    event = partial(torch.cuda.Event, enable_timing=True)
-    for _ in range(replays + 2):
-        began, ended = (event() for _ in range(2))
-        began.record()
-        graph.replay()
-        ended.record()
-        ended.synchronize()
-        times.append(1e3 * began.elapsed_time(ended) / len(calls))
-    return statistics.median(times[2:])
-
-
 def bandwidth() -> float:
     """GB/s, read and written, of a kernel that does next to nothing else; a copy within a graph is slower."""
     source = torch.empty(1 << 28, dtype=torch.int32, device="cuda").random_()
     target = torch.empty_like(source)
     us = microseconds([lambda: torch.bitwise_not(source, out=target)], 10)
     return 2 * source.nbytes / us / 1e3
-
-
-def rotating(nbytes: int) -> int:
-    return max(2, -(-WORKING_SET // nbytes))
 
 
 def ours(x: torch.Tensor, weights: list[Packed], tiles: Tiles | Warps | None, args: Any) -> float:
@@ -222,8 +164,12 @@ def main() -> None:
     parser.add_argument(
         "--marlin", action="store_true", help="time SGLang's Marlin too, on a second copy of the weights"
     )
+    parser.add_argument("--placed", action="store_true", help="time protected rows in the slots of a graph, alone")
     parser.add_argument("--replays", type=int, default=7)
     args = parser.parse_args()
+    if args.placed:
+        packed_placed.main(args.formats, args.replays)
+        return
     if args.sweep:
         begin = time.perf_counter()
         launched = packed_sweep.compile_ahead(args.formats, args.rows, SHAPES)

@@ -1,7 +1,8 @@
 """SGLang's Marlin for FP8 and NVFP4 weights, as arms of ``bench_packed``.
 
 Its weights lie in tiles of its own, so beside W8A8 or W4A4 they are a second copy.  FP8's channel scales and NVFP4's
-tensor scale are rounded to BF16 there, and subnormal block scales are zeros: other numbers than ours.
+tensor scale are rounded to BF16 there, and subnormal block scales are zeros: other numbers than ours.  SGLang has nvcc
+compile it at first use, as its other JIT kernels: that may take minutes.
 """
 
 from __future__ import annotations

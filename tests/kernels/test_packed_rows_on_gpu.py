@@ -87,3 +87,34 @@ def test_in_a_graph_in_the_places_of_rows(fmt: str, used: int, slots: int) -> No
     assert torch.equal(together[chosen], want)
     together[chosen] = math.nan
     assert bool(together.isnan().all())
+
+
+@pytest.mark.parametrize("fmt", ["w8a16", "w4a16"])
+@pytest.mark.parametrize("walk", [8, 16])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (24576, 4096), (4096, 12288), (1000, 1040)])
+def test_programs_that_go_over_the_used_slots(
+    fmt: str, walk: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row has the bits that it has alone, in its place, and nothing else is written."""
+    from mixquant_sglang.kernels.triton import packed_rows, packed_tiles
+
+    if not packed_tiles.STRAIGHT:
+        pytest.skip("with this Triton tiles serve few rows, and nothing walks")
+    monkeypatch.setattr(packed_rows, "WALK", walk)
+    weight, _ = packed(fmt, n, k)
+    rows = torch.randn(256, k, dtype=torch.bfloat16, device="cuda")
+    alone = torch.cat([packed_rows.linear_rows(row, weight) for row in rows.split(1)])
+    index = torch.full((256,), -1, device="cuda")
+    out = torch.full((300, n), math.nan, dtype=torch.bfloat16, device="cuda")
+    packed_rows.linear_rows(rows, weight, out=out, index=index)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        packed_rows.linear_rows(rows, weight, out=out, index=index)
+    for used in (0, 1, 8, 9, 40, 256):
+        chosen = torch.randperm(300)[:used].to("cuda")
+        index.fill_(-1)
+        index[:used] = chosen
+        graph.replay()
+        assert torch.equal(out[chosen], alone[:used]), used
+        out[chosen] = math.nan
+        assert bool(out.isnan().all()), used

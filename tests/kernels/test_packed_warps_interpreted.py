@@ -114,6 +114,45 @@ for (n, k), (slots, used) in itertools.product(SHAPES[:2], [(1, 1), (5, 0), (16,
     assert (whole == 7).all()
 """
 
+WALKED = """
+# the slots of a graph, which programs go over 8 or 16 at a time: their places and no others, the numbers of a row alone
+digits = torch.arange(-8.0, 9).to(torch.float8_e4m3fn).view(torch.uint8)
+for (n, k), fp4, walk in itertools.product(SHAPES[:2], (False, True), (8, 16)):
+    packed_rows.WALK = walk
+    bias = torch.randn(n).bfloat16()
+    if fp4:
+        scales = torch.tensor([0.0, 0.5, 1, 2, 3])[torch.randint(0, 5, (n, k // 16))].to(torch.float8_e4m3fn)
+        weight = weight4(torch.randint(0, 256, (n, k // 2)).to(torch.uint8), scales, torch.tensor(0.37))
+    else:
+        weight = weight8(digits[torch.randint(0, 17, (n, k))], torch.rand(n))
+    for slots, used in ((70, 0), (70, 1), (72, 8), (72, 9), (67, 67)) if walk == 8 else ((72, 16), (72, 17)):
+        rows = torch.randint(-8, 9, (slots, k)).bfloat16()
+        rows[used:] = float("nan")
+        index = torch.full((slots,), -1)
+        index[:used] = torch.randperm(100)[:used]
+        cut = 64 if n > 64 else n
+        out, rest = torch.full((100, cut), 7.0).bfloat16(), torch.full((100, n - cut), 7.0).bfloat16()
+        packed_rows.linear_rows(
+            rows, weight, bias, out=out, index=index, rest=rest if n > cut else None, tiles=SIZES[0]
+        )
+        whole = torch.cat([out, rest], dim=1)
+        same(whole[index[:used]], rounded(rows[:used].double() @ unscaled(weight).t(), weight, bias))
+        whole[index[:used]] = 7
+        assert (whole == 7).all()
+    if walk == 8:  # any numbers: the order of a sum is that of few rows
+        rows, out = torch.randn(70, k).bfloat16(), torch.full((100, n), 7.0).bfloat16()
+        index = torch.where(torch.arange(70) < 20, torch.arange(70), -1)
+        packed_rows.linear_rows(rows, weight, bias, out=out, index=index, tiles=SIZES[0])
+        for row in (0, 7, 8, 19):
+            alone = packed_rows.linear_rows(rows[row : row + 1], weight, bias, tiles=SIZES[0])
+            same(out[row : row + 1], alone)
+    if not fp4 or k % 32 == 0:  # tiles do not walk
+        bucket, tiles, walked = packed_rows._chosen(weight, 70, True, packed_tiles.Tiles(16, 16, 1, 2, 4), rows.device)
+        assert (bucket, type(tiles), walked) == (64, packed_tiles.Tiles, 0)
+    assert packed_rows._chosen(weight, 64, True, SIZES[0], rows.device)[2] == 0
+    assert packed_rows._chosen(weight, 70, False, SIZES[0], rows.device)[2] == 0
+"""
+
 BOUND = """
 # any numbers: k - 1 additions in FP32, each off by 2^-24 of at most the sum of magnitudes; scale, bias and BF16 round
 # by 2^-24, 2^-24 and 2^-8 of what they round
@@ -133,7 +172,9 @@ for (n, k), m in itertools.product(SHAPES, (1, 16)):
 """
 
 
-@pytest.mark.parametrize("script", [CODES, SUMS, PLACES, BOUND], ids=["codes", "sums", "places", "bound"])
+@pytest.mark.parametrize(
+    "script", [CODES, SUMS, PLACES, WALKED, BOUND], ids=["codes", "sums", "places", "walked", "bound"]
+)
 def test_interpreted_warps(script: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", PREPARE + BF16_DOT + COMMON + script],

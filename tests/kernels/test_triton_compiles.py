@@ -168,7 +168,9 @@ def packed_rows_case(fp4: bool, tiles: packed_tiles.Tiles, rows: int, placed: bo
     return packed_rows._packed_rows, kept, constants, tiles.warps
 
 
-def packed_warps_case(fp4: bool, tiles: packed_tiles.Warps, rows: int, placed: bool = False) -> Case:
+def packed_warps_case(
+    fp4: bool, tiles: packed_tiles.Warps, rows: int, placed: bool = False, walk: bool = False
+) -> Case:
     types = {
         **dict.fromkeys(("out_ptr", "rest_ptr"), "*bf16"),
         "index_ptr": "*i64" if placed else None,
@@ -180,7 +182,7 @@ def packed_warps_case(fp4: bool, tiles: packed_tiles.Warps, rows: int, placed: b
         **dict.fromkeys(("rows", "N", "units", "cut", "out_stride", "rest_stride", "rows_stride"), "i32"),
     }
     constants: dict[str, Any] = {"ROWS": rows, "BLOCK_N": tiles.n, "PIECES": tiles.pieces, "WARPS": tiles.warps}
-    constants |= {"UNIT": 4, "WHOLE_N": not placed, "WHOLE_K": not placed}
+    constants |= {"UNIT": 4, "WHOLE_N": walk or not placed, "WHOLE_K": walk or not placed, "WALK": walk}
     constants |= {name: None for name, kind in types.items() if kind is None}
     kept = {name: kind for name, kind in types.items() if kind}
     return packed_warps._packed_warps, kept, constants, tiles.warps
@@ -341,6 +343,14 @@ CASES |= {
     for fp4 in (False, True)
     for n, rows, placed in ((4096, 8, True), (24576, 16, False))
 }
+CASES |= {
+    f"packed_warps_walk_{rows}_of_{n}_{'w4' if fp4 else 'w8'}": packed_warps_case(
+        fp4, packed_tiles.CHOICES[fp4, 8, n >= packed_tiles.WIDE].tiles, rows, placed=True, walk=True
+    )
+    for fp4 in (False, True)
+    for n in (4096, 24576)
+    for rows in (8, 16)
+}
 
 
 # exp2 and rsqrt of the SiLU and the norm flush subnormals, of which neither has one that matters
@@ -390,6 +400,7 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         },
     )
     options = {"num_warps": warps, "enable_fp_fusion": False} | ({"num_stages": 1} if "warps" in case else {})
+    options |= {"maxnreg": 128} if "walk_8" in case else {}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 1000
     ptx = compiled.asm["ptx"]

@@ -39,6 +39,10 @@ from mixquant_sglang.kernels.triton.packed_tiles import (
 )
 from mixquant_sglang.kernels.triton.packed_warps import _packed_warps
 
+# How slots of a captured graph (more than ``PLACED``) are taken. 0: PLACED of them by a program, used or not; 8 or 16:
+# programs of few rows go over the used ones, so many at a time, where the compiler keeps their weights in registers.
+WALK = 0
+
 
 class Packed(NamedTuple):
     """A weight [N, K]. FP8: ``codes`` float8_e4m3fn [N, K] and ``scale`` float32 [N]. NVFP4: ``codes`` uint8 [N, K/2],
@@ -72,23 +76,34 @@ def linear_rows(
     With ``index`` int64 [R] in place into ``out`` bfloat16 [T, N] (and ``rest``), as in ``few_rows.linear_rows_``. No
     synchronisation, fit for CUDA graphs. ``tiles``: others than the measured ones.
     """
-    n, k = weight.shape
-    m = len(rows)
+    n, m = weight.shape[0], len(rows)
     if out is None:
         out = torch.empty((m, n), dtype=torch.bfloat16, device=rows.device)
     _check(rows, weight, bias, out, index, rest)
     if m == 0 or n == 0:
         return out
-    # Of rows to be placed most may be unused slots: those of a smaller tile cost less.
-    most = BUCKETS[-1] if index is None else PLACED
-    bucket = next((bucket for bucket in BUCKETS if bucket >= min(m, most)), most)
-    fp4 = weight.block_scales is not None
-    chosen = fitting(tiles or choose(n, k, bucket, fp4), n, k, m, bucket, fp4, shared_memory(rows.device))
+    bucket, chosen, walk = _chosen(weight, m, index is not None, tiles, rows.device)
     if isinstance(chosen, Warps):
-        _by_warps(out, rest, index, rows, weight, bias, bucket, chosen)
+        _by_warps(out, rest, index, rows, weight, bias, walk or (8 if bucket <= 8 else 16), walk > 0, chosen)
     else:
         _by_tiles(out, rest, index, rows, weight, bias, bucket, chosen)
     return out
+
+
+def _chosen(
+    weight: Packed, m: int, placed: bool, tiles: Tiles | Warps | None, device: torch.device
+) -> tuple[int, Tiles | Warps, int]:
+    """Of ``m`` rows, or slots, their bucket, what serves, and ``WALK`` where programs go over them."""
+    (n, k), fp4, shared = weight.shape, weight.block_scales is not None, shared_memory(device)
+    if placed and WALK and m > PLACED:
+        few = BUCKETS[0]  # of a row alone, whose bits these are
+        chosen = fitting(tiles or choose(n, k, few, fp4), n, k, m, few, fp4, shared)
+        if isinstance(chosen, Warps):
+            return few, chosen, WALK
+    # Of rows to be placed most may be unused slots: those of a smaller tile cost less.
+    most = PLACED if placed else BUCKETS[-1]
+    bucket = next((bucket for bucket in BUCKETS if bucket >= min(m, most)), most)
+    return bucket, fitting(tiles or choose(n, k, bucket, fp4), n, k, m, bucket, fp4, shared), 0
 
 
 def _by_tiles(
@@ -135,9 +150,11 @@ def _by_warps(
     rows: torch.Tensor,
     weight: Packed,
     bias: torch.Tensor | None,
-    bucket: int,
+    taken: int,
+    walk: bool,
     tiles: Warps,
 ) -> None:
+    """``taken``: rows at a time."""
     (n, k), m = weight.shape, len(rows)
     scales = weight.block_scales
     if rest is None:
@@ -146,22 +163,24 @@ def _by_warps(
         cut = out.shape[1]
     width = k if scales is None else k // 2  # bytes
     unit = 2 if width % 16 else 4  # words that a weight row has some times
-    taken = 8 if bucket <= 8 else 16
     whole = width % (64 * tiles.pieces * tiles.warps) == 0
     sizes = (n, width // (4 * unit), cut, out.stride(0), rest.stride(0), rows.stride(0))
-    constants = (taken, tiles.n, tiles.pieces, tiles.warps, unit, n % tiles.n == 0, whole, sm(rows.device))
+    constants = (taken, tiles.n, tiles.pieces, tiles.warps, unit, n % tiles.n == 0, whole, walk, sm(rows.device))
+    options = {"num_warps": tiles.warps, "num_stages": 1, "enable_fp_fusion": False}
+    if walk and taken == 8:  # two programs of eight warps for a multiprocessor, which NVFP4 would miss by few registers
+        options["maxnreg"] = 128
     _warped.launch(
         _packed_warps,
         (rows.device.index, scales is None, index is None, bias is None, *sizes, *constants),
         _pointers(out, rest, index, rows, weight, bias, None),
-        (-(-n // tiles.n), -(-m // taken), 1),
+        (-(-n // tiles.n), 1 if walk else -(-m // taken), 1),
         (
             *(out, rest, index, rows if scales is None else rows.view(torch.int32), weight.codes.view(torch.int32)),
             *(weight.scale, None if scales is None else scales.view(torch.uint8), bias),
             *(m, *sizes),
         ),
         constants,
-        {"num_warps": tiles.warps, "num_stages": 1, "enable_fp_fusion": False},
+        options,
     )
 
 

@@ -13,6 +13,10 @@ them to threads in that order, and all reshaping is a matter of names.  ``test_t
 goes through shared memory on the way.
 
 The sum of a row has one order for any number of rows, which depends on ``Warps`` and K.
+
+Of the slots of a captured graph few are used, and how many is known when it runs. With WALK there are no programs for
+the others: a program goes over the used ones, ROWS at a time, until it finds one that is not. It reads its weights from
+memory once, and again from the L2 cache: BLOCK_N rows of them are 64 KB for K = 4096.
 """
 
 import triton
@@ -46,17 +50,70 @@ def _packed_warps(
     UNIT: tl.constexpr,
     WHOLE_N: tl.constexpr,
     WHOLE_K: tl.constexpr,
+    WALK: tl.constexpr,
     SM: tl.constexpr,
 ) -> None:
-    """ROWS (8 or 16) rows for each program of the second axis. ``codes_ptr``: words of four bytes, of which a weight
-    row has ``units * UNIT``; of NVFP4, ``rows_ptr`` is of pairs. WHOLE_N: BLOCK_N divides N; WHOLE_K: what all warps
-    read at once divides a weight row."""
-    first_n = tl.program_id(0) * BLOCK_N
+    """ROWS (8 or 16) rows for each program of the second axis; with WALK, which wants ``index_ptr``, all used slots for
+    each, ROWS at a time. ``codes_ptr``: words of four bytes, of which a weight row has ``units * UNIT``; of NVFP4,
+    ``rows_ptr`` is of pairs. WHOLE_N: BLOCK_N divides N; WHOLE_K: what all warps read at once divides a weight row."""
     first_row = tl.program_id(1) * ROWS
     if index_ptr is not None:
         first = tl.load(index_ptr + first_row, eviction_policy="evict_last")
         if first < 0:
             return
+    if WALK:
+        while first >= 0:
+            _some_rows(
+                out_ptr, rest_ptr, index_ptr, rows_ptr, codes_ptr, scale_ptr, block_scale_ptr, bias_ptr, first_row,
+                rows, N, units, cut, out_stride, rest_stride, rows_stride,
+                ROWS, BLOCK_N, PIECES, WARPS, UNIT, WHOLE_N, WHOLE_K, "", SM,
+            )  # fmt: skip
+            first_row += ROWS
+            first = tl.load(index_ptr + first_row, mask=first_row < rows, other=-1, eviction_policy="evict_last")
+    else:
+        _some_rows(
+            out_ptr, rest_ptr, index_ptr, rows_ptr, codes_ptr, scale_ptr, block_scale_ptr, bias_ptr, first_row,
+            rows, N, units, cut, out_stride, rest_stride, rows_stride,
+            ROWS, BLOCK_N, PIECES, WARPS, UNIT, WHOLE_N, WHOLE_K, "evict_first", SM,
+        )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _some_rows(
+    out_ptr: tl.tensor,
+    rest_ptr: tl.tensor,
+    index_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    block_scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    first_row: tl.tensor,
+    rows: tl.tensor,
+    N: tl.tensor,
+    units: tl.tensor,
+    cut: tl.tensor,
+    out_stride: tl.tensor,
+    rest_stride: tl.tensor,
+    rows_stride: tl.tensor,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PIECES: tl.constexpr,
+    WARPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    WHOLE_N: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    EVICT: tl.constexpr,
+    SM: tl.constexpr,
+) -> None:
+    """ROWS rows from ``first_row`` on by the program's weight rows."""
+    first_n = tl.program_id(0) * BLOCK_N
+    slot = first_row + tl.arange(0, ROWS)
+    row = slot
+    used = rows
+    if index_ptr is not None:  # a number, asked once: the loop below waits for no index
+        row = tl.load(index_ptr + slot, mask=slot < rows, other=-1, eviction_policy="evict_last")
+        used = first_row + tl.sum((row >= 0).to(tl.int32), axis=0)
     H: tl.constexpr = BLOCK_N // 8
     STEP: tl.constexpr = 16 * PIECES * WARPS
     width = units * UNIT
@@ -70,25 +127,23 @@ def _packed_warps(
     place = (warp * PIECES + piece) * 16 + thread * 4
     at = place + tl.arange(0, 4)
     codes = codes_ptr + n.to(tl.int64) * width + at
-    code = _load(codes, n, at, 0, N, width, WHOLE_N, WHOLE_K)
+    code = _load(codes, n, at, 0, N, width, WHOLE_N, WHOLE_K, EVICT)
     if block_scale_ptr is not None:
         scale_at = place // 2 + tl.arange(0, 2)
         scales = block_scale_ptr + n.to(tl.int64) * (width // 2) + scale_at
-        scale = _load(scales, n, scale_at, 0, N, width // 2, WHOLE_N, WHOLE_K)
+        scale = _load(scales, n, scale_at, 0, N, width // 2, WHOLE_N, WHOLE_K, EVICT)
     total = tl.zeros((WARPS, BLOCK_N, ROWS), dtype=tl.float32)
     for start in range(0, width, STEP):
         # The next step's bytes are on their way while this one's are multiplied.
-        next_code = _load(codes, n, at, start + STEP, N, width, WHOLE_N, WHOLE_K)
+        next_code = _load(codes, n, at, start + STEP, N, width, WHOLE_N, WHOLE_K, EVICT)
         if block_scale_ptr is None:
-            x = _columns_of_fp8(
-                rows_ptr, index_ptr, first_row, start, rows, width, rows_stride, ROWS, PIECES, WARPS, WHOLE_K
-            )
+            x = _columns_of_fp8(rows_ptr, first_row, used, start, width, rows_stride, ROWS, PIECES, WARPS, WHOLE_K)
             low, high = e4m3_pairs(code, SM)
             total = tl.dot(_matrix(low, high, BLOCK_N, PIECES, WARPS), x, total)
         else:
-            next_scale = _load(scales, n, scale_at, (start + STEP) // 2, N, width // 2, WHOLE_N, WHOLE_K)
+            next_scale = _load(scales, n, scale_at, (start + STEP) // 2, N, width // 2, WHOLE_N, WHOLE_K, EVICT)
             pairs = _columns_of_nvfp4(
-                rows_ptr, index_ptr, first_row, start, rows, width, rows_stride, ROWS, PIECES, WARPS, WHOLE_K
+                rows_ptr, first_row, used, start, width, rows_stride, ROWS, PIECES, WARPS, WHOLE_K
             )
             factor = e4m3_value(scale.to(tl.int32) & 0x7F) * 6.646139978924579e35  # 2^119
             factor = (factor.to(tl.int32, bitcast=True) >> 16) * 0x10001  # BF16 holds it
@@ -104,11 +159,7 @@ def _packed_warps(
         code = next_code
     result = tl.sum(total, axis=0)
     column = first_n + tl.arange(0, BLOCK_N)
-    slot = first_row + tl.arange(0, ROWS)
-    row = slot
-    if index_ptr is not None:
-        row = tl.load(index_ptr + slot, mask=slot < rows, other=-1, eviction_policy="evict_last")
-    mask = ((slot < rows) & (row >= 0))[None, :] & (column[:, None] < N)
+    mask = (slot < used)[None, :] & (column[:, None] < N)
     if block_scale_ptr is None:
         result *= tl.load(scale_ptr + column, mask=column < N, other=0.0)[:, None]
     else:
@@ -131,13 +182,14 @@ def _load(
     width: tl.tensor,
     WHOLE_N: tl.constexpr,
     WHOLE_K: tl.constexpr,
+    EVICT: tl.constexpr,
 ) -> tl.tensor:
-    """``start`` places behind ``pointers``, which are at ``at``; zeros beyond ``width``. What is read once need not
-    stay in a cache."""
+    """``start`` places behind ``pointers``, which are at ``at``; zeros beyond ``width``. EVICT: what is read once
+    need not stay in a cache."""
     inside = start < width if WHOLE_K else at + start < width
     if not WHOLE_N:
         inside = inside & (n < N)
-    return tl.load(pointers + start, mask=inside, other=0, eviction_policy="evict_first")
+    return tl.load(pointers + start, mask=inside, other=0, eviction_policy=EVICT)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -156,10 +208,9 @@ def _matrix(
 @triton.jit  # type: ignore[untyped-decorator]
 def _columns_of_fp8(
     rows_ptr: tl.tensor,
-    index_ptr: tl.tensor,
     first_row: tl.tensor,
+    used: tl.tensor,
     start: tl.tensor,
-    rows: tl.tensor,
     width: tl.tensor,
     rows_stride: tl.tensor,
     ROWS: tl.constexpr,
@@ -178,7 +229,7 @@ def _columns_of_fp8(
     piece = tl.arange(0, PIECES)[None, None, None, None, None, :, None]
     at = start * 4 + (warp * PIECES + piece) * 64 + thread * 16 + half * 8 + tl.arange(0, 8)
     slot = first_row + eight * 8 + one
-    inside = _used(index_ptr, slot, rows)
+    inside = slot < used
     if not WHOLE_K:
         inside = inside & (at < width * 4)
     x = tl.load(rows_ptr + slot.to(tl.int64) * rows_stride + at, mask=inside, other=0.0, eviction_policy="evict_last")
@@ -189,10 +240,9 @@ def _columns_of_fp8(
 @triton.jit  # type: ignore[untyped-decorator]
 def _columns_of_nvfp4(
     rows_ptr: tl.tensor,
-    index_ptr: tl.tensor,
     first_row: tl.tensor,
+    used: tl.tensor,
     start: tl.tensor,
-    rows: tl.tensor,
     width: tl.tensor,
     rows_stride: tl.tensor,
     ROWS: tl.constexpr,
@@ -211,7 +261,7 @@ def _columns_of_nvfp4(
     piece = tl.arange(0, PIECES)[None, None, None, None, None, :, None]
     at = start * 4 + (warp * PIECES + piece) * 64 + thread * 16 + quarter * 4 + tl.arange(0, 4)
     slot = first_row + eight * 8 + one
-    inside = _used(index_ptr, slot, rows)
+    inside = slot < used
     if not WHOLE_K:
         inside = inside & (at < width * 4)
     x = tl.load(
@@ -219,11 +269,3 @@ def _columns_of_nvfp4(
     )
     named = tl.reshape(x, (4, 8, WARPS, M, 2, 2, PIECES, 4))
     return tl.reshape(tl.permute(named, (2, 6, 4, 5, 0, 7, 3, 1)), (WARPS, 64 * PIECES, ROWS))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _used(index_ptr: tl.tensor, slot: tl.tensor, rows: tl.tensor) -> tl.tensor:
-    inside = slot < rows
-    if index_ptr is not None:
-        inside = inside & (tl.load(index_ptr + slot, mask=inside, other=-1, eviction_policy="evict_last") >= 0)
-    return inside
