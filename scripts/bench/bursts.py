@@ -82,10 +82,11 @@ class Case:
         if self.mode == "cached":
             arm.generate(asked, 1)
             cached = self.tokens - 1
-        time.sleep(rest)
         if not self.beside:
+            time.sleep(rest)
             return self._timed(arm, asked, cached, more)
         with under_way(arm, [prompts.of(STREAM_PROMPT) for _ in range(self.beside)], STREAM_TOKENS) as streams:
+            time.sleep(rest)  # their own passes are written down by then
             found = self._timed(arm, asked, cached, more)
             streams.check()
         return found
@@ -158,9 +159,8 @@ def read(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[Case]]
     several("--cached", [], "so many prompts a second time")
     parser.add_argument("--bf16-requests", action="store_true", help="prompts that ask for a BF16 prefill")
     several("--beside", [], "a prompt while so many answers are under way")
-    parser.add_argument(
-        "--rest", type=float, default=0.2, help="seconds without work before each request (default: %(default)s)"
-    )
+    rest = "seconds before each request in which nothing new is asked (default: %(default)s)"
+    parser.add_argument("--rest", type=float, default=0.2, help=rest)
     add_arguments(parser, rounds=6, kv_tokens=70000)
     parser.set_defaults(arms=["stock-bf16", "fp8"])
     args = parser.parse_args(argv)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 
 from scripts.bench import bursts
 from scripts.bench.bursts import Case, measure, read, tables
+from scripts.bench.streams import under_way
 
 pytestmark = pytest.mark.once
 
@@ -95,3 +100,76 @@ def test_a_cache_that_knows_a_new_prompt_ends_it() -> None:
     args = argparse.Namespace(rounds=1, rest=0, seed=0, idle="stopped", vocab=500)
     with pytest.raises(SystemExit, match="3"):
         measure([Knows("fp8", 1)], [Case("burst", 64)], args)  # type: ignore[list-item]
+
+
+class Streaming:
+    """A server whose answers go on until they are aborted, or end after ``most`` tokens."""
+
+    name = "fp8"
+
+    def __init__(self, most: int) -> None:
+        self.aborted, self.flushed = threading.Event(), False
+        arm = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self.send_response(200)
+                self.end_headers()
+                count = 0
+                while count < most and not arm.aborted.is_set():
+                    count += 1
+                    for index, _ in enumerate(body["input_ids"]):
+                        meta = {
+                            "completion_tokens": count,
+                            "finish_reason": {"type": "length"} if count == most else None,
+                        }
+                        self.wfile.write(b"data: %b\n\n" % json.dumps({"index": index, "meta_info": meta}).encode())
+                    self.wfile.flush()
+                    arm.aborted.wait(0.001 if count < most else 0)
+                self.wfile.write(b"data: [DONE]\n\n")
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def post(self, path: str, body: dict[str, Any]) -> None:
+        assert (path, body) == ("/abort_request", {"abort_all": True})
+        self.aborted.set()
+
+    def flush(self) -> None:
+        self.flushed = True
+
+    def failed(self, what: str) -> SystemExit:
+        return SystemExit(f"{self.name} {what}")
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def streaming(request: pytest.FixtureRequest) -> Iterator[Streaming]:
+    arm = Streaming(request.param)
+    yield arm
+    arm.close()
+
+
+@pytest.mark.parametrize("streaming", [1 << 20], indirect=True)
+def test_answers_are_under_way_until_they_are_aborted(streaming: Streaming) -> None:
+    with under_way(streaming, [[1], [2], [3]], 512) as streams:
+        assert len(streams.tokens) == 3 and min(streams.tokens) >= 2
+        streams.check()
+    assert streaming.aborted.is_set() and streaming.flushed and streams.ended
+
+
+@pytest.mark.parametrize("streaming", [1, 2], indirect=True)
+def test_answers_that_end_by_themselves_are_an_error(streaming: Streaming) -> None:
+    said = pytest.raises(SystemExit, match=r"fp8 (does not answer 2 streams at once|was done with streams)")
+    with said, under_way(streaming, [[1], [2]], 512) as streams:
+        threading.Event().wait(0.2)
+        streams.check()
+    assert streaming.flushed
