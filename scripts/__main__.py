@@ -15,6 +15,7 @@ from pathlib import Path
 COMMANDS = {
     "bench_agent": "bench.agent",
     "bench_attention": "bench.attention",
+    "bench_bursts": "bench.bursts",
     "bench_kernels": "bench.kernels",
     "bench_packed": "bench.packed",
     "bench_prefill": "bench.prefill",

@@ -21,6 +21,8 @@ from mixquant_sglang.kernels import operands
 from mixquant_sglang.kernels.operands import QuantizedActivations
 from mixquant_sglang.layers.blocks import fusable_method, is_decoder, is_mlp, norms, takes_q_apart
 from mixquant_sglang.layers.linear import MixQuantLinearMethod
+from mixquant_sglang.passes.running import current
+from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.versions.dialect import dialect
 
 
@@ -37,6 +39,8 @@ class FusedNorm:
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, post_residual_addition: torch.Tensor | None = None
     ) -> Any:
+        if current().role is not Role.PROMPT:  # asked first: a BF16 pass without a graph waits for the host
+            return call_norm(self.plain, x, residual, post_residual_addition)
         plain = not _rows(x) or post_residual_addition is not None or (residual is not None and not _rows(residual))
         fusable = None if plain else self.linear.fusable(x.shape[0])
         if fusable is None:
@@ -61,6 +65,8 @@ class FusedActivation:
         self.plain = dialect().forward_method(act)
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor | QuantizedActivations:
+        if current().role is not Role.PROMPT:
+            return self.plain(gate_up)  # type: ignore[no-any-return]
         fusable = self.linear.fusable(gate_up.shape[0]) if _rows(gate_up) else None
         if fusable is None:
             return self.plain(gate_up)  # type: ignore[no-any-return]
@@ -70,14 +76,15 @@ class FusedActivation:
         return operands.quantize(self.plain(gate_up), fmt, rows)
 
 
-def call_norm(method: Any, x: torch.Tensor, *more: torch.Tensor | None) -> Any:
+def call_norm(
+    method: Any, x: torch.Tensor, residual: torch.Tensor | None = None, addition: torch.Tensor | None = None
+) -> Any:
     """``method`` of a norm with a residual and an addition to it, where there are any: not every norm takes both.
 
     They are handed here by position or by name (versions/v0_5_*.py), and taken by position in all."""
-    given = list(more)
-    while given and given[-1] is None:
-        given.pop()
-    return method(x, *given)
+    if addition is not None:
+        return method(x, residual, addition)
+    return method(x) if residual is None else method(x, residual)
 
 
 def plain_method(op: Any) -> Any:

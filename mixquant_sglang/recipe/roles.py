@@ -25,6 +25,9 @@ class Role(Enum):
     VERIFY = "verify"
     DRAFT = "draft"
 
+    # By identity, as members are compared: Enum's own is a function in Python, and each linear of a pass looks one up.
+    __hash__ = object.__hash__
+
 
 class Kind(Enum):
     """Kinds of operators; ``linear`` are the dense ones, ``experts`` those of mixtures of experts."""

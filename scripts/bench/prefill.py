@@ -22,34 +22,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import time
 from contextlib import AbstractContextManager
 
 from scripts.bench import turns
+from scripts.bench.prompts import NewPrompts
 from scripts.bench.servers import Arm, add_arguments, in_turn, machine, prepare, serving
 
 
 def measure(arms: list[Arm], args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Medians in milliseconds: ``{arm: {"prefill_8192": ..., "pass_8192": ..., "decode_b1_512": ...}}``."""
-    rng = random.Random(args.seed)
+    prompt = NewPrompts(args.seed, args.vocab).of
     times: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in arms}
-
-    begun: set[int] = set()
 
     def alone(arm: Arm) -> AbstractContextManager[None]:
         return turns.alone(arm, arms, args.idle)
-
-    def prompt(length: int) -> list[int]:
-        """Its first token is no other prompt's, or the cache might hold one of few tokens."""
-        if len(begun) > (args.vocab - 10) // 2:
-            raise SystemExit(f"more prompts than half of the {args.vocab - 10} token ids that they may begin with")
-        first = rng.randrange(10, args.vocab)
-        while first in begun:
-            first = rng.randrange(10, args.vocab)
-        begun.add(first)
-        return [first, *(rng.randrange(10, args.vocab) for _ in range(length - 1))]
 
     for round_number in range(args.rounds + 1):  # the first round warms up
         order = in_turn(arms, round_number)

@@ -194,11 +194,12 @@ class Arm:
                 time.sleep(1)
         raise self.failed("did not start")
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[dict[str, Any]]]:
-        """Seconds until the whole answer to one request, and its answers' ``meta_info``."""
+    def generate(self, prompts: list[list[int]], tokens: int, **more: Any) -> tuple[float, list[dict[str, Any]]]:
+        """Seconds until the whole answer to one request, and its answers' ``meta_info``; ``more``: of its body."""
         body = {
             "input_ids": prompts,
             "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
+            **more,
         }
         began = time.perf_counter()
         answer = self.post("/generate", body)
@@ -210,16 +211,20 @@ class Arm:
         return self.passes_file.stat().st_size if self.passes_file.exists() else 0
 
     def pass_seconds(self, mark: int, rows: int) -> float:
-        """The time of the passes since ``mark``, which must have had ``rows`` rows in all.
+        return sum(self.passes(mark, rows))
+
+    def passes(self, mark: int, rows: int, beside: int = 0) -> list[float]:
+        """Seconds of each pass since ``mark``, which must have had ``rows`` prompt rows in all; a mixed one has
+        ``beside`` decode rows besides.
 
         The server writes a line a moment after the pass, so the last one may come after the answer.
         """
         deadline = time.monotonic() + 10
         while True:
             found = parse_passes(self.passes_file.read_text()[mark:]) if self.passes_file.exists() else []
-            counted = sum(n for _, n, _ in found)
+            counted = sum(n - beside * (mode == "MIXED") for mode, n, _ in found)
             if counted == rows:
-                return sum(ms for _, _, ms in found) / 1e3
+                return [ms / 1e3 for _, _, ms in found]
             if counted > rows or time.monotonic() > deadline:
                 raise self.failed(f"ran {rows} new prompt tokens, but its passes have {counted} rows: {found}")
             time.sleep(0.002)

@@ -20,7 +20,7 @@ from mixquant_sglang.kernels.operands import QuantizedActivations
 from mixquant_sglang.kernels.rows import CapturedRows, EagerRows, row_numbers
 from mixquant_sglang.kernels.tuning import fp8_gemm
 from mixquant_sglang.passes.rows import RequestRows, RowSplit, split_rows
-from mixquant_sglang.passes.running import DECODE_PASS, Pass, scope
+from mixquant_sglang.passes.running import DECODE_PASS, MASTER_PASS, PROTECTED_PASS, Pass, scope
 from mixquant_sglang.recipe.roles import Role
 from mixquant_sglang.recipe.select import Device, select
 
@@ -224,6 +224,21 @@ def test_no_rows_and_additions_take_the_plain_norm() -> None:
         wrong = eager(split_rows([RequestRows(5, 0, 5)], last_prompt_token=True), x.device)
     with scope(Pass(Role.PROMPT, wrong)), pytest.raises(RuntimeError, match="qkv_proj got 9 rows"):
         layer.input_layernorm(x)
+
+
+@ON_CPU
+@pytest.mark.parametrize("running", [PROTECTED_PASS, MASTER_PASS, DECODE_PASS])
+def test_a_pass_that_is_bf16_whole_asks_no_linear(running: Pass, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long ones run without a graph, so that the device waits for what the host does in each layer."""
+    from mixquant_sglang.layers import fused
+
+    layer = block("nvfp4-emulated", "cpu")
+    plain = outputs(layer, running, "cpu")
+    fused.fuse(layer)
+    monkeypatch.setattr(fused, "_rows", lambda _x: pytest.fail("rows were looked at"))
+    monkeypatch.setattr(fused.MixQuantLinearMethod, "fusable", lambda *_: pytest.fail("a linear was asked"))
+    for before, after in zip(plain, outputs(layer, running, "cpu"), strict=True):
+        assert torch.equal(before, after)
 
 
 # -- the last layer ----------------------------------------------------------------------------------------------------
