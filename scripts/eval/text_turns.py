@@ -78,7 +78,8 @@ class Turns:
 
     def results(self, parts: dict[Cell, dict[str, Any]], arms: list[str]) -> Results:
         """As statistics.analyse's, for each group of turns; arms are named ARM/MODE."""
-        pairs = [(f"{arm}/{mode}", f"{REFERENCE}/{KEPT}") for arm in arms for mode in MODES]
+        names = [f"{arm}/{mode}" for arm in arms for mode in MODES]
+        pairs = [(name, f"{REFERENCE}/{KEPT}") for name in names]
         pairs = [(a, b) for a, b in pairs if a != b] + [(f"{arm}/{FLUSHED}", f"{arm}/{KEPT}") for arm in arms]
         pairs += [(f"{a}/{mode}", f"{b}/{mode}") for a, b in BESIDE if {a, b} <= {*arms} for mode in MODES]
         found: dict[str, dict[str, Groups]] = {}  # {source: {ARM/MODE: ...}}
@@ -89,7 +90,7 @@ class Turns:
         out: Results = {}
         for group in dict.fromkeys(group for row in found.values() for group in next(iter(row.values()))):
             values = {
-                (source, 0): {name: own[group] for name, own in row.items()}
+                (source, 0): {name: row[name][group] for name in names}
                 for source, row in found.items()
                 if group in next(iter(row.values()))
             }
