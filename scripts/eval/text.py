@@ -66,6 +66,7 @@ from scripts.eval.arms import FLAGS, Client
 from scripts.eval.run import processor_on_path, state_of
 from scripts.eval.text_data import SOURCES, TURNS, missing
 from scripts.eval.text_parts import REFERENCE, WORST, Cell, Stored, differs, file_of, measured_with
+from scripts.eval.text_speed import priced, redraw
 from scripts.eval.text_turns import Turns
 from scripts.eval.text_windows import Windows
 
@@ -82,7 +83,7 @@ ARMS = (
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="folder of a BF16 checkpoint with its tokenizer")
+    add("--model", type=Path, help="folder of a BF16 checkpoint with its tokenizer")
     add("--data", type=Path, help="folder with the files of the sources (text_data.py); without: code alone")
     add("--out", type=Path, required=True, help="folder for the results")
     add("--arms", nargs="+", metavar="ARM", help="of these, or recipe files; default: all; bf16 is always there")
@@ -102,16 +103,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--parallel", type=int, default=1, help="servers that are up at once (default: %(default)s)")
     add("--gpus", type=int, default=1, help="that the servers are spread over (default: %(default)s)")
     add("--collect", action="store_true", help="the table of the parts in OUT, and no measurement")
+    add("--redraw", action="store_true", help="the pictures of OUT/results.json again, and no measurement")
+    add(
+        "--price",
+        nargs="+",
+        default=[],
+        metavar="GPU",
+        help="speeds that `mixquant plan` predicts there, OUT/speed.png",
+    )
     add("--seed", type=int, default=0, help="of servers and bootstrap (default: %(default)s)")
     add("--draws", type=int, default=10000, help="of the bootstrap (default: %(default)s)")
     add("--start-limit", type=float, default=400, help="seconds a server may take (default: %(default)s)")
     add("flags", nargs="*", help="after --: more flags for every server")
     args = parser.parse_args(argv)
+    args.arms, args.recipes = arms_of(parser, args.arms or ARMS)
+    args.out = args.out.resolve()
+    if args.redraw:
+        return args
+    if args.model is None:
+        parser.error("argument --model: needed for all but --redraw")
     for name, low in {"n": 1, "answer_tokens": 2, "top": 1, "wave": 1, "parallel": 1, "gpus": 1, "draws": 100}.items():
         if getattr(args, name) < low:
             parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is less than {low}")
     if args.multi_turn and args.lengths:
         parser.error("argument --lengths: conversations are whole; leave it or --multi-turn out")
+    if args.multi_turn and args.price:
+        parser.error("argument --price: speeds are of prompts, not of conversations; leave it or --multi-turn out")
     args.lengths = args.lengths or [512, 2048, 8192]
     usable = TURNS if args.multi_turn else SOURCES
     if other := [source for source in args.sources or () if source not in usable]:
@@ -125,8 +142,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for source in args.sources:
         if lacking := missing(source, args.data):
             parser.error(f"argument --data: {args.data or 'nothing'} has no {lacking}, which {source} needs")
-    args.arms, args.recipes = arms_of(parser, args.arms or ARMS)
-    args.out = args.out.resolve()
     return args
 
 
@@ -243,14 +258,17 @@ class Run:
             f"{', '.join(made['emulated']) or 'nothing'}"
         )
         text = f"{head}\n\n{self.asked.shown(results, arms, head)}\n"
+        if speed := priced(args, results, arms, head):
+            text += f"\n{speed}"
         full = {
+            "head": head,
             "identity": {**known, "cell": None},
             "measured_with": made,
             "servers": servers,
             "arms": arms,
             "results": results,
         }
-        (args.out / "results.json").write_text(json.dumps(full, indent=1) + "\n")
+        (args.out / "results.json").write_text(json.dumps(full) + "\n")
         (args.out / "tables.txt").write_text(text)
         print(text)
         return {"out": str(args.out), "arms": arms, "emulated": made["emulated"], "all": results["all"]}
@@ -263,6 +281,9 @@ def stock_state(arm: Arm) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.redraw:
+        redraw(args)
+        return
     run = Run(args)
     waiting = run.waiting()
     if args.collect:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def plot(results: Results, arms: list[str], path: Path, title: str) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
+    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained")
     shown = [arm for arm in arms if arm != "bf16"]
     every: dict[str, Any] = results["all"]
     found = [every["kl"]["value"][arm] for arm in shown]
@@ -140,13 +141,15 @@ def plot(results: Results, arms: list[str], path: Path, title: str) -> bool:
     left.margins(x=0.35)
     left.set_xlabel("KL from BF16, nats per token")
     places = [name for name in every if name.startswith("kl ")]
-    for arm in shown:
+    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for number, arm in enumerate(shown):
         values = [every[name]["value"][arm] for name in places]
         spread = [[max(0.0, v - low) for v, low, _ in values], [max(0.0, high - v) for v, _, high in values]]
-        right.errorbar([name[3:] for name in places], [v for v, _, _ in values], spread, capsize=2, label=arm)
+        look = {"color": colours[number % len(colours)], "marker": "os^vD"[number % 5], "markersize": 4}
+        right.errorbar([name[3:] for name in places], [v for v, _, _ in values], spread, capsize=2, label=arm, **look)
     right.set_xlabel("token of the answer")
-    right.legend(fontsize=8)
-    drawing.suptitle(title, fontsize=9)
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    drawing.suptitle(textwrap.fill(title, 150), fontsize=8)
     drawing.savefig(path, dpi=100, metadata={"Software": None})
     pyplot.close(drawing)
     return True

@@ -330,3 +330,42 @@ def test_a_recipe_file_is_an_arm_by_its_name(tmp_path: Path, capsys: pytest.Capt
         with pytest.raises(SystemExit):
             arms_of(parser, [asked])
         assert said in capsys.readouterr().err
+
+
+def test_speeds_are_the_planners_and_a_refused_arm_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from scripts.eval.text_speed import speed_table, speeds
+
+    slower = "version: 1\nprefill: {precision: fp8}\nlayers:\n- {match: 're:.*qkv_proj', prefill: bf16}\n"
+    fast = speeds(["bf16", "fp8", "nvfp4-compact", "slower"], {"slower": slower, "other": "x"}, ["B200", "H200"])
+    assert fast["H200"]["bf16"] == 1.0 and fast["H200"]["fp8"] > fast["H200"]["slower"] > 1.2
+    assert fast["B200"]["nvfp4-compact"] is None and fast["H200"]["nvfp4-compact"] is not None
+    assert "nvfp4-compact on B200" in capsys.readouterr().err
+    results = {"all": {"kl": {"recovered": {"fp8": [0.9, 0.8, 0.95], "slower": None}}}}
+    rows = {line.split(" | ")[0]: line for line in speed_table(results, fast).splitlines()[2:]}
+    assert rows["| fp8"].startswith("| fp8 | 90.0% [80.0, 95.0] | 1.45x | 1.68x")
+    assert "nothing to recover" in rows["| slower"] and "| refused |" in rows["| nvfp4-compact"]
+
+
+def test_a_finished_run_is_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from scripts.eval.text import main
+
+    out = ["--out", str(tmp_path), "--redraw", "--arms", "fp8", "--price", "H200"]
+    with pytest.raises(SystemExit, match="is not there"):
+        main(out)
+    measures = {
+        name: {"value": {"bf16": [0.0] * 3, "fp8": [0.1, 0.05, 0.2]}, "recovered": {"fp8": [0.9, 0.8, 0.95]}}
+        for name in ("kl", "kl 1", "kl 2-8")
+    }
+    full = {"head": "of a model", "arms": ["bf16", "fp8", "nvfp4"], "results": {"all": measures}}
+    for measure in measures.values():
+        measure["value"]["nvfp4"] = [0.5, 0.4, 0.6]
+    (tmp_path / "results.json").write_text(json.dumps(full))
+    main(out)
+    said = capsys.readouterr().out
+    assert "| fp8 | 90.0% [80.0, 95.0] | 1.68x |" in said and "nvfp4" not in said
+    drawn = {file.name for file in tmp_path.glob("*.png")}
+    assert drawn in ({"text.png", "speed.png"}, set())  # without matplotlib there is nothing to draw with
+    del full["head"]
+    (tmp_path / "results.json").write_text(json.dumps(full))
+    with pytest.raises(SystemExit, match="older eval_text"):
+        main(out)
