@@ -102,6 +102,7 @@ class Runtime:
         self.weights = Weights()
         self.schedule = Schedule(recipe, selection, self.weights, by_request=environment.invariant)
         self.graphs = Graphs(self.schedule, self.weights)
+        self.schedule.carries = self.graphs.carries
         self.lifecycle: Lifecycle | None = None
         self.known = Known()  # of the checkpoint that was loaded at start
         self.quantised: QuantisedCheckpoint | None = None  # where its weights are the only ones

@@ -43,6 +43,7 @@ class Graphs:
         self._schedule = schedule
         self._copies = copies
         self._captured = self._logged = False
+        self._low: set[int] = set()  # rows of the graphs that low passes replay
 
     @property
     def most_bf16_rows(self) -> int:
@@ -52,9 +53,12 @@ class Graphs:
     @property
     def slots(self) -> int:
         """Rows that a captured low pass can protect."""
+        return limits.EXPERT_GRAPH_ROWS if self._protects_experts else limits.GRAPH_ROWS
+
+    @property
+    def _protects_experts(self) -> bool:
         experts = (layer.precision for layer in self._copies.layers if layer.kind is Kind.EXPERTS)
-        protecting = any(precision[Role.PROMPT] != precision[Role.PROTECTED] for precision in experts)
-        return limits.EXPERT_GRAPH_ROWS if protecting else limits.GRAPH_ROWS
+        return any(precision[Role.PROMPT] != precision[Role.PROTECTED] for precision in experts)
 
     def captured_pass(self, tokens: int, most: int, device: torch.device) -> Pass:
         """The pass that a prefill graph of ``tokens`` rows, at most ``most``, is captured with."""
@@ -67,6 +71,7 @@ class Graphs:
             elif schedule.prunes:
                 self.read = GraphRows(self.slots, most, device, inverse=False)
         self._captured = True
+        self._low.add(tokens)
         rows = self.protected.of(tokens) if self.protected else None
         read = None
         if schedule.prunes:
@@ -105,6 +110,15 @@ class Graphs:
             return False
         # Without protection of the last prompt token most passes protect nothing, so graphs are captured without slots.
         return scheduled.protected_total <= (self.protected.capacity if self.protected else 0)
+
+    def carries(self, scheduled: ScheduledPass) -> bool:
+        """Whether a pass that decode rows alone make as long as ``min_tokens`` is better low: a captured graph computes
+        it so, and its protected rows read no experts, of which some ten rows read most a second time.  Linears take up
+        to 128 rows in the time of the one that ``min_tokens: auto`` was timed with (``triton/few_rows.py``)."""
+        rows = sum(scheduled.tokens.values())
+        captured = any(rows <= size <= limits.PADDING * rows for size in self._low)
+        low = scheduled.running.role is Role.PROMPT
+        return captured and low and not self._protects_experts and self.can_replay(scheduled)
 
     def can_replay_decode(self) -> bool:
         """Whether captured decode graphs, whose linears of low precision hold packed copies, compute the step."""

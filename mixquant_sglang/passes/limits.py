@@ -14,3 +14,7 @@ EAGER_TOKENS = 4096
 # Pairs of a query and a key from which on the last layer's attention leaves out rows that nobody reads.  2M pairs of
 # Qwen3-8B take FA3 65 us on an H200; with half of them, it is estimated, picking the rows takes as long.
 ATTENTION_PAIRS = 1 << 20
+
+# SGLang replays no prefill graph of more than so many times a pass's rows: _MAX_PREFILL_CUDA_GRAPH_PADDING_FACTOR of
+# its prefill_cuda_graph_runner.
+PADDING = 2

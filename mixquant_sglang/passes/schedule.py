@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -75,6 +75,7 @@ class Schedule:
         self.prunes_attention = False  # whether its attention does so too
         self.local = False  # whether layers between attention are given the rows of all ranks (DP attention)
         self.low_attention: LowLimits | None = None  # of which requests attention runs in low precision
+        self.carries: Callable[[ScheduledPass], bool] = lambda _: False  # of captured graphs: ``Graphs.carries``
         self._copies = copies
         self._name_roles()
 
@@ -106,10 +107,11 @@ class Schedule:
     ) -> ScheduledPass:
         """Pass of EXTEND, MIXED or SPLIT_PREFILL over ``requests``, in row order; ``reads_all``: the hidden states of
         more rows than each request's last are asked for."""
-        protects = self.recipe.protect_last_prompt_token
         if self.by_request:
             requests = [replace(r, bf16=True) if r.prompt < self.min_tokens else r for r in requests]
-        rows = split_rows(requests, last_prompt_token=protects, tail=self.recipe.protected_tail)
+        rows = split_rows(
+            requests, last_prompt_token=self.recipe.protect_last_prompt_token, tail=self.recipe.protected_tail
+        )
         # A recipe that is BF16 throughout has no copies: its passes are SGLang's, graphs too.
         if self.selection.kernels and not self._copies.current:
             fallback = self._copies.fallback
@@ -118,8 +120,31 @@ class Schedule:
         attention = self._low_rows(requests, rows, device)
         if not self.split:
             return self._scheduled(rows, Pass(Role.PROMPT, attention=attention), protected=())
-        if self._short(requests, rows):
-            return replace(self._scheduled(rows, PROTECTED_PASS, protected=()), short=True)
+        if not self._short(requests, rows):
+            return self._by_row(requests, rows, device, attention, reads_all)
+        if rows.decode and rows.total >= self.min_tokens and not self.by_request:
+            # BF16 graphs end below ``min_tokens``. Launched one by one, BF16 passes of Qwen3-8B take 17.5 ms on an H200
+            # however few rows they have; 768 rows take 15.8 in the graph of low ones (docs/benchmarks.md).
+            by_row = self._by_row(requests, rows, device, attention, reads_all)
+            if self.carries(by_row):
+                return by_row
+        return replace(self._scheduled(rows, PROTECTED_PASS, protected=()), short=True)
+
+    def _short(self, requests: Sequence[RequestRows], rows: RowSplit) -> bool:
+        if self.by_request:
+            return all(request.decoding or request.prompt < self.min_tokens for request in requests)
+        return rows.prefill < self.min_tokens
+
+    def _by_row(
+        self,
+        requests: Sequence[RequestRows],
+        rows: RowSplit,
+        device: torch.device,
+        attention: LowRows | None,
+        reads_all: bool,
+    ) -> ScheduledPass:
+        """Each row in its own precision."""
+        protects = self.recipe.protect_last_prompt_token
         if rows.protected_total == rows.total:
             return self._scheduled(rows, PROTECTED_PASS, protected=rows.protected)
         eager = EagerRows(rows.total, rows.protected, device)
@@ -131,11 +156,6 @@ class Schedule:
         read = eager if protects else EagerRows(rows.total, rows.last, device)
         running = replace(running, read=read, queries=self._queries(requests, rows, device))
         return self._scheduled(rows, running, protected=rows.protected, read=rows.protected if protects else rows.last)
-
-    def _short(self, requests: Sequence[RequestRows], rows: RowSplit) -> bool:
-        if self.by_request:
-            return all(request.decoding or request.prompt < self.min_tokens for request in requests)
-        return rows.prefill < self.min_tokens
 
     @staticmethod
     def padded(running: Pass, tokens: int) -> Pass:

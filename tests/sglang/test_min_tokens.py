@@ -221,3 +221,47 @@ def test_the_sizes_of_bf16_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     config.backend, config.bs = "disabled", [4]
     graphs.add_prefill_graphs(SimpleNamespace(), (1, 3))
     assert config.bs == [4]
+
+
+@pytest.mark.parametrize(("decoding", "precision", "graph"), [(40, "bf16", 640), (41, "fp8", 704), (300, "bf16", 1024)])
+def test_decode_rows_of_mixed_chunks(
+    monkeypatch: pytest.MonkeyPatch, decoding: int, precision: str, graph: int
+) -> None:
+    """Those that ride on a short pass leave it a captured graph, up to as many as graphs have slots for; once it runs,
+    SGLang calls it EXTEND."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    from sglang.srt.model_executor.runner import prefill_cuda_graph_runner as sglang
+
+    from mixquant_sglang.host import runtime as host
+    from mixquant_sglang.host.hooks import forward
+    from mixquant_sglang.host.hooks import graphs as hooks
+    from mixquant_sglang.passes import limits
+
+    assert sglang._MAX_PREFILL_CUDA_GRAPH_PADDING_FACTOR == limits.PADDING
+    run = runtime("fp8", HOPPER, min_tokens=641)
+    monkeypatch.setattr(host, "_runtime", run)
+    sizes = [512, 640, 704, 1024]
+    model_runner = SimpleNamespace(is_draft_worker=False, device="cpu")
+    runner = SimpleNamespace(capture_num_tokens=sizes, model_runner=model_runner)
+    runner._pad_to_bucket = sglang.PrefillCudaGraphRunner._pad_to_bucket
+    for size in reversed(sizes):
+        run.graphs.captured_pass(size, max(sizes), torch.device("cpu"))
+    _prompt, *answers = reqs = [SimpleNamespace(origin_input_ids=[1] * n) for n in (600, *[200] * decoding)]
+    batch = SimpleNamespace(reqs=reqs, decoding_reqs=answers, prefill_stats=None)
+    rows = SimpleNamespace(
+        forward_mode=ForwardMode.MIXED,
+        capture_hidden_mode=None,
+        return_logprob=False,
+        input_ids=[1] * (600 + decoding),
+        extend_seq_lens_cpu=[600] + [1] * decoding,
+        extend_prefix_lens_cpu=[0] + [205] * decoding,
+    )
+    forward.schedule_batch(rows, SimpleNamespace, batch, model_runner)
+    scheduled = forward.scheduled_of(rows)
+    assert scheduled is not None and scheduled.precision == precision and scheduled.short == (precision == "bf16")
+    rows.forward_mode = ForwardMode.EXTEND
+    assert graphs.prefill_graph_of(runner, 600 + decoding) == graph
+    assert hooks.can_replay_prefill(lambda *_: True, runner, rows) == (decoding < 300)
+    assert scheduled.tokens["decode", "bf16"] == decoding
+    low = 599 if precision == "fp8" else 0
+    assert scheduled.tokens.get(("prefill", "fp8"), 0) == low and scheduled.tokens["prefill", "bf16"] == 600 - low

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from mixquant_sglang.passes.limits import GRAPH_ROWS
 from mixquant_sglang.passes.rows import RequestRows
 from mixquant_sglang.passes.running import PROTECTED_PASS
 from mixquant_sglang.passes.schedule import ScheduledPass
-from mixquant_sglang.recipe.roles import Role
+from mixquant_sglang.recipe.roles import Kind, Role, by_role
 from mixquant_sglang.recipe.select import Device, select
 
 CPU = torch.device("cpu")
@@ -108,14 +109,67 @@ def test_graphs_below_min_tokens_are_bf16() -> None:
     assert run.graphs.can_replay(asked_bf16, 96)  # more protected rows than graphs have slots
     run.graphs.load(asked_bf16)
     assert run.graphs.protected is not None and run.graphs.protected.index.tolist() == [-1] * GRAPH_ROWS
-    mixed = run.schedule.prefill([RequestRows(99, 0, 200)] + [RequestRows(1, 40, 30, decoding=True)] * 4, CPU)
-    assert mixed.precision == "bf16" and not run.graphs.can_replay(mixed, 104)  # right, without a graph
     long = run.schedule.prefill([RequestRows(101, 0, 900)], CPU)
     assert run.graphs.can_replay(long, 104) and not run.graphs.can_replay(long, 100)
     whole = run.schedule.prefill([RequestRows(200, 0, 200, bf16=True)], CPU)
     assert whole.running is PROTECTED_PASS and not run.graphs.can_replay(whole, 256)
     run.weights._moved = "a.layer"
     assert run.graphs.can_replay(short, 100) and not run.graphs.can_replay(long, 104)  # they hold no packed weight
+
+
+DECODING = RequestRows(1, 40, 30, decoding=True)
+
+
+def captured(run: Runtime, *sizes: int) -> Runtime:
+    for size in sorted(sizes, reverse=True):
+        run.graphs.captured_pass(size, max(sizes), CPU)
+    return run
+
+
+def test_decode_rows_that_make_a_short_pass_long_leave_it_a_graph() -> None:
+    """BF16 graphs end below ``min_tokens``, so that such a pass is low where a graph computes it so."""
+    run = captured(make(min_tokens=101), 64, 100, 104, 128, 512)
+    fits = run.schedule.prefill([RequestRows(96, 0, 96)] + [DECODING] * 4, CPU)
+    assert fits.short and fits.running is PROTECTED_PASS and run.graphs.can_replay(fits, 100)
+    for prompt, decoding, graph in ((97, 4, 104), (61, 60, 128), (99, 200, 512)):
+        long = run.schedule.prefill([RequestRows(prompt, 0, prompt)] + [DECODING] * decoding, CPU)
+        assert long.precision == "nvfp4" and not long.short and run.graphs.can_replay(long, graph)
+        assert long.protected == ((prompt - 1, prompt + decoding),)
+        assert tokens(long) == {
+            ("prefill", "nvfp4"): prompt - 1,
+            ("prefill", "bf16"): 1,
+            ("decode", "bf16"): decoding,
+        }
+    run.schedule.prunes = True  # then graphs leave out what input logprobs read
+    requests = [RequestRows(97, 0, 97)] + [DECODING] * 4
+    assert run.schedule.prefill(requests, CPU, reads_all=True).short
+    assert not run.schedule.prefill(requests, CPU).short
+
+
+def test_where_decode_rows_do_not_count_for_min_tokens() -> None:
+    """Where no captured graph computes the pass in low precision: launched one by one, its kernels are more."""
+
+    def short(run: Runtime, prompt: int = 90, decoding: int = 40, **more: bool) -> bool:
+        requests = [RequestRows(prompt, 0, prompt, **more)] + [DECODING] * decoding
+        plan = run.schedule.prefill(requests, CPU)
+        assert not plan.short or plan.running is PROTECTED_PASS
+        return plan.short
+
+    assert not short(captured(make(min_tokens=101), 100, 256))
+    assert short(make(min_tokens=101)), "no graphs were captured"
+    assert short(captured(make(min_tokens=101), 100, 512)), "SGLang pads to no more than twice the rows"
+    assert short(captured(make(min_tokens=101), 100, 104)), "the largest graph has fewer rows"
+    assert short(captured(make(min_tokens=101), 100, 512), 90, GRAPH_ROWS), "more protected rows than slots"
+    assert short(captured(make(min_tokens=101), 100, 256), bf16=True), "all rows are BF16"
+    assert short(captured(make(min_tokens=101, protect_last_prompt_token=False), 100, 256)), "graphs have no slots"
+    many = [RequestRows(4000, 0, 4000)] + [DECODING] * 100  # a low pass that protects so many has no graph
+    assert captured(make(min_tokens=4097), 4096, 8192).schedule.prefill(many, CPU).short
+    by_request = captured(make(min_tokens=101), 100, 256)
+    by_request.schedule.by_request = True  # rows keep their bits whoever is beside them
+    assert short(by_request)
+    experts = captured(make(min_tokens=101), 100, 256)
+    experts.weights.layers[:] = [SimpleNamespace(kind=Kind.EXPERTS, precision=by_role("nvfp4", "bf16"))]  # type: ignore[list-item]
+    assert short(experts), "decode rows read most experts a second time"
 
 
 def test_bf16_graphs_of_a_pruned_last_layer_compute_all_rows() -> None:
@@ -251,10 +305,6 @@ def test_counters_and_state() -> None:
 
 
 def test_graphs_of_experts_have_fewer_slots() -> None:
-    from types import SimpleNamespace
-
-    from mixquant_sglang.recipe.roles import Kind, by_role
-
     run = make()
     for kind, precision, slots in (
         (Kind.LINEAR, "nvfp4", 256),
