@@ -7,7 +7,7 @@ Arms are those of eval_text, or files of recipes.  Tasks (tasks_data.py): all of
     greedy      the answer at temperature 0
     sampled     the share of --samples answers at --temperature that are right, of tasks without a long prompt; a draw
                 goes by (seed, step, token), so that arms draw with the same noise (processor.py)
-    recovered   (arm - nvfp4-everywhere) / (bf16 - nvfp4-everywhere); none where bf16 loses nothing to speak of
+    recovered   (arm - nvfp4-everywhere) / (bf16 - nvfp4-everywhere); none where the interval of that loss holds 0
 
 Prompts go to the server in waves of token ids, each from an empty cache: it then forms the same batches each time, and
 equal batches give equal bits.  The same command on the same machine gives the same table.  Intervals: paired bootstrap
@@ -42,7 +42,7 @@ from scripts.eval.statistics import analyse
 from scripts.eval.tasks_data import FILES, LOOKUPS, Cell, Problem, cells_of, family, missing, problems
 from scripts.eval.tasks_report import tables
 from scripts.eval.text import ARMS, arms_of, digest_of, measure, stock_state
-from scripts.eval.text_parts import BESIDE, REFERENCE, WORST, differs
+from scripts.eval.text_parts import BESIDE, REFERENCE, WORST, differs, measured_with, source_digest
 from scripts.public.grading import math_grader
 
 TOKENS = {"gsm8k": 512, "math500": 1024}
@@ -85,6 +85,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, least in {**low, **{f"{task}_tokens": 1 for task in TOKENS}}.items():
         if getattr(args, name) < least:
             parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is less than {least}")
+    if args.samples and args.temperature <= 0:
+        parser.error("argument --temperature: draws need one above 0; greedy answers are there in any case")
     if min(args.shots) < 0 or (args.limit is not None and args.limit < 1):
         parser.error("arguments --shots, --limit: too small")
     if not (args.model / "config.json").is_file():
@@ -136,6 +138,7 @@ class Run:
             **{name: where[name] for name in ("sglang", "torch")},
             "gpu": " and ".join(sorted({*where["gpu"].splitlines()})),
             "model": digest_of(args.model),
+            "source": source_digest(),
             "stops": [*self.stops],
             **{name: getattr(args, name) for name in FIXED},
         }
@@ -148,17 +151,18 @@ class Run:
         if file.is_file():
             ends = json.loads(file.read_text()).get("eos_token_id")
             found |= {*ends} if isinstance(ends, list) else {ends}
-        turn = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        known = {*self.tokenizer.get_vocab().values()}
-        return tuple(sorted(token for token in {*found, turn} if token in known))
+        vocabulary = self.tokenizer.get_vocab()
+        found |= {vocabulary[name] for name in ("<|im_end|>", "<|endoftext|>", "<end_of_turn>") if name in vocabulary}
+        return tuple(sorted(token for token in found if token is not None))
 
     def file(self, cell: Cell, arm: str) -> Path:
         return Path(self.args.out, "parts", f"{cell[0]}-{cell[1]}-{arm}.json.gz")
 
-    def identity_of(self, cell: Cell) -> dict[str, Any]:
+    def identity_of(self, cell: Cell, arm: str) -> dict[str, Any]:
         every = [[one.id, one.prompt, one.limit] for one in self.problems[cell]]
         asked = hashlib.sha256(json.dumps(every).encode()).hexdigest()[:16]
-        return self.identity | {"cell": [*cell], "asked": asked, "samples": self.samples(cell)}
+        own = {"cell": [*cell], "asked": asked, "samples": self.samples(cell)}
+        return self.identity | own | {"recipe": self.args.recipes.get(arm, arm)}
 
     def samples(self, cell: Cell) -> int:
         """Draws are of short prompts: behind a long one a second look at the same KV costs most and says least."""
@@ -169,11 +173,13 @@ class Run:
         if not file.is_file():
             return None
         part: Part = json.loads(gzip.decompress(file.read_bytes()))
-        expected = self.identity_of(cell)
+        expected = self.identity_of(cell, arm)
         if self.args.collect:  # on whatever machine it was measured
             base = self.file(cell, REFERENCE)
             known = json.loads(gzip.decompress(base.read_bytes()))["identity"] if base.is_file() else expected
-            expected |= {name: known[name] for name in ("sglang", "torch", "gpu", "flags", "wave", "kv_tokens")}
+            expected |= {
+                name: known[name] for name in ("sglang", "torch", "gpu", "flags", "wave", "kv_tokens", "source")
+            }
         if other := differs(part["identity"], expected):
             raise SystemExit(f"{file} was measured with another {other}: name another --out, or remove it")
         return part
@@ -189,8 +195,7 @@ class Run:
             if self.stored(cell, name) is not None:
                 continue
             began, every = time.monotonic(), self.problems[cell]
-            own = {"recipe": self.args.recipes.get(name, name), "server": server}
-            part: Part = {"identity": self.identity_of(cell) | own}
+            part: Part = {"identity": self.identity_of(cell, name) | {"server": server}}
             part["greedy"] = self._asked(client, every, 1, self._greedy)
             if count := self.samples(cell):
                 part["sampled"] = self._asked(client, every, count, self._draws(cell))
@@ -261,24 +266,24 @@ class Run:
                 if chosen:
                     kind = "sampled" if sampled else "greedy"
                     results[f"{name}, {kind}"] = analyse(chosen, pairs, (REFERENCE, WORST), args.seed, args.draws)
-        row = parts[self.cells[0]]
-        known = row[REFERENCE]["identity"]
-        servers = {arm: part["identity"]["server"] for arm, part in row.items()}
-        emulated = sorted({p for s in servers.values() for p, kernel in s["kernel"].items() if kernel == "emulated"})
-        versions = sorted({server["version"] for server in servers.values()} - {""})
+        known = parts[self.cells[0]][REFERENCE]["identity"]
+        servers = {arm: part["identity"]["server"] for arm, part in parts[self.cells[0]].items()}
+        made = measured_with(part["identity"] for row in parts.values() for part in row.values())
+        said = {name: " and ".join(every) for name, every in made.items()}
         head = (
             f"{args.model.name} ({known['model']}): {', '.join(f'{t} {n}' for t, n in self.cells)}; "
             f"{args.samples} samples at T {args.temperature:g}, top-p {args.top_p:g}, top-k {args.top_k}; graded by "
-            f"{math_grader()[0]}; GPU {known['gpu']}, SGLang {known['sglang']}, torch {known['torch']}, mixquant "
-            f"{' and '.join(versions) or 'none'}; emulated: {', '.join(emulated) or 'nothing'}"
+            f"{math_grader()[0]}; GPU {said['gpu']}, SGLang {said['sglang']}, torch {said['torch']}, mixquant "
+            f"{said['mixquant'] or 'none'}; emulated: {', '.join(made['emulated']) or 'nothing'}"
         )
         text = f"{head}\n\n{tables(results, arms)}\n"
         full = {"identity": {**known, "cell": None}, "servers": servers, "arms": arms, "results": results}
+        full |= {"measured_with": made, "recipes": {arm: args.recipes.get(arm, arm) for arm in arms}}
         (args.out / "results.json").write_text(json.dumps(full, indent=1) + "\n")
         (args.out / "tables.txt").write_text(text)
         print(text)
         short = {name: found["all"][name.rpartition(", ")[2]] for name, found in results.items()}
-        return {"out": str(args.out), "arms": arms, "emulated": emulated, "all": short}
+        return {"out": str(args.out), "arms": arms, "emulated": made["emulated"], "all": short}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,8 +6,9 @@
 | math500, 0 | a problem of MATH-500 | the same, as a value |
 | niah_..., vt; L | RULER's look-up in a prompt of L tokens | it holds the references (their share counts) |
 
-Prompts are those of eval_reasoning and eval_ruler, rendered by the tokenizer's chat template.  Worked problems are the
-last of the file and the same for every question, so the problems that all of ``--shots`` leave are asked in each cell.
+Prompts are those of eval_reasoning and eval_ruler, without thinking, rendered by the tokenizer's chat template.
+Worked problems are the last of the file and the same for every question, so the problems that all of ``--shots`` leave
+are asked in each cell.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def problems(cell: Cell, args: argparse.Namespace, tokenizer: Any) -> list[Probl
 
 def _problem(example: Example, limit: int, grade: Grade, tokenizer: Any) -> Problem:
     asked = [{"role": "user", "content": example.prompt}]
-    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) + example.prefix
+    # An answer has room for no thoughts, and a look-up's is begun for the model; templates that know none ignore it.
+    opened = {"add_generation_prompt": True, "enable_thinking": False}
+    text = tokenizer.apply_chat_template(asked, tokenize=False, **opened) + example.prefix
     return Problem(example.id, list(tokenizer(text, add_special_tokens=False).input_ids), limit, grade)
 
 

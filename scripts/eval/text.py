@@ -65,7 +65,7 @@ from scripts.bench.servers import Arm, machine, serving
 from scripts.eval.arms import FLAGS, Client
 from scripts.eval.run import processor_on_path, state_of
 from scripts.eval.text_data import SOURCES, TURNS, missing
-from scripts.eval.text_parts import REFERENCE, WORST, Cell, Stored, differs, file_of, measured_with
+from scripts.eval.text_parts import REFERENCE, WORST, Cell, Stored, differs, file_of, measured_with, source_digest
 from scripts.eval.text_speed import priced, redraw
 from scripts.eval.text_turns import Turns
 from scripts.eval.text_windows import Windows
@@ -205,24 +205,28 @@ class Run:
             **{name: where[name] for name in ("sglang", "torch")},
             "gpu": " and ".join(sorted({*where["gpu"].splitlines()})),
             "model": digest_of(args.model),
+            "source": source_digest(),
             **{name: getattr(args, name) for name in ("top", "wave", "kv_tokens", "seed", "flags")},
             "spare": self.spare,
         }
         (args.out / "parts").mkdir(parents=True, exist_ok=True)
 
-    def identity_of(self, cell: Cell) -> dict[str, Any]:
-        return self.identity | {"cell": [*cell], "text": self.digests[cell]}
+    def identity_of(self, cell: Cell, arm: str) -> dict[str, Any]:
+        own = {"cell": [*cell], "text": self.digests[cell], "recipe": self.args.recipes.get(arm, arm)}
+        return self.identity | own
 
     def stored(self, cell: Cell, arm: str) -> Stored | None:
         file = file_of(self.args.out, cell, arm)
         if not file.is_file():
             return None
         part = self.asked.stored.load(file)
-        expected = self.identity_of(cell)
+        expected = self.identity_of(cell, arm)
         if self.args.collect:  # on whatever machine it was measured
             base = file_of(self.args.out, cell, REFERENCE)
             reference = self.asked.stored.load(base).identity if base.is_file() else expected
-            expected |= {name: reference[name] for name in ("sglang", "torch", "gpu", "flags", "wave", "kv_tokens")}
+            expected |= {
+                name: reference[name] for name in ("sglang", "torch", "gpu", "flags", "wave", "kv_tokens", "source")
+            }
         if other := differs(part.identity, expected):
             raise SystemExit(f"{file} was measured with another {other}: name another --out, or remove it")
         return part
@@ -230,12 +234,13 @@ class Run:
     def measure(self, arm: Arm, name: str) -> None:
         client = Client(arm, self.args.top, self.spare, ())
         server = state_of(arm) if not name.startswith("stock-") else stock_state(arm)
-        own = {"recipe": self.args.recipes.get(name, name), "server": server}
         for cell in self.cells:
             if self.stored(cell, name) is not None:
                 continue
             began = time.monotonic()
-            self.asked.measure(client, cell, self.identity_of(cell) | own).save(file_of(self.args.out, cell, name))
+            self.asked.measure(client, cell, self.identity_of(cell, name) | {"server": server}).save(
+                file_of(self.args.out, cell, name)
+            )
             print(f"{name}: {cell[0]} {cell[1]}, {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
 
     def waiting(self) -> list[str]:
@@ -249,7 +254,7 @@ class Run:
         results = self.asked.results(parts, arms)
         row = parts[self.cells[0]]
         servers = {arm: part.identity["server"] for arm, part in row.items()}
-        made = measured_with(part for every in parts.values() for part in every.values())
+        made = measured_with(part.identity for every in parts.values() for part in every.values())
         said = {name: " and ".join(every) for name, every in made.items()}
         known = row[REFERENCE].identity
         head = (
@@ -262,6 +267,7 @@ class Run:
             text += f"\n{speed}"
         full = {
             "head": head,
+            "recipes": {arm: args.recipes.get(arm, arm) for arm in arms},
             "identity": {**known, "cell": None},
             "measured_with": made,
             "servers": servers,

@@ -7,6 +7,7 @@ differ in the arm alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -19,7 +20,7 @@ import numpy as np
 from scripts.eval.statistics import Array, agreement, divergence
 
 EDGES = (1, 8, 32, 128, 512)  # where bins of the place in the answer end
-OWN = ("recipe", "server")  # what arms differ in
+OWN = "server"  # what it says of itself: arms differ in it, and the recipe decides it
 BESIDE = (
     *(("nvfp4-unprotected", "nvfp4"), ("nvfp4-absmax", "nvfp4"), ("fp8-attention", "fp8")),
     *(("fp8-compact", "fp8"), ("nvfp4-compact", "nvfp4")),
@@ -62,20 +63,31 @@ def file_of(out: Path, cell: Cell, arm: str) -> Path:
 
 
 def differs(identity: dict[str, Any], expected: dict[str, Any]) -> str:
-    """The first field, other than an arm's own, in which two parts are not of one run; empty where none is."""
-    names = [name for name in {**expected, **identity} if name not in OWN]
+    """The first field in which a part is not what is asked for; empty where none is."""
+    names = [name for name in {**expected, **identity} if name != OWN]
     return next((name for name in names if identity.get(name) != expected.get(name)), "")
 
 
-def measured_with(parts: Iterable[Stored]) -> dict[str, list[str]]:
+def measured_with(identities: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
     """GPU, versions and emulated kernels of the parts of one table: all that there is of each, since cells may come
     from several machines and arms from several versions."""
-    every = [*parts]
-    servers = [part.identity["server"] for part in every]
-    found = {name: {part.identity[name] for part in every} for name in ("gpu", "sglang", "torch")}
+    every = [*identities]
+    servers = [identity["server"] for identity in every]
+    found = {name: {identity[name] for identity in every} for name in ("gpu", "sglang", "torch")}
     found["mixquant"] = {server["version"] for server in servers} - {""}  # none where SGLang is without
     found["emulated"] = {p for server in servers for p, kernel in server["kernel"].items() if kernel == "emulated"}
     return {name: sorted(one) for name, one in found.items()}
+
+
+def source_digest() -> str:
+    """Of the installed package's modules: its version alone does not tell two commits apart."""
+    import mixquant_sglang
+
+    digest = hashlib.sha256()
+    folder = Path(mixquant_sglang.__file__).parent
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def bins(tokens: int) -> list[tuple[int, int]]:

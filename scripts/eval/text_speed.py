@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import textwrap
@@ -18,7 +19,8 @@ from scripts.eval.report import Results
 from scripts.eval.text_report import plot, share
 
 MODEL, TOKENS = "Qwen3-8B", 8192
-Speeds = dict[str, dict[str, float | None]]  # {GPU: {arm: speed-up, None: it would be refused there}}
+NUMBERED = re.compile(r"layers\\?\.[(\[]?\d")
+Speeds = dict[str, dict[str, float | None]]  # {GPU: {arm: speed-up, None: it has none there}}
 
 
 def speeds(arms: Sequence[str], recipes: Mapping[str, str], gpus: Sequence[str]) -> Speeds:
@@ -40,6 +42,10 @@ def speeds(arms: Sequence[str], recipes: Mapping[str, str], gpus: Sequence[str])
             gpu = find_gpu(name)
             found[name] = {}
             for arm in arms:
+                if NUMBERED.search(recipes.get(arm, "")):
+                    print(f"{arm}: its rules name layers by number, which are not those of {MODEL}", file=sys.stderr)
+                    found[name][arm] = None
+                    continue
                 try:
                     plan = make_plan(str(files.get(arm, arm)), model, gpu)
                 except MixQuantError as error:
@@ -56,7 +62,7 @@ def speed_table(results: Results, fast: Speeds) -> str:
     lines = [f"| arm | KL taken back | {' | '.join(f'{gpu}, predicted' for gpu in fast)} |"]
     lines.append("|---|---|" + "---|" * len(fast))
     for arm in next(iter(fast.values())):
-        speed = " | ".join("refused" if found[arm] is None else f"{found[arm]:.2f}x" for found in fast.values())
+        speed = " | ".join("none" if found[arm] is None else f"{found[arm]:.2f}x" for found in fast.values())
         lines.append(f"| {arm} | {share(back[arm]) if arm in back else '-'} | {speed} |")
     return f"prefill of {MODEL}, {TOKENS} tokens, over stock BF16\n\n" + "\n".join(lines)
 

@@ -29,7 +29,10 @@ class Letters:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return "".join(chr(token - 2) for token in ids)
 
-    def apply_chat_template(self, messages: Any, tokenize: bool, add_generation_prompt: bool) -> str:
+    def apply_chat_template(
+        self, messages: Any, tokenize: bool, add_generation_prompt: bool, enable_thinking: bool
+    ) -> str:
+        assert not enable_thinking
         return "".join(f"<{m['role']}>{m['content']}</>" for m in messages) + "<assistant>"
 
     def convert_tokens_to_ids(self, token: str) -> None:
@@ -180,6 +183,37 @@ def test_the_table_has_what_servers_answered(folder: Path, monkeypatch: pytest.M
     other = run_of(folder, monkeypatch, "--tasks", "gsm8k", "--shots", "0", "--temperature", "0.7")
     with pytest.raises(SystemExit, match="measured with another temperature"):
         other.waiting()
+
+
+def test_a_recipe_file_that_changed_is_another_arm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.eval import tasks
+
+    state = {"version": "1", "precision": {}, "kernel": {}}
+    monkeypatch.setattr(tasks, "state_of", lambda arm: state)
+    monkeypatch.setattr(tasks, "Client", lambda arm, top, stops: Server(lambda value, number: True))
+    file = folder / "mine.yaml"
+    asked = ("--tasks", "gsm8k", "--shots", "0", "--samples", "0", "--arms", str(file))
+    for text, known in (("version: 1\n", False), ("version: 1\nprefill: {precision: fp8}\n", True)):
+        file.write_text(text)
+        run = run_of(folder, monkeypatch, *asked)
+        if known:
+            with pytest.raises(SystemExit, match="was measured with another recipe"):
+                run.waiting()
+        else:
+            run.measure(SimpleNamespace(), "mine")
+            assert run.waiting() == ["bf16"]
+
+
+def test_an_edited_package_does_not_mix_with_what_it_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.eval import tasks, text_parts
+
+    assert text_parts.source_digest() == text_parts.source_digest()
+    made = []
+    for digest in ("a", "b"):
+        monkeypatch.setattr(tasks, "source_digest", lambda digest=digest: digest)
+        run = run_of(folder, monkeypatch, "--tasks", "gsm8k", "--shots", "0")
+        made.append(run.identity_of(("gsm8k", 0), "bf16"))
+    assert text_parts.differs(made[0], made[1]) == "source"
 
 
 def test_a_draw_of_the_best_k_is_the_draw_of_the_same_noise() -> None:

@@ -129,7 +129,8 @@ def test_a_part_comes_back_as_it_was(tmp_path: Path) -> None:
     assert again.identity == made.identity and [*tmp_path.iterdir()] == [tmp_path / "x.npz"]
     for name in ("ids", "logprobs", "greedy"):
         assert np.array_equal(getattr(again, name), getattr(made, name))
-    assert differs(made.identity, {**made.identity, "recipe": "fp8", "server": 1}) == ""
+    assert differs(made.identity, {**made.identity, "server": 1}) == ""
+    assert differs(made.identity, {**made.identity, "recipe": "fp8"}) == "recipe"
     assert differs(made.identity, {**made.identity, "gpu": "other"}) == "gpu"
     assert differs({**made.identity, "flags": []}, made.identity) == "flags"
 
@@ -143,7 +144,7 @@ def test_a_table_says_all_that_its_parts_were_measured_with() -> None:
 
     every = [made("H200", "", {"fp8": "SGLang's"}), made("H200", "1", {"nvfp4": "native"})]
     every += [made("none", "2", {"nvfp4": "emulated"})]
-    assert measured_with(every) == {
+    assert measured_with(one.identity for one in every) == {
         "gpu": ["H200", "none"],
         "sglang": ["0.5.17"],
         "torch": ["2.11"],
@@ -336,14 +337,17 @@ def test_speeds_are_the_planners_and_a_refused_arm_says_so(tmp_path: Path, capsy
     from scripts.eval.text_speed import speed_table, speeds
 
     slower = "version: 1\nprefill: {precision: fp8}\nlayers:\n- {match: 're:.*qkv_proj', prefill: bf16}\n"
-    fast = speeds(["bf16", "fp8", "nvfp4-compact", "slower"], {"slower": slower, "other": "x"}, ["B200", "H200"])
+    few = slower.replace("re:.*qkv_proj", r"re:model\.layers\.(3|7)\.self_attn\.qkv_proj$")
+    recipes = {"slower": slower, "few": few, "other": "x"}
+    fast = speeds(["bf16", "fp8", "nvfp4-compact", "slower", "few"], recipes, ["B200", "H200"])
+    assert fast["H200"]["few"] is None  # layers of another model
     assert fast["H200"]["bf16"] == 1.0 and fast["H200"]["fp8"] > fast["H200"]["slower"] > 1.2
     assert fast["B200"]["nvfp4-compact"] is None and fast["H200"]["nvfp4-compact"] is not None
     assert "nvfp4-compact on B200" in capsys.readouterr().err
     results = {"all": {"kl": {"recovered": {"fp8": [0.9, 0.8, 0.95], "slower": None}}}}
     rows = {line.split(" | ")[0]: line for line in speed_table(results, fast).splitlines()[2:]}
     assert rows["| fp8"].startswith("| fp8 | 90.0% [80.0, 95.0] | 1.45x | 1.68x")
-    assert "nothing to recover" in rows["| slower"] and "| refused |" in rows["| nvfp4-compact"]
+    assert "nothing to recover" in rows["| slower"] and "| none |" in rows["| nvfp4-compact"]
 
 
 def test_a_finished_run_is_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
