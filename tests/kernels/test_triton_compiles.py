@@ -430,6 +430,12 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         sums = 4 * warps * constants["BLOCK_N"] * constants["ROWS"]
         straight = "ldmatrix" not in ptx and "cp.async" not in ptx and compiled.metadata.shared <= sums
         assert straight == packed_tiles.STRAIGHT
+        if "beyond" in case and capability == 90 and straight:  # as wide as registers allow: ``packed_tiles.crowd``
+            cubin = tmp_path / "cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            tool = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+            usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+            assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
         rows = constants["BLOCK_N"] // 8 * constants["PIECES"]  # 16 bytes of each are read ahead, and before the loop
         assert len(re.findall(r"ld\.global\S*evict_first\S*\.v4\.b32|ld\.global\S*v4\.b32", ptx)) >= 2 * rows
     if case.startswith("activations"):
