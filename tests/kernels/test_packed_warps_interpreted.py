@@ -15,6 +15,7 @@ from tests.kernels.test_triton_compiles import BF16_DOT, PREPARE
 pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 COMMON = """
+import numpy
 from mixquant_sglang.kernels.triton import packed_rows, packed_tiles
 from mixquant_sglang.kernels.triton.packed_tiles import Warps
 
@@ -153,6 +154,61 @@ for (n, k), fp4, walk in itertools.product(SHAPES[:2], (False, True), (8, 16)):
     assert packed_rows._chosen(weight, 70, False, SIZES[0], rows.device)[2] == 0
 """
 
+PAIR = """
+# 256 slots that two launches serve: each used one once, with the bits that its row has alone. Of what a warp multiplies
+# at a time one product is not zero, and large ones cancel: the order in which FP32 adds them decides the bits
+packed_rows.WALK, packed_rows.PAIR = 8, True
+stored = []
+store = interpreter.InterpreterBuilder.create_masked_store
+
+
+def counted(self, pointers, value, mask, *rest):
+    stored.append(pointers.data[mask.data].ravel())
+    return store(self, pointers, value, mask, *rest)
+
+
+interpreter.InterpreterBuilder.create_masked_store = counted
+for fp4 in (False, True):
+    n, k, slots, tiles = 72, 512 * (1 + fp4), 256, Warps(16, 1, 2)
+    many = torch.arange(slots) % 25
+    width = 64 * (1 + fp4)  # columns that a warp has at a time; of NVFP4 the even ones are added, then the odd ones
+    steps = k // width
+    values = torch.randn(25, steps, 1, 1 + fp4) * 4
+    large = torch.rand(25, steps).argsort(dim=1)
+    values[torch.arange(25), large[:, 0], 0, 0], values[torch.arange(25), large[:, 1], 0, 0] = 2.0**24, -(2.0**24)
+    place = torch.randint(0, 64, (25, 1, 1, 1 + fp4)).expand(values.shape)
+    rows = torch.zeros(25, steps, 64, 1 + fp4).scatter_(2, place, values)
+    rows = rows.reshape(25, k).bfloat16()
+    dense = torch.randn(n, width).bfloat16().repeat(1, steps)
+    if fp4:
+        q = reference.quantize(dense)
+        weight = weight4(q.packed, q.block_scales, q.tensor_scale)
+    else:
+        q = fp8.quantize(dense)
+        weight = weight8(q.data.view(torch.uint8), q.scales)
+    alone = torch.cat([packed_rows.linear_rows(row, weight, tiles=tiles) for row in rows.split(1)])
+    other = packed_rows.linear_rows(rows, weight, tiles=packed_tiles.Tiles(32, 128, 1, 2, 4))
+    assert not torch.equal(other, alone)  # why tiles are not the ones that serve many
+    fitted = packed_tiles.fitting(tiles, n, k, slots, 8, fp4, 2**20)
+    pair = packed_rows._launches(fitted, 8, 8, fp4)
+    assert [(slots.most, slots.beyond) for slots, _ in pair] == [(8, 0), (0, 8)]
+    assert all(each[1:] == fitted[1:] for _, each in pair)
+    for used in (0, 1, 8, 9, 64, 65, 256):
+        given = rows[many]
+        given[used:] = float("nan")
+        index = torch.full((slots,), -1)
+        index[:used] = torch.randperm(300)[:used]
+        out, rest = torch.full((300, 64), 7.0).bfloat16(), torch.full((300, n - 64), 7.0).bfloat16()
+        stored.clear()
+        packed_rows.linear_rows(given, weight, out=out, index=index, rest=rest, tiles=tiles)
+        places = numpy.concatenate(stored) if stored else numpy.zeros(0)
+        assert len(places) == used * n == len(numpy.unique(places)), (fp4, used)  # none twice
+        whole = torch.cat([out, rest], dim=1)
+        same(whole[index[:used]], alone[many[:used]])
+        whole[index[:used]] = 7
+        assert (whole == 7).all()
+"""
+
 BOUND = """
 # any numbers: k - 1 additions in FP32, each off by 2^-24 of at most the sum of magnitudes; scale, bias and BF16 round
 # by 2^-24, 2^-24 and 2^-8 of what they round
@@ -173,7 +229,9 @@ for (n, k), m in itertools.product(SHAPES, (1, 16)):
 
 
 @pytest.mark.parametrize(
-    "script", [CODES, SUMS, PLACES, WALKED, BOUND], ids=["codes", "sums", "places", "walked", "bound"]
+    "script",
+    [CODES, SUMS, PLACES, WALKED, PAIR, BOUND],
+    ids=["codes", "sums", "places", "walked", "pair", "bound"],
 )
 def test_interpreted_warps(script: str) -> None:
     run = subprocess.run(

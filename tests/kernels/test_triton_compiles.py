@@ -169,7 +169,13 @@ def packed_rows_case(fp4: bool, tiles: packed_tiles.Tiles, rows: int, placed: bo
 
 
 def packed_warps_case(
-    fp4: bool, tiles: packed_tiles.Warps, rows: int, placed: bool = False, walk: bool = False
+    fp4: bool,
+    tiles: packed_tiles.Warps,
+    rows: int,
+    placed: bool = False,
+    walk: bool = False,
+    most: int = 0,
+    beyond: int = 0,
 ) -> Case:
     types = {
         **dict.fromkeys(("out_ptr", "rest_ptr"), "*bf16"),
@@ -182,7 +188,8 @@ def packed_warps_case(
         **dict.fromkeys(("rows", "N", "units", "cut", "out_stride", "rest_stride", "rows_stride"), "i32"),
     }
     constants: dict[str, Any] = {"ROWS": rows, "BLOCK_N": tiles.n, "PIECES": tiles.pieces, "WARPS": tiles.warps}
-    constants |= {"UNIT": 4, "WHOLE_N": walk or not placed, "WHOLE_K": walk or not placed, "WALK": walk}
+    whole = walk or most > 0 or beyond > 0 or not placed
+    constants |= {"UNIT": 4, "WHOLE_N": whole, "WHOLE_K": whole, "WALK": walk, "MOST": most, "BEYOND": beyond}
     constants |= {name: None for name, kind in types.items() if kind is None}
     kept = {name: kind for name, kind in types.items() if kind}
     return packed_warps._packed_warps, kept, constants, tiles.warps
@@ -351,6 +358,11 @@ CASES |= {
     for n in (4096, 24576)
     for rows in (8, 16)
 }
+for fp4, n in ((False, 4096), (True, 4096), (True, 24576)):
+    warps, what = packed_tiles.CHOICES[fp4, 8, n >= packed_tiles.WIDE].tiles, f"of_{n}_{'w4' if fp4 else 'w8'}"
+    CASES[f"packed_warps_walk_8_most_{what}"] = packed_warps_case(fp4, warps, 8, placed=True, most=8)
+    many, wider = packed_tiles.crowd(warps, fp4)
+    CASES[f"packed_warps_beyond_{what}"] = packed_warps_case(fp4, wider, many, placed=True, beyond=8)
 
 
 # exp2 and rsqrt of the SiLU and the norm flush subnormals, of which neither has one that matters
@@ -413,10 +425,17 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
     elif "gelu" not in case and "merge" not in case:  # whose erf is libdevice's, and whose logarithm a polynomial
         assert "fma." not in ptx and ".ftz" not in ptx and "div.full" not in ptx  # each would change the numbers
     if "warps" in case:  # weights go from memory to tensor cores; shared memory adds the warps' sums, no more
-        assert "mma.sync" in ptx
+        # the instruction that sums have, and so their bits, is one for all numbers of rows
+        assert set(re.findall(r"mma\.sync\.aligned\.(\w+)", ptx)) == {"m16n8k16"} and "wgmma" not in ptx
         sums = 4 * warps * constants["BLOCK_N"] * constants["ROWS"]
         straight = "ldmatrix" not in ptx and "cp.async" not in ptx and compiled.metadata.shared <= sums
         assert straight == packed_tiles.STRAIGHT
+        if "beyond" in case and capability == 90 and straight:  # as wide as registers allow: ``packed_tiles.crowd``
+            cubin = tmp_path / "cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            tool = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+            usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+            assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
         rows = constants["BLOCK_N"] // 8 * constants["PIECES"]  # 16 bytes of each are read ahead, and before the loop
         assert len(re.findall(r"ld\.global\S*evict_first\S*\.v4\.b32|ld\.global\S*v4\.b32", ptx)) >= 2 * rows
     if case.startswith("activations"):

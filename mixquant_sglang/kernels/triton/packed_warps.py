@@ -12,11 +12,13 @@ for these letters, for the pieces, the warps (``w``) and the weight rows 8 h + g
 them to threads in that order, and all reshaping is a matter of names.  ``test_triton_compiles.py`` checks that nothing
 goes through shared memory on the way.
 
-The sum of a row has one order for any number of rows, which depends on ``Warps`` and K.
+The sum of a row has one order for any number of rows, which depends on K, PIECES and WARPS, not on BLOCK_N and ROWS.
 
 Of the slots of a captured graph few are used, and how many is known when it runs. With WALK there are no programs for
 the others: a program goes over the used ones, ROWS at a time, until it finds one that is not. It reads its weights from
-memory once, and again from the L2 cache: BLOCK_N rows of them are 64 KB for K = 4096.
+memory once, and again from the L2 cache: BLOCK_N rows of them are 64 KB for K = 4096. That is slow for many used ones.
+With MOST and BEYOND a launch serves some numbers of used slots, and its programs return at once for others, so that two
+launches serve all. They ask one slot, since used ones come first.
 """
 
 import triton
@@ -51,21 +53,31 @@ def _packed_warps(
     WHOLE_N: tl.constexpr,
     WHOLE_K: tl.constexpr,
     WALK: tl.constexpr,
+    MOST: tl.constexpr,
+    BEYOND: tl.constexpr,
     SM: tl.constexpr,
 ) -> None:
-    """ROWS (8 or 16) rows for each program of the second axis; with WALK, which wants ``index_ptr``, all used slots for
-    each, ROWS at a time. ``codes_ptr``: words of four bytes, of which a weight row has ``units * UNIT``; of NVFP4,
-    ``rows_ptr`` is of pairs. WHOLE_N: BLOCK_N divides N; WHOLE_K: what all warps read at once divides a weight row."""
-    first_row = tl.program_id(1) * ROWS
+    """ROWS rows (a multiple of 8) for each program of the second axis; with WALK, which wants ``index_ptr``, all used
+    slots for each, ROWS at a time. MOST (0: any; at most ROWS): nothing is done where more slots are used. BEYOND (0:
+    any): nothing is done where no more are; rows are the first axis then: programs of the same weights run together.
+    ``codes_ptr``: words of four bytes, of which a weight row has ``units * UNIT``; of NVFP4, ``rows_ptr`` is of pairs.
+    WHOLE_N: BLOCK_N divides N; WHOLE_K: what all warps read at once divides a weight row."""
+    first_row, first_n = tl.program_id(1) * ROWS, tl.program_id(0) * BLOCK_N
+    if BEYOND:
+        first_row, first_n = tl.program_id(0) * ROWS, tl.program_id(1) * BLOCK_N
     if index_ptr is not None:
-        first = tl.load(index_ptr + first_row, eviction_policy="evict_last")
-        if first < 0:
+        asked = tl.maximum(first_row, BEYOND) if BEYOND else first_row
+        first = tl.load(index_ptr + asked, eviction_policy="evict_last")
+        serves = first >= 0
+        if MOST:
+            serves = serves & (tl.load(index_ptr + MOST, eviction_policy="evict_last") < 0)
+        if not serves:
             return
     if WALK:
         while first >= 0:
             _some_rows(
                 out_ptr, rest_ptr, index_ptr, rows_ptr, codes_ptr, scale_ptr, block_scale_ptr, bias_ptr, first_row,
-                rows, N, units, cut, out_stride, rest_stride, rows_stride,
+                first_n, rows, N, units, cut, out_stride, rest_stride, rows_stride,
                 ROWS, BLOCK_N, PIECES, WARPS, UNIT, WHOLE_N, WHOLE_K, "", SM,
             )  # fmt: skip
             first_row += ROWS
@@ -73,8 +85,8 @@ def _packed_warps(
     else:
         _some_rows(
             out_ptr, rest_ptr, index_ptr, rows_ptr, codes_ptr, scale_ptr, block_scale_ptr, bias_ptr, first_row,
-            rows, N, units, cut, out_stride, rest_stride, rows_stride,
-            ROWS, BLOCK_N, PIECES, WARPS, UNIT, WHOLE_N, WHOLE_K, "evict_first", SM,
+            first_n, rows, N, units, cut, out_stride, rest_stride, rows_stride,
+            ROWS, BLOCK_N, PIECES, WARPS, UNIT, WHOLE_N, WHOLE_K, "" if BEYOND else "evict_first", SM,
         )  # fmt: skip
 
 
@@ -89,6 +101,7 @@ def _some_rows(
     block_scale_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     first_row: tl.tensor,
+    first_n: tl.tensor,
     rows: tl.tensor,
     N: tl.tensor,
     units: tl.tensor,
@@ -106,8 +119,7 @@ def _some_rows(
     EVICT: tl.constexpr,
     SM: tl.constexpr,
 ) -> None:
-    """ROWS rows from ``first_row`` on by the program's weight rows."""
-    first_n = tl.program_id(0) * BLOCK_N
+    """ROWS rows from ``first_row`` on by BLOCK_N weight rows from ``first_n`` on."""
     slot = first_row + tl.arange(0, ROWS)
     row = slot
     used = rows
