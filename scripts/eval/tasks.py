@@ -33,7 +33,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from scripts.bench.servers import Arm, machine
 from scripts.eval.arms import Answer, Client
@@ -41,7 +41,7 @@ from scripts.eval.run import state_of
 from scripts.eval.statistics import analyse
 from scripts.eval.tasks_data import FILES, LOOKUPS, Cell, Problem, cells_of, family, missing, problems
 from scripts.eval.tasks_report import tables
-from scripts.eval.text import ARMS, arms_of, digest_of, measure, stock_state
+from scripts.eval.text import ARMS, arms_of, digest_of, measured, stock_state
 from scripts.eval.text_parts import BESIDE, REFERENCE, WORST, differs, measured_with, source_digest
 from scripts.public.grading import math_grader
 
@@ -289,18 +289,7 @@ class Run:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     run = Run(args)
-    waiting = run.waiting()
-    arms = args.arms
-    if args.collect:
-        arms = [arm for arm in arms if arm not in waiting]
-        if REFERENCE not in arms:
-            raise SystemExit(
-                f"{args.out}: {REFERENCE} is not measured in every cell, and all arms are compared with it"
-            )
-        if waiting:
-            print(f"not measured in every cell, so left out: {', '.join(waiting)}", file=sys.stderr)
-    else:
-        measure(cast(Any, run), waiting)  # it asks for what both have: args, and measure(arm, name)
+    arms = measured(run)
     print(json.dumps(run.report(arms)))
 
 

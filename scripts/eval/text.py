@@ -59,7 +59,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from scripts.bench.servers import Arm, machine, serving
 from scripts.eval.arms import FLAGS, Client
@@ -291,22 +291,34 @@ def main(argv: list[str] | None = None) -> None:
         redraw(args)
         return
     run = Run(args)
-    waiting = run.waiting()
-    if args.collect:
-        arms = [arm for arm in args.arms if arm not in waiting]
-        if REFERENCE not in arms:
-            raise SystemExit(
-                f"{args.out}: {REFERENCE} is not measured in every cell, and all arms are compared with it"
-            )
-        if waiting:
-            print(f"not measured in every cell, so left out: {', '.join(waiting)}", file=sys.stderr)
-    else:
-        arms = args.arms
-        measure(run, waiting)
+    arms = measured(run)
     print(json.dumps(run.report(arms)))
 
 
-def measure(run: Run, waiting: list[str]) -> None:
+class Measuring(Protocol):
+    """A run of arms over cells: eval_text's, eval_tasks'."""
+
+    args: argparse.Namespace
+
+    def waiting(self) -> list[str]: ...
+
+    def measure(self, arm: Arm, name: str) -> None: ...
+
+
+def measured(run: Measuring) -> list[str]:
+    """The arms to report: all, measured now where they were not; with --collect those that are there."""
+    args, waiting = run.args, run.waiting()
+    if not args.collect:
+        measure(run, waiting)
+        return list(args.arms)
+    if REFERENCE in waiting:
+        raise SystemExit(f"{args.out}: {REFERENCE} is not measured in every cell, and all arms are compared with it")
+    if waiting:
+        print(f"not measured in every cell, so left out: {', '.join(waiting)}", file=sys.stderr)
+    return [arm for arm in args.arms if arm not in waiting]
+
+
+def measure(run: Measuring, waiting: list[str]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     args = run.args
