@@ -252,3 +252,24 @@ def test_wrong_arguments_are_named(
     monkeypatch.setattr(Letters, "chat_template", None)
     with pytest.raises(SystemExit, match="has no chat template"):
         run_of(folder, monkeypatch, "--tasks", "gsm8k")
+
+
+def test_collect_reports_the_arms_that_are_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from scripts.eval.text import measured
+
+    class There:
+        def __init__(self, waiting: list[str]) -> None:
+            self.args = parsed(folder, "--collect", "--arms", "fp8", "nvfp4")
+            self.missing = waiting
+
+        def waiting(self) -> list[str]:
+            return self.missing
+
+        def measure(self, arm: Any, name: str) -> None:
+            raise AssertionError("nothing is measured")
+
+    assert measured(There([])) == ["bf16", "fp8", "nvfp4"] and capsys.readouterr().err == ""
+    assert measured(There(["fp8"])) == ["bf16", "nvfp4"]
+    assert "left out: fp8" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="bf16 is not measured in every cell"):
+        measured(There(["bf16", "fp8"]))
