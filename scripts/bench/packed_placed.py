@@ -1,10 +1,10 @@
 """``bench_packed --placed``: protected rows in the slots of a captured prefill graph, of which few are used.
 
 For each weight and number of used slots: microseconds of BF16 rows and weights (``few_rows.py``, what recipes that keep
-BF16 weights run), and of each form of ``packed_rows.WALK`` and ``PAIR``: by 64; programs that go over the used slots 8
-or 16 at a time; a pair of launches, of which the number of used slots chooses one. The graph has 256 slots and goes
-over weights that do not fit the L2 cache. First, in a graph that was captured with no slot used, every form is compared
-with float64, nothing but the used places may be written, and all but by 64 must have the bits of each row alone.
+BF16 weights run), and of each form of ``packed_rows.WALK``: by 64; programs that go over the used slots up to 8, 16 or
+32 at a time. The graph has 256 slots and goes over weights that do not fit the L2 cache. First, in a graph that was
+captured with no slot used, every form is compared with float64, nothing but the used places may be written, and all but
+by 64 must have the bits of each row alone.
 
 The last rows are a layer's four weights together, and 36 such layers: what a pass of Qwen3-8B spends.
 """
@@ -25,25 +25,19 @@ from mixquant_sglang.kernels.triton import few_rows, packed_rows, packed_tiles
 from mixquant_sglang.kernels.triton.packed_rows import Packed
 from scripts.bench.packed_weights import SHAPES, allowed, errors, exact, microseconds, packed, rotating
 
-FORMS = {  # ``packed_rows.WALK`` and ``PAIR``
-    "by 64": (0, False),
-    "walk 8": (8, False),
-    "walk 16": (16, False),
-    "pair 8": (8, True),
-    "pair 16": (16, True),
-}
+FORMS = {"by 64": 0, "walk 8": 8, "walk 16": 16, "walk 32": 32}  # ``packed_rows.WALK``
 USED = (0, 1, 8, 16, 32, 64)
 TOKENS, LAYERS = 512, 36
 
 
 @contextmanager
-def form(walk: int, pair: bool) -> Iterator[None]:
-    before = packed_rows.WALK, packed_rows.PAIR
-    packed_rows.WALK, packed_rows.PAIR = walk, pair
+def form(walk: int) -> Iterator[None]:
+    before = packed_rows.WALK
+    packed_rows.WALK = walk
     try:
         yield
     finally:
-        packed_rows.WALK, packed_rows.PAIR = before
+        packed_rows.WALK = before
 
 
 def slots(k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,10 +60,10 @@ def check(fmt: str, weight: Packed) -> float:
     rows, index = slots(k)
     want, may = allowed(rows, exact(weight))
     alone = torch.cat([packed_rows.linear_rows(row, weight) for row in torch.split(rows, 1)])
-    for name, (walk, pair) in FORMS.items():
+    for name, walk in FORMS.items():
         out = torch.full((TOKENS, n), math.nan, dtype=torch.bfloat16, device="cuda")
         index.fill_(-1)
-        with form(walk, pair):
+        with form(walk):
             packed_rows.linear_rows(rows, weight, out=out, index=index)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -115,8 +109,8 @@ def measure(fmt: str, n: int, k: int, replays: int) -> dict[str, dict[int, float
     size = first.codes.nbytes + (0 if first.block_scales is None else first.block_scales.nbytes)
     weights = [packed(fmt, base[i % len(base)]) for i in range(rotating(size))]
     print(f"{fmt} [{n}, {k}] agrees with float64: {check(fmt, first):.2f} of what it may be off", flush=True)
-    for name, (walk, pair) in FORMS.items():
-        with form(walk, pair):
+    for name, walk in FORMS.items():
+        with form(walk):
             found[name] = timed(packed_run, weights, k, n, replays)
     return found
 

@@ -116,9 +116,9 @@ for (n, k), (slots, used) in itertools.product(SHAPES[:2], [(1, 1), (5, 0), (16,
 """
 
 WALKED = """
-# the slots of a graph, which programs go over 8 or 16 at a time: their places and no others, the numbers of a row alone
+# the slots of a graph, which programs go over up to 8, 16 or 32 at a time: their places and no others
 digits = torch.arange(-8.0, 9).to(torch.float8_e4m3fn).view(torch.uint8)
-for (n, k), fp4, walk in itertools.product(SHAPES[:2], (False, True), (8, 16)):
+for (n, k), fp4, walk in itertools.product(SHAPES[:2], (False, True), (8, 16, 32)):
     packed_rows.WALK = walk
     bias = torch.randn(n).bfloat16()
     if fp4:
@@ -126,7 +126,7 @@ for (n, k), fp4, walk in itertools.product(SHAPES[:2], (False, True), (8, 16)):
         weight = weight4(torch.randint(0, 256, (n, k // 2)).to(torch.uint8), scales, torch.tensor(0.37))
     else:
         weight = weight8(digits[torch.randint(0, 17, (n, k))], torch.rand(n))
-    for slots, used in ((70, 0), (70, 1), (72, 8), (72, 9), (67, 67)) if walk == 8 else ((72, 16), (72, 17)):
+    for slots, used in ((70, 0), (70, 1), (72, walk), (72, walk + 1), (67, 67)) if walk == 8 else ((72, 16), (72, 33)):
         rows = torch.randint(-8, 9, (slots, k)).bfloat16()
         rows[used:] = float("nan")
         index = torch.full((slots,), -1)
@@ -140,13 +140,6 @@ for (n, k), fp4, walk in itertools.product(SHAPES[:2], (False, True), (8, 16)):
         same(whole[index[:used]], rounded(rows[:used].double() @ unscaled(weight).t(), weight, bias))
         whole[index[:used]] = 7
         assert (whole == 7).all()
-    if walk == 8:  # any numbers: the order of a sum is that of few rows
-        rows, out = torch.randn(70, k).bfloat16(), torch.full((100, n), 7.0).bfloat16()
-        index = torch.where(torch.arange(70) < 20, torch.arange(70), -1)
-        packed_rows.linear_rows(rows, weight, bias, out=out, index=index, tiles=SIZES[0])
-        for row in (0, 7, 8, 19):
-            alone = packed_rows.linear_rows(rows[row : row + 1], weight, bias, tiles=SIZES[0])
-            same(out[row : row + 1], alone)
     if not fp4 or k % 32 == 0:  # tiles do not walk
         bucket, tiles, walked = packed_rows._chosen(weight, 70, True, packed_tiles.Tiles(16, 16, 1, 2, 4), rows.device)
         assert (bucket, type(tiles), walked) == (64, packed_tiles.Tiles, 0)
@@ -154,10 +147,9 @@ for (n, k), fp4, walk in itertools.product(SHAPES[:2], (False, True), (8, 16)):
     assert packed_rows._chosen(weight, 70, False, SIZES[0], rows.device)[2] == 0
 """
 
-PAIR = """
-# 256 slots that two launches serve: each used one once, with the bits that its row has alone. Of what a warp multiplies
-# at a time one product is not zero, and large ones cancel: the order in which FP32 adds them decides the bits
-packed_rows.WALK, packed_rows.PAIR = 8, True
+ALONE = """
+# 256 slots: each used one once, with the bits that its row has alone. Of what a warp multiplies at a time one product
+# is not zero, and large ones cancel: the order in which FP32 adds them decides the bits
 stored = []
 store = interpreter.InterpreterBuilder.create_masked_store
 
@@ -188,12 +180,9 @@ for fp4 in (False, True):
         weight = weight8(q.data.view(torch.uint8), q.scales)
     alone = torch.cat([packed_rows.linear_rows(row, weight, tiles=tiles) for row in rows.split(1)])
     other = packed_rows.linear_rows(rows, weight, tiles=packed_tiles.Tiles(32, 128, 1, 2, 4))
-    assert not torch.equal(other, alone)  # why tiles are not the ones that serve many
-    fitted = packed_tiles.fitting(tiles, n, k, slots, 8, fp4, 2**20)
-    pair = packed_rows._launches(fitted, 8, 8, fp4)
-    assert [(slots.most, slots.beyond) for slots, _ in pair] == [(8, 0), (0, 8)]
-    assert all(each[1:] == fitted[1:] for _, each in pair)
-    for used in (0, 1, 8, 9, 64, 65, 256):
+    assert not torch.equal(other, alone)  # why tiles do not serve many
+    for walk, used in itertools.product((8, 16, 32), (0, 1, 8, 9, 16, 17, 65)):
+        packed_rows.WALK = walk
         given = rows[many]
         given[used:] = float("nan")
         index = torch.full((slots,), -1)
@@ -202,7 +191,7 @@ for fp4 in (False, True):
         stored.clear()
         packed_rows.linear_rows(given, weight, out=out, index=index, rest=rest, tiles=tiles)
         places = numpy.concatenate(stored) if stored else numpy.zeros(0)
-        assert len(places) == used * n == len(numpy.unique(places)), (fp4, used)  # none twice
+        assert len(places) == used * n == len(numpy.unique(places)), (fp4, walk, used)  # none twice
         whole = torch.cat([out, rest], dim=1)
         same(whole[index[:used]], alone[many[:used]])
         whole[index[:used]] = 7
@@ -230,8 +219,8 @@ for (n, k), m in itertools.product(SHAPES, (1, 16)):
 
 @pytest.mark.parametrize(
     "script",
-    [CODES, SUMS, PLACES, WALKED, PAIR, BOUND],
-    ids=["codes", "sums", "places", "walked", "pair", "bound"],
+    [CODES, SUMS, PLACES, WALKED, ALONE, BOUND],
+    ids=["codes", "sums", "places", "walked", "alone", "bound"],
 )
 def test_interpreted_warps(script: str) -> None:
     run = subprocess.run(

@@ -174,8 +174,6 @@ def packed_warps_case(
     rows: int,
     placed: bool = False,
     walk: bool = False,
-    most: int = 0,
-    beyond: int = 0,
 ) -> Case:
     types = {
         **dict.fromkeys(("out_ptr", "rest_ptr"), "*bf16"),
@@ -188,8 +186,8 @@ def packed_warps_case(
         **dict.fromkeys(("rows", "N", "units", "cut", "out_stride", "rest_stride", "rows_stride"), "i32"),
     }
     constants: dict[str, Any] = {"ROWS": rows, "BLOCK_N": tiles.n, "PIECES": tiles.pieces, "WARPS": tiles.warps}
-    whole = walk or most > 0 or beyond > 0 or not placed
-    constants |= {"UNIT": 4, "WHOLE_N": whole, "WHOLE_K": whole, "WALK": walk, "MOST": most, "BEYOND": beyond}
+    whole = walk or not placed
+    constants |= {"UNIT": 4, "WHOLE_N": whole, "WHOLE_K": whole, "WALK": walk}
     constants |= {name: None for name, kind in types.items() if kind is None}
     kept = {name: kind for name, kind in types.items() if kind}
     return packed_warps._packed_warps, kept, constants, tiles.warps
@@ -356,13 +354,8 @@ CASES |= {
     )
     for fp4 in (False, True)
     for n in (4096, 24576)
-    for rows in (8, 16)
+    for rows in (8, 16, 32)
 }
-for fp4, n in ((False, 4096), (True, 4096), (True, 24576)):
-    warps, what = packed_tiles.CHOICES[fp4, 8, n >= packed_tiles.WIDE].tiles, f"of_{n}_{'w4' if fp4 else 'w8'}"
-    CASES[f"packed_warps_walk_8_most_{what}"] = packed_warps_case(fp4, warps, 8, placed=True, most=8)
-    many, wider = packed_tiles.crowd(warps, fp4)
-    CASES[f"packed_warps_beyond_{what}"] = packed_warps_case(fp4, wider, many, placed=True, beyond=8)
 
 
 # exp2 and rsqrt of the SiLU and the norm flush subnormals, of which neither has one that matters
@@ -412,7 +405,7 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         },
     )
     options = {"num_warps": warps, "enable_fp_fusion": False} | ({"num_stages": 1} if "warps" in case else {})
-    options |= {"maxnreg": 128} if "walk_8" in case else {}
+    options |= {"maxnreg": 128} if "walk" in case else {}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 1000
     ptx = compiled.asm["ptx"]
@@ -430,7 +423,7 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         sums = 4 * warps * constants["BLOCK_N"] * constants["ROWS"]
         straight = "ldmatrix" not in ptx and "cp.async" not in ptx and compiled.metadata.shared <= sums
         assert straight == packed_tiles.STRAIGHT
-        if "beyond" in case and capability == 90 and straight:  # as wide as registers allow: ``packed_tiles.crowd``
+        if case.startswith("packed_warps_walk_16") and "w8" in case and capability == 90 and straight:  # what serves
             cubin = tmp_path / "cubin"
             cubin.write_bytes(compiled.asm["cubin"])
             tool = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]

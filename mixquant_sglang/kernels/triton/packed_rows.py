@@ -34,28 +34,15 @@ from mixquant_sglang.kernels.triton.packed_tiles import (
     Tiles,
     Warps,
     choose,
-    crowd,
     fitting,
     shared_memory,
 )
 from mixquant_sglang.kernels.triton.packed_warps import _packed_warps
 
-# How slots of a captured graph (more than ``PLACED``) are taken. 0: PLACED of them by a program, used or not; 8 or 16:
-# programs of few rows go over the used ones, so many at a time, where the compiler keeps their weights in registers.
-WALK = 0
-# With WALK, of two launches the one that the number of used slots is for serves: up to WALK of them programs of few
-# rows, once over the weights, and beyond programs of many, with the same order of additions. Tiles have another one.
-PAIR = False
-
-
-class Slots(NamedTuple):
-    """How programs of ``packed_warps.py`` share rows: so many at a time, whether they go over all used slots; and of
-    used slots the most, and the number beyond which, a launch serves. 0: any number."""
-
-    taken: int
-    walk: bool = False
-    most: int = 0
-    beyond: int = 0
+# How slots of a captured graph (more than ``PLACED``) are taken. 0: PLACED of them by a program, used or not; 8, 16 or
+# 32: programs of few rows go over the used ones, up to so many at a time, where the compiler keeps their weights in
+# registers.
+WALK = 16
 
 
 class Packed(NamedTuple):
@@ -98,8 +85,7 @@ def linear_rows(
         return out
     bucket, chosen, walk = _chosen(weight, m, index is not None, tiles, rows.device)
     if isinstance(chosen, Warps):
-        for slots, warps in _launches(chosen, bucket, walk, weight.block_scales is not None):
-            _by_warps(out, rest, index, rows, weight, bias, slots, warps)
+        _by_warps(out, rest, index, rows, weight, bias, bucket, walk, chosen)
     else:
         _by_tiles(out, rest, index, rows, weight, bias, bucket, chosen)
     return out
@@ -119,13 +105,6 @@ def _chosen(
     most = PLACED if placed else BUCKETS[-1]
     bucket = next((bucket for bucket in BUCKETS if bucket >= min(m, most)), most)
     return bucket, fitting(tiles or choose(n, k, bucket, fp4), n, k, m, bucket, fp4, shared), 0
-
-
-def _launches(tiles: Warps, bucket: int, walk: int, fp4: bool) -> list[tuple[Slots, Warps]]:
-    if walk and PAIR:
-        many, wider = crowd(tiles, fp4)
-        return [(Slots(walk, most=walk), tiles), (Slots(many, beyond=walk), wider)]
-    return [(Slots(walk or (8 if bucket <= 8 else 16), walk=walk > 0), tiles)]
 
 
 def _by_tiles(
@@ -172,7 +151,8 @@ def _by_warps(
     rows: torch.Tensor,
     weight: Packed,
     bias: torch.Tensor | None,
-    slots: Slots,
+    bucket: int,
+    walk: int,
     tiles: Warps,
 ) -> None:
     (n, k), m = weight.shape, len(rows)
@@ -186,17 +166,16 @@ def _by_warps(
     whole = width % (64 * tiles.pieces * tiles.warps) == 0
     sizes = (n, width // (4 * unit), cut, out.stride(0), rest.stride(0), rows.stride(0))
     shape = (tiles.n, tiles.pieces, tiles.warps, unit, n % tiles.n == 0, whole)
-    constants = (slots.taken, *shape, *slots[1:], sm(rows.device))
+    taken = walk or (8 if bucket <= 8 else 16)
+    constants = (taken, *shape, walk > 0, sm(rows.device))
     options = {"num_warps": tiles.warps, "num_stages": 1, "enable_fp_fusion": False}
-    if (slots.walk or slots.most) and slots.taken == 8:
-        # two programs of eight warps for a multiprocessor, which NVFP4 would miss by few registers
+    if walk:  # two programs of eight warps for a multiprocessor, which some would miss by few registers
         options["maxnreg"] = 128
-    over_n, over_rows = -(-n // tiles.n), 1 if slots.walk or slots.most else -(-m // slots.taken)
     _warped.launch(
         _packed_warps,
         (rows.device.index, scales is None, index is None, bias is None, *sizes, *constants),
         _pointers(out, rest, index, rows, weight, bias, None),
-        (over_rows, over_n, 1) if slots.beyond else (over_n, over_rows, 1),
+        (-(-n // tiles.n), 1 if walk else -(-m // taken), 1),
         (
             *(out, rest, index, rows if scales is None else rows.view(torch.int32), weight.codes.view(torch.int32)),
             *(weight.scale, None if scales is None else scales.view(torch.uint8), bias),

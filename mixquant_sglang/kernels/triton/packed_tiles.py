@@ -120,16 +120,6 @@ def fitting(tiles: Tiles | Warps, n: int, k: int, m: int, bucket: int, fp4: bool
     return tiles._replace(k=block_k, split=split if over <= LOCKS else 1, stages=stages)
 
 
-def crowd(tiles: Warps, fp4: bool) -> tuple[int, Warps]:
-    """For many rows: how many at a time, and programs of more weight rows, which read those less often from the L2
-    cache. Pieces and warps, and with them the order of a sum, are those of ``tiles``.
-
-    As many as the compiler keeps in registers for SM90: the next larger ones would spill."""
-    if fp4:
-        return 32, tiles._replace(n=32 if tiles.pieces * tiles.warps <= 4 else 16)
-    return 64, tiles._replace(n=32)
-
-
 def _fitting_warps(tiles: Warps, width: int) -> Warps:
     _, pieces, warps = tiles
     while pieces > 1 and 64 * pieces * warps > width:

@@ -15,10 +15,9 @@ goes through shared memory on the way.
 The sum of a row has one order for any number of rows, which depends on K, PIECES and WARPS, not on BLOCK_N and ROWS.
 
 Of the slots of a captured graph few are used, and how many is known when it runs. With WALK there are no programs for
-the others: a program goes over the used ones, ROWS at a time, until it finds one that is not. It reads its weights from
-memory once, and again from the L2 cache: BLOCK_N rows of them are 64 KB for K = 4096. That is slow for many used ones.
-With MOST and BEYOND a launch serves some numbers of used slots, and its programs return at once for others, so that two
-launches serve all. They ask one slot, since used ones come first.
+the others: up to 8 used ones, which come first, are taken at once, and of more a program takes ROWS at a time, until it
+finds one that is not used. It reads its weights from memory once, and again from the L2 cache: BLOCK_N rows of them are
+64 KB for K = 4096. That is slow for many used ones.
 """
 
 import triton
@@ -53,27 +52,30 @@ def _packed_warps(
     WHOLE_N: tl.constexpr,
     WHOLE_K: tl.constexpr,
     WALK: tl.constexpr,
-    MOST: tl.constexpr,
-    BEYOND: tl.constexpr,
     SM: tl.constexpr,
 ) -> None:
-    """ROWS rows (a multiple of 8) for each program of the second axis; with WALK, which wants ``index_ptr``, all used
-    slots for each, ROWS at a time. MOST (0: any; at most ROWS): nothing is done where more slots are used. BEYOND (0:
-    any): nothing is done where no more are; rows are the first axis then: programs of the same weights run together.
-    ``codes_ptr``: words of four bytes, of which a weight row has ``units * UNIT``; of NVFP4, ``rows_ptr`` is of pairs.
-    WHOLE_N: BLOCK_N divides N; WHOLE_K: what all warps read at once divides a weight row."""
+    """ROWS rows (a multiple of 8) for each program of the second axis; with WALK, which wants ``index_ptr`` of more
+    than 8 slots, all used slots for each. ``codes_ptr``: words of four bytes, of which a weight row has
+    ``units * UNIT``; of NVFP4, ``rows_ptr`` is of pairs. WHOLE_N: BLOCK_N divides N; WHOLE_K: what all warps read at
+    once divides a weight row."""
     first_row, first_n = tl.program_id(1) * ROWS, tl.program_id(0) * BLOCK_N
-    if BEYOND:
-        first_row, first_n = tl.program_id(0) * ROWS, tl.program_id(1) * BLOCK_N
     if index_ptr is not None:
-        asked = tl.maximum(first_row, BEYOND) if BEYOND else first_row
-        first = tl.load(index_ptr + asked, eviction_policy="evict_last")
-        serves = first >= 0
-        if MOST:
-            serves = serves & (tl.load(index_ptr + MOST, eviction_policy="evict_last") < 0)
-        if not serves:
+        first = tl.load(index_ptr + first_row, eviction_policy="evict_last")
+        if first < 0:
             return
-    if WALK:
+    if not WALK:
+        _some_rows(
+            out_ptr, rest_ptr, index_ptr, rows_ptr, codes_ptr, scale_ptr, block_scale_ptr, bias_ptr, first_row,
+            first_n, rows, N, units, cut, out_stride, rest_stride, rows_stride,
+            ROWS, BLOCK_N, PIECES, WARPS, UNIT, WHOLE_N, WHOLE_K, "evict_first", SM,
+        )  # fmt: skip
+    elif ROWS > 8 and tl.load(index_ptr + 8, eviction_policy="evict_last") < 0:
+        _some_rows(
+            out_ptr, rest_ptr, index_ptr, rows_ptr, codes_ptr, scale_ptr, block_scale_ptr, bias_ptr, first_row,
+            first_n, rows, N, units, cut, out_stride, rest_stride, rows_stride,
+            8, BLOCK_N, PIECES, WARPS, UNIT, WHOLE_N, WHOLE_K, "evict_first", SM,
+        )  # fmt: skip
+    else:
         while first >= 0:
             _some_rows(
                 out_ptr, rest_ptr, index_ptr, rows_ptr, codes_ptr, scale_ptr, block_scale_ptr, bias_ptr, first_row,
@@ -82,12 +84,6 @@ def _packed_warps(
             )  # fmt: skip
             first_row += ROWS
             first = tl.load(index_ptr + first_row, mask=first_row < rows, other=-1, eviction_policy="evict_last")
-    else:
-        _some_rows(
-            out_ptr, rest_ptr, index_ptr, rows_ptr, codes_ptr, scale_ptr, block_scale_ptr, bias_ptr, first_row,
-            first_n, rows, N, units, cut, out_stride, rest_stride, rows_stride,
-            ROWS, BLOCK_N, PIECES, WARPS, UNIT, WHOLE_N, WHOLE_K, "" if BEYOND else "evict_first", SM,
-        )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
