@@ -69,8 +69,9 @@ def test_a_row_does_not_depend_on_the_others_nor_on_the_call(fmt: str, m: int) -
 )
 def test_in_a_graph_in_the_places_of_rows(fmt: str, used: int, slots: int) -> None:
     from mixquant_sglang.kernels.limits import PLACED
-    from mixquant_sglang.kernels.triton.packed_rows import linear_rows
+    from mixquant_sglang.kernels.triton import packed_rows, packed_tiles
 
+    linear_rows = packed_rows.linear_rows
     weight, _ = packed(fmt, 6144, 4096)
     rows = torch.randn(slots, 4096, dtype=torch.bfloat16, device="cuda")
     index = torch.full((slots,), -1, device="cuda")
@@ -83,7 +84,9 @@ def test_in_a_graph_in_the_places_of_rows(fmt: str, used: int, slots: int) -> No
     index[:used] = chosen
     graph.replay()
     together = torch.cat([first, rest], dim=1)
-    want = torch.cat([linear_rows(part, weight) for part in rows.split(PLACED)])[:used]
+    # programs that go over the slots add as they do for a row alone, tiles as they do for as many rows as they take
+    alone = slots > PLACED and packed_rows.WALK > 0 and packed_tiles.STRAIGHT
+    want = torch.cat([linear_rows(part, weight) for part in rows.split(1 if alone else PLACED)])[:used]
     assert torch.equal(together[chosen], want)
     together[chosen] = math.nan
     assert bool(together.isnan().all())
