@@ -1,4 +1,4 @@
-"""Formats of the KV cache, page sizes and attention back ends on a GPU, on SGLang's own model runner, one process.
+"""Formats of the KV cache, page sizes and attention back ends on a GPU, on SGLang's own model runner.
 
 With the same flags recipe bf16 is stock SGLang to the last bit, a request's BF16 prefill is stock's, and the default
 recipe counts its rows exactly.  What stock SGLang itself does not run here, it must not run with mixquant either; what
@@ -7,6 +7,7 @@ it has to run is in ``RUN``.  A table at the end says what was seen.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.support import caches, model_runs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
 
+AT_ONCE = min(6, (os.cpu_count() or 1) // 4 or 1)  # processes that share the GPU
 ARGS: dict[str, Any] = {"sampling_backend": "pytorch", "max_total_tokens": 8192, "chunked_prefill_size": 2048}
 FP4 = ("nvfp4", "fp4_mx_block16") + (("fp4_e2m1",) if machine.sglang_version() == "0.5.17" else ())
 # what stock SGLang runs on any GPU from SM80 (FP8 formats: SM89)
@@ -57,7 +59,8 @@ def ran(
     env = {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     folder = tmp_path_factory.mktemp("caches")
     out: dict[str, dict[str, Any]] = {}
-    for (name, kind), result in zip(cases, model_runs.run([*cases.values()], folder, env, 240), strict=True):
+    results = model_runs.run([*cases.values()], folder, env, 240, said=model_runs.told([*cases]), at_once=AT_ONCE)
+    for (name, kind), result in zip(cases, results, strict=True):
         out.setdefault(name, {})[kind] = result
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():

@@ -1,6 +1,6 @@
 """Every family of models on SGLang's own model runner on a GPU: the checks of ``tests/sglang/test_families.py``.
 
-One process runs them all; a family that ends it fails alone.  A table at the end says what was seen.  By hand:
+Some processes run them all; a family that ends one fails alone.  A table at the end says what was seen.  By hand:
 ``FAMILIES=qwen3_5,gemma4`` runs these alone, ``FAMILY_GRAPHS=1`` has SGLang capture graphs of decode, and of prefill
 where its own rules do; a family that stock SGLang does not capture must end with mixquant too.
 """
@@ -22,6 +22,7 @@ from tests.support.commands import command_of
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NAMES = families.chosen()
+AT_ONCE = min(6, (os.cpu_count() or 1) // 4 or 1)  # processes that share the GPU
 ARGS: dict[str, Any] = {"sampling_backend": "pytorch", "max_total_tokens": 8192, "chunked_prefill_size": 2048}
 WITH_GRAPHS = os.environ.get("FAMILY_GRAPHS") == "1"
 GRAPHS: dict[str, Any] = {
@@ -49,7 +50,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
             for name in names
             for kind, case in families.cases(name, str(folder / name), {"survive": not WITH_GRAPHS}, args).items()
         }
-        for (name, kind), result in zip(cases, model_runs.run([*cases.values()], folder, env, 240), strict=True):
+        results = model_runs.run([*cases.values()], folder, env, 240, said=model_runs.told([*cases]), at_once=AT_ONCE)
+        for (name, kind), result in zip(cases, results, strict=True):
             out.setdefault(name, {})[kind] = result
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():

@@ -22,7 +22,12 @@ def ran(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         for kind, case in caches.cases(str(tiny_model), {"kv_cache_dtype": name}).items()
     }
     out: dict[str, dict[str, Any]] = {}
-    results = model_runs.run([*cases.values()], tmp_path_factory.mktemp("caches"), model_runs.CPU, 900)
+    told: dict[int, dict[str, Any]] = {}
+    folder = tmp_path_factory.mktemp("caches")
+    results = model_runs.run(
+        [*cases.values()], folder, model_runs.CPU, 900, said=told.__setitem__, at_once=len(FORMATS)
+    )
+    assert [told[number] for number in range(len(cases))] == results
     for (name, kind), result in zip(cases, results, strict=True):
         out.setdefault(name, {})[kind] = result
     return out

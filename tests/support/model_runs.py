@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +28,64 @@ def run(
     env: Mapping[str, str],
     limit: float,
     runner: str = "tests.support.run_model",
+    said: Callable[[int, Result], None] | None = None,
+    at_once: int = 1,
 ) -> list[Result]:
-    """Results in the order of ``cases``.  A case that ends the process, or takes ``limit`` seconds (a start of the
-    process included), has the end of the log as its error, and the next one gets a process of its own."""
+    """Results in the order of ``cases``, of which ``said`` is told by its number when it is there.  A case that ends
+    the process, or takes ``limit`` seconds (a start of the process included), has the end of the log as its error, and
+    the next one gets a process of its own.  ``at_once``: processes beside each other, of which each has a share of the
+    cases that follow each other, and a folder."""
+    size = max(1, -(-len(cases) // at_once))
+    firsts = range(0, len(cases), size)
+    with ThreadPoolExecutor(max(1, len(firsts))) as pool:
+        shares = pool.map(
+            _run_share,
+            [cases[first : first + size] for first in firsts],
+            [Path(tempfile.mkdtemp(prefix=f"share-{first}-", dir=folder)) for first in firsts],
+            *(repeat({**os.environ, **env}), repeat(limit), repeat(runner)),
+            [said and _numbered(said, first) for first in firsts],
+        )
+        return [result for share in shares for result in share]
+
+
+def told(names: Sequence[Any]) -> Callable[[int, Result], None]:
+    """For ``said``: a line on stderr for each result, which ``pytest -s`` shows as it comes."""
+    began, done = time.monotonic(), iter(range(1, len(names) + 1))
+
+    def say(number: int, result: Result) -> None:
+        ended = " ".join(str(result.get("error") or result.get("refused") or "ran").split())[-200:]
+        name, seconds = names[number], time.monotonic() - began
+        print(f"{next(done)} of {len(names)}, {seconds:.0f} s: {name}: {ended}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def _numbered(said: Callable[[int, Result], None], first: int) -> Callable[[int, Result], None]:
+    return lambda number, result: said(first + number, result)
+
+
+def _run_share(
+    cases: Sequence[Mapping[str, Any]],
+    folder: Path,
+    env: dict[str, str],
+    limit: float,
+    runner: str,
+    said: Callable[[int, Result], None] | None,
+) -> list[Result]:
     results: list[Result] = []
+
+    def add(result: Result) -> None:
+        results.append(result)
+        if said:
+            said(len(results) - 1, result)
+
     while len(results) < len(cases):
         log = folder / f"run-{len(results)}.log"
         began = len(results)
-        results += _run_from(cases, began, folder, {**os.environ, **env}, log, limit, runner)
+        for result in _run_from(cases, began, folder, env, log, limit, runner):
+            add(result)
         if len(results) < len(cases) and not (len(results) > began and results[-1].get("broken")):
-            results.append({"error": f"the process ended: {log.read_text(errors='replace')[-3000:]}"})
+            add({"error": f"the process ended: {log.read_text(errors='replace')[-3000:]}"})
     return results
 
 
