@@ -59,7 +59,9 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 own = fp4.environment(own_quantizer=self._recipe.fuse)
                 environment = replace(own, invariant=environment.invariant)
             if self._recipe.prefill_weights:
-                ready = ReadyMadeWeights.open(self._recipe.prefill_weights, self._recipe.prefill_weights_at)
+                ready = ReadyMadeWeights.open(
+                    self._recipe.prefill_weights, self._recipe.prefill_weights_at, self._recipe.prefill_rounding
+                )
             if checkpoint is not None:
                 master = QuantisedCheckpoint.open(Path(checkpoint))
                 check_recipe(self._recipe, master.family, checkpoint)

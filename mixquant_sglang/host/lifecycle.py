@@ -148,6 +148,7 @@ class LoadSteps:
                 self._ready.unused.update(unused)
             self._ready.check_all_taken()
             self._ready.check_norms(model.named_parameters())
+            self._ready.say_rounding()
 
     def _check_prefixes(self, model: torch.nn.Module) -> None:
         """Refuses modules that SGLang built under one prefix: ready-made weights are looked up by it."""

@@ -27,6 +27,7 @@ _LEFT_OUT: dict[type, frozenset[str]] = {
             "verify",  # compares and changes nothing
             *("prefill", "decode", "kernel"),  # in the selection, resolved
             "prefill_weights",  # a place; what lies there is ``ready_made``
+            "prefill_rounding",  # which of them are taken, not how they serve
         }
     ),
     LayerRule: frozenset({"where", "optional"}),

@@ -26,9 +26,11 @@ from mixquant_sglang.recipe.schema import (
     KEYS,
     MIN_TOKENS_ENV,
     PRECISIONS,
+    PREFILL_KEYS,
     PREFILL_PRECISIONS,
     RECIPE_ENV,
     REGEX,
+    ROUNDINGS,
     SCALES,
     LayerRule,
     Recipe,
@@ -107,7 +109,7 @@ def _parse(name: str, file: str, text: str) -> Recipe:
     version = root.integer("version", 0)
     if version != 1:
         raise root.error("version", f"{version} is not a version that this release reads; allowed: 1")
-    prefill = root.section("prefill", ("precision", "min_tokens", "fuse", "weights", "attention", "attention_from"))
+    prefill = root.section("prefill", PREFILL_KEYS)
     precision = prefill.choice("precision", PREFILL_PRECISIONS, "auto")
     layers = tuple(_rule(entry) for entry in root.entries("layers", ("match", "prefill", "decode", "optional")))
     protect = root.section("protect", ("last_prompt_token", "last_prompt_tokens"))
@@ -129,6 +131,7 @@ def _parse(name: str, file: str, text: str) -> Recipe:
         protected_tail=protect.integer("last_prompt_tokens", 1, least=1),
         prefill_weights=_ready_made(prefill, precision, layers),
         prefill_weights_at=prefill.at("weights") if "weights" in prefill.nodes else "",
+        prefill_rounding=_rounding(prefill),
         attention=_attention(prefill, precision),
         attention_from=prefill.integer("attention_from", ATTENTION_FROM, least=16),
     )
@@ -153,6 +156,12 @@ def _ready_made(prefill: YamlMap, precision: str, layers: tuple[LayerRule, ...])
     if not takes_ready_made(precision, layers):
         raise prefill.error("weights", f"holds NVFP4 weights, but prefill is {precision}; allowed with: auto, nvfp4")
     return asked
+
+
+def _rounding(prefill: YamlMap) -> str:
+    if "rounding" in prefill.nodes and "weights" not in prefill.nodes:
+        raise prefill.error("rounding", "is that of ready-made weights; allowed with: weights")
+    return prefill.choice("rounding", ROUNDINGS, "nearest")
 
 
 def _rule(entry: YamlMap) -> LayerRule:

@@ -18,9 +18,11 @@ PRECISIONS = ("bf16", *NATIVE_FROM)
 PREFILL_PRECISIONS = ("auto", *PRECISIONS)
 KERNELS = ("auto", "native", "emulated")
 SCALES = ("absmax", "search")
+ROUNDINGS = ("nearest", "any")
 ATTENTION = ("bf16", "fp8")
 ATTENTION_FROM = 8192
 KEYS = ("version", "description", "prefill", "decode", "protect", "kernel", "verify", "weights", "layers")
+PREFILL_KEYS = ("precision", "min_tokens", "fuse", "weights", "rounding", "attention", "attention_from")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Recipe:
     verify: bool = True  # compare the native NVFP4 kernel with the emulated one at load
     prefill_weights: str = ""  # the folder or hub name of an NVFP4 checkpoint; "" packs from the BF16 one
     prefill_weights_at: str = ""  # "file:line prefill.weights"
+    prefill_rounding: str = "nearest"  # of ready-made codes; "any": GPTQ's too, which nothing tells from a fine-tune's
     attention: str = "bf16"  # the precision of prefill's attention itself, whatever its linears take
     attention_from: int = ATTENTION_FROM  # tokens of a request, with its prefix, from which on it takes that
 
@@ -81,10 +84,13 @@ class Recipe:
         tail = {"last_prompt_tokens": self.protected_tail} if self.protect_last_prompt_token else {}
         if self.attention != "bf16":
             prefill |= {"attention": self.attention, "attention_from": self.attention_from}
+        if self.prefill_weights:
+            rounding = {} if self.prefill_rounding == "nearest" else {"rounding": self.prefill_rounding}
+            prefill |= {"weights": self.prefill_weights, **rounding}
         made = {
             "version": 1,
             **({"description": self.description} if self.description else {}),
-            "prefill": prefill | ({"weights": self.prefill_weights} if self.prefill_weights else {}),
+            "prefill": prefill,
             "decode": {"precision": self.decode},
             "protect": {"last_prompt_token": self.protect_last_prompt_token} | tail,
             "kernel": self.kernel,

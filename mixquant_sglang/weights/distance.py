@@ -15,7 +15,8 @@ from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 # Gaussian, heavy-tailed (t3) and trained weights, with scales absmax, searched and weighted, and tensor scales 0.5 to
 # 64 times the usual: up to 0.8% of the codes are others, the error is that of the nearest, 0.08 to 0.13 of the norm.
 # A fine-tune 2% away has 6% other codes, one 10% away 27% and 1.4 times the error; a tensor scale 1.05 times too large
-# 9%.  GPTQ, whose codes make up for each other's errors, has 29%: it cannot be told from a fine-tune, and is refused.
+# 9%.  GPTQ, whose codes make up for each other's errors, has 29%: it cannot be told from a fine-tune, and is refused
+# unless the recipe takes any rounding; then it may be ``FAR`` away, and nothing else is asked.
 TIE = 0.03
 OTHER_CODES = 0.05
 WORSE = 1.1
@@ -33,16 +34,32 @@ class Distance:
     nearest: float
     norm: float
 
+    def __add__(self, other: Distance) -> Distance:
+        """Of both parts together."""
+        return Distance(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
     @property
-    def problem(self) -> str | None:
-        """Why the codes are not those of the weight, or None."""
-        near = self.far <= WORSE**2 * self.nearest + 1e-12 * self.norm and self.far <= FAR**2 * self.norm
-        if near and self.other <= OTHER_CODES * self.codes:
+    def others(self) -> float:
+        """The share of the codes that are not the nearest."""
+        return self.other / max(self.codes, 1)
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        """Of the codes and of the nearest, over the norm of the weight."""
+        if not self.norm:
+            return (math.inf if self.far else 0.0), 0.0
+        return math.sqrt(self.far / self.norm), math.sqrt(self.nearest / self.norm)
+
+    def problem(self, rounding: str) -> str | None:
+        """Why the codes are not those of the weight, or None; ``rounding``: one of ``recipe.ROUNDINGS``."""
+        close, (far, nearest) = self.far <= FAR**2 * self.norm, self.errors
+        if rounding == "any":
+            return None if close else f"it is {far:.2f} of the weight's norm away (allowed: {FAR})"
+        if close and self.far <= WORSE**2 * self.nearest + 1e-12 * self.norm and self.others <= OTHER_CODES:
             return None
         return (
-            f"{100 * self.other / max(self.codes, 1):.1f}% of its codes are not the nearest (allowed: "
-            f"{100 * OTHER_CODES:.0f}%), and it is {math.sqrt(self.far / self.norm) if self.norm else math.inf:.2f} of "
-            f"the weight's norm away (nearest codes: {math.sqrt(self.nearest / self.norm) if self.norm else 0.0:.2f})"
+            f"{100 * self.others:.1f}% of its codes are not the nearest (allowed: {100 * OTHER_CODES:.0f}%), and it is "
+            f"{far:.2f} of the weight's norm away (nearest codes: {nearest:.2f})"
         )
 
 

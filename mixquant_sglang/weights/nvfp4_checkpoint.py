@@ -14,7 +14,7 @@ from mixquant_sglang.formats import BLOCK
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 from mixquant_sglang.recipe.fingerprint import digest
 from mixquant_sglang.weights.checkpoint import Source
-from mixquant_sglang.weights.distance import distance
+from mixquant_sglang.weights.distance import Distance, distance
 from mixquant_sglang.weights.layouts import Layout
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ class NVFP4Checkpoint:
     layout: Layout
     quantised: dict[str, set[str]]  # module -> the last parts of its tensors' names
     taken: set[str] = field(default_factory=set)  # modules that a layer of SGLang takes
+    rounding: str = "nearest"  # which codes are taken: one of ``recipe.ROUNDINGS``
+    seen: Distance | None = None  # from the BF16 weights, of all that was compared
     _warned: bool = field(default=False, init=False)
 
     @property
@@ -37,13 +39,16 @@ class NVFP4Checkpoint:
         return self.folder / self.source.tensors[name].shard
 
     def identity(self) -> str:
-        """Of the weights, wherever they lie: dtypes and shapes, each module's tensor scale and first row of scales."""
+        """Of the weights, wherever they lie: dtypes and shapes, each module's tensor scale and first row of scales and
+        of codes, which scales do not decide where any rounding is taken."""
         tensors = sorted((name, stored.dtype, list(stored.shape)) for name, stored in self.source.tensors.items())
         samples = []
         for module in sorted(self.quantised):
             scales = self._slice(f"{module}.{self.layout.scales}", slice(0, 1), slice(None), BLOCK)
             outer = self.source.read(f"{module}.{self.layout.tensor_scale}")
             samples.append([scales.view(torch.uint8).flatten().tolist(), outer.flatten().tolist()])
+            if self.rounding != "nearest":
+                samples.append(self._slice(f"{module}.{self.layout.codes}", slice(0, 1), slice(None), 2).tolist())
         return digest([self.layout.name, tensors, samples])
 
     def check_shapes(self, module: str, n: int, k: int) -> None:
@@ -77,12 +82,29 @@ class NVFP4Checkpoint:
         return NVFP4Tensor(codes, scales, outer.to(device))
 
     def check_near(self, module: str, piece: NVFP4Tensor, master: torch.Tensor) -> None:
-        """Refuses codes that are not the nearest to ``master`` bfloat16 [n, K], of the same rows and columns."""
-        if far := distance(piece, master).problem:
+        """Refuses codes that are not those of ``master`` bfloat16 [n, K], of the same rows and columns: the nearest, or
+        as far away as ``rounding`` allows."""
+        found = distance(piece, master)
+        self.seen = found if self.seen is None else self.seen + found
+        if far := found.problem(self.rounding):
             name = f"{module}.{self.layout.codes}"
             raise MixQuantError(
                 f"{self.file(name)}: {name} is not this weight of the BF16 checkpoint, rounded: {far}. Another "
-                "fine-tune, another scale, and codes that make up for each other's errors (GPTQ) are refused"
+                "fine-tune and another scale are refused, and, but with 'rounding: any' beside prefill.weights, codes "
+                "that make up for each other's errors (GPTQ)"
+            )
+
+    def say_rounding(self) -> None:
+        """Where any rounding is taken: how far the codes are, for nobody but the user knows whose they are."""
+        if self.rounding != "nearest" and self.seen is not None:
+            far, nearest = self.seen.errors
+            logger.info(
+                "mixquant: ready-made weights of %s, any rounding: %.1f%% of the codes are not the nearest to the BF16 "
+                "weights, from which they are %.3f of the norm away (the nearest: %.3f)",
+                self.folder,
+                100 * self.seen.others,
+                far,
+                nearest,
             )
 
     def warn_updated(self) -> None:

@@ -17,7 +17,7 @@ Experts have tensors of their own, as linears have them (``ready_made_experts.py
 Files are read by their headers first, and then linear by linear: a rank reads its rows.  Refused (MixQuantError, with
 the tensor and its file): other formats, missing, extra or misshapen tensors, block scales that are negative or NaN,
 tensor scales outside [2^-126, 2^126], and weights that are not those of the BF16 checkpoint: other dimensions, other
-norms, or codes that are not the nearest to its values.
+norms, or codes that are not the nearest to its values (``rounding: any``: that are a quarter of the norm away).
 """
 
 from __future__ import annotations
@@ -57,12 +57,15 @@ class ReadyMadeWeights(NVFP4Checkpoint):
     unused: dict[str, str] = field(default_factory=dict)  # module -> why no layer takes it
 
     @classmethod
-    def open(cls, asked: str, where: str) -> ReadyMadeWeights:
-        """``asked``: a folder, or a name on the hub; ``where`` begins the error messages."""
+    def open(cls, asked: str, where: str, rounding: str = "nearest") -> ReadyMadeWeights:
+        """``asked``: a folder, or a name on the hub; ``where`` begins the error messages; ``rounding``: which codes are
+        taken, one of ``recipe.ROUNDINGS``."""
         try:
-            return cls._open(Source.open(find(asked)))
+            opened = cls._open(Source.open(find(asked)))
         except MixQuantError as error:
             raise MixQuantError(f"{where}: {error}") from None
+        opened.rounding = rounding
+        return opened
 
     @classmethod
     def _open(cls, source: Source) -> ReadyMadeWeights:

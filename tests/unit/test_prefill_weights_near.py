@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,16 @@ def _away(share: float) -> Tensors:
     return out
 
 
-def _accepts(folder: Path, ready: Tensors, config: dict[str, Any]) -> None:
+def _accepts(folder: Path, ready: Tensors, config: dict[str, Any], rounding: str = "nearest") -> ReadyMadeWeights:
     made = bf16_tensors()
-    weights = ReadyMadeWeights.open(str(save(folder, ready, config)), "here")
+    weights = ReadyMadeWeights.open(str(save(folder, ready, config)), "here", rounding)
     for name in LINEARS:
         master = made[f"{name}.weight"]
         linear = weights.linear(name, ())
         assert linear is not None
         linear.place(Share((master.shape[0],), master.shape[1], master.shape[1]))
         linear.load(master, check=True)
+    return weights
 
 
 @pytest.mark.parametrize("scales", ["absmax", "search"])
@@ -107,6 +109,59 @@ def _hadamard(k: int) -> torch.Tensor:
     for _ in range(4):
         block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)]) / 2**0.5
     return torch.block_diag(*[block] * (k // 16))
+
+
+def _fed_back(made: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    """Codes that make up for each other's errors, as GPTQ's do: a column's error goes into the next one's weight."""
+    ready, config = tiny.compressed_tensors(made, scales="search")
+    for name in LINEARS:
+        weight, outer = made[f"{name}.weight"].float(), 1 / ready[f"{name}.weight_global_scale"]
+        step = (ready[f"{name}.weight_scale"].float() * outer).repeat_interleave(16, dim=1)
+        codes, carried = torch.empty(weight.shape, dtype=torch.uint8), torch.zeros(len(weight))
+        grid = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        for column in range(weight.shape[1]):
+            wanted = weight[:, column] + 0.6 * carried
+            magnitude = wanted.abs() / step[:, column].clamp(min=1e-30)
+            low = (magnitude[:, None] - grid).abs().argmin(dim=1)
+            carried = wanted - (grid[low] * step[:, column]).copysign(wanted)
+            codes[:, column] = low.to(torch.uint8) | (wanted.signbit().to(torch.uint8) << 3)
+        ready[f"{name}.weight_packed"] = codes[:, ::2] | (codes[:, 1::2] << 4)
+    return ready, config
+
+
+def test_codes_that_make_up_for_each_other_are_taken_where_any_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ready, config = _fed_back(bf16_tensors())
+    with pytest.raises(MixQuantError, match=r"q_proj\.weight_packed is not .*'rounding: any' beside prefill\.weights"):
+        _accepts(tmp_path / "nearest", ready, config)
+    weights = _accepts(tmp_path / "any", ready, config, "any")
+    with caplog.at_level("INFO"):
+        weights.say_rounding()
+    found = re.search(r"any rounding: ([\d.]+)% of the codes .* are ([\d.]+) of the norm", caplog.text)
+    assert found and 5 < float(found[1]) < 60 and 0.085 < float(found[2]) < 0.2, caplog.text
+
+
+def test_the_nearest_say_nothing_of_their_rounding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        _accepts(tmp_path, *tiny.compressed_tensors(bf16_tensors())).say_rounding()
+    assert not caplog.text
+
+
+def test_another_model_is_refused_where_any_rounding_is_taken(tmp_path: Path) -> None:
+    with pytest.raises(MixQuantError, match=r"it is 0\.4\d of the weight's norm away \(allowed: 0\.25\)"):
+        _accepts(tmp_path, *tiny.compressed_tensors(_away(0.45), scales="search"), "any")
+
+
+def test_other_codes_are_other_weights(tmp_path: Path) -> None:
+    """Scales and shapes are the same: two checkpoints whose numbers differ must not pass for one."""
+    plain = tiny.compressed_tensors(bf16_tensors(), scales="search")
+    fed = _fed_back(bf16_tensors())
+    found = [
+        ReadyMadeWeights.open(str(save(tmp_path / name, *made)), "here", "any").identity()
+        for name, made in (("plain", plain), ("fed", fed), ("again", fed))
+    ]
+    assert found[0] != found[1] == found[2]
 
 
 @pytest.mark.slow

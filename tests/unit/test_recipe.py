@@ -19,7 +19,7 @@ from mixquant_sglang.recipe import LayerRule, Recipe
 FULL = r"""# a comment
 version: 1
 description: everything said
-prefill: {precision: nvfp4, min_tokens: 32, fuse: false, weights: org/name-NVFP4}
+prefill: {precision: nvfp4, min_tokens: 32, fuse: false, weights: org/name-NVFP4, rounding: any}
 decode:
   precision: fp8
 protect: {last_prompt_token: false}
@@ -72,6 +72,7 @@ def test_every_key(tmp_path: Path) -> None:
         verify=False,
         prefill_weights="org/name-NVFP4",
         prefill_weights_at=f"{file}:4 prefill.weights",
+        prefill_rounding="any",
     )
 
 
@@ -297,7 +298,10 @@ MISTAKES = {
         "version: 1\nprefill:\n  precision: fp8\n  min_token: 4",
         4,
         "prefill.min_token",
-        ["allowed: precision, min_tokens, fuse, weights, attention, attention_from", "did you mean 'min_tokens'?"],
+        [
+            "allowed: precision, min_tokens, fuse, weights, rounding, attention, attention_from",
+            "did you mean 'min_tokens'?",
+        ],
     ),
     "low attention of a BF16 prefill": (
         "version: 1\nprefill:\n  precision: bf16\n  attention: fp8",
@@ -423,6 +427,18 @@ MISTAKES = {
         4,
         "prefill.weights",
         ["holds NVFP4 weights, but prefill is fp8; allowed with: auto, nvfp4"],
+    ),
+    "a rounding of no weights": (
+        "version: 1\nprefill: {rounding: any}",
+        2,
+        "prefill.rounding",
+        ["is that of ready-made weights; allowed with: weights"],
+    ),
+    "another rounding": (
+        "version: 1\nprefill: {weights: a/b, rounding: gptq}",
+        2,
+        "prefill.rounding",
+        ["gptq", "nearest, any"],
     ),
     "verify in words": ("version: 1\nverify: yes", 2, "verify", ["'yes' is not one of them; allowed: true, false"]),
     "python object": ("version: 1\nkernel: !!python/name:os.system x", 2, "kernel", ["tagged", "os.system"]),
@@ -679,6 +695,7 @@ def drawn(field: dataclasses.Field[Any], draw: random.Random) -> Any:
         "verify": (False, True),
         "prefill_weights": ["", "a/folder with spaces", "RedHatAI/Qwen3-8B-NVFP4", "no", "1"],
         "prefill_weights_at": [""],
+        "prefill_rounding": recipe.ROUNDINGS,
         "attention": ("bf16", "fp8"),
         "attention_from": range(16, 100000),
         "layers": [tuple(drawn_rule(draw) for _ in range(draw.randrange(4)))],
@@ -716,6 +733,8 @@ def test_a_recipe_survives_being_written_and_read(tmp_path: Path) -> None:
             made = dataclasses.replace(made, attention_from=8192)
         elif made.prefill == "bf16":
             continue
+        if not made.prefill_weights:  # nor of what a rounding is
+            made = dataclasses.replace(made, prefill_rounding="nearest")
         if not made.protect_last_prompt_token:  # the file cannot ask for a tail then
             made = dataclasses.replace(made, protected_tail=1)
         file.write_text(made.to_yaml(), encoding="utf-8")
