@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host.refusal import Refusal, is_set, several
+from mixquant_sglang.kernels.limits import PLACED
 from mixquant_sglang.recipe import Recipe
 from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY
 from mixquant_sglang.versions import machine
+from mixquant_sglang.versions.dialect import dialect
+
+logger = logging.getLogger(__name__)
 
 _OTHER = "use a recipe that decodes in bf16"
 _AND = " and a recipe that keeps no BF16 weights"
@@ -43,3 +50,20 @@ def check(recipe: Recipe) -> None:
         raise MixQuantError(f"{which} packs the model's own weights; leave 'prefill: {{weights: ...}}' out")
     if machine.disaggregation():
         raise MixQuantError(f"{which} has not been tested in a prefill/decode pair; {_OTHER}")
+
+
+def expect_slots(recipe: Recipe, model_runner: Any) -> None:
+    """Says and sets how protected rows in captured passes are taken: with ``--enable-mixed-chunk`` decode rows ride on
+    prefill passes, and fill slots of which few are used otherwise."""
+    if not precisions(recipe) or model_runner.device != "cuda":
+        return
+    from mixquant_sglang.kernels.triton import packed_rows
+
+    many = is_set(getattr(dialect().resolved(model_runner.server_args), "enable_mixed_chunk", None))
+    packed_rows.expect_many_slots(many)
+    if many:
+        logger.info(
+            "mixquant: --enable-mixed-chunk: protected rows of captured passes are taken %d slots at a time, used or "
+            "not, for decode rows are among them; prompts that end alone in a pass wait longer than without",
+            PLACED,
+        )

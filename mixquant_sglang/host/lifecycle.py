@@ -11,7 +11,7 @@ import torch
 
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import MixQuantError, refusing
-from mixquant_sglang.host import deterministic, min_tokens, probe, quantised, refusals, report, tuning
+from mixquant_sglang.host import compact, deterministic, min_tokens, probe, quantised, refusals, report, tuning
 from mixquant_sglang.host.around_attention import install_around_attention, prepare_around_attention
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.ranks import check_same
@@ -69,6 +69,7 @@ class LoadSteps:
             self._check_prefixes(model)
             self._leave_to_adapters(model_runner)
             deterministic.keep_rows_apart(self._run, model_runner)
+            compact.expect_slots(self._run.recipe, model_runner)
             self._keep_to_own_rows(model)
             packed = self._check_packed(model)
         self._report(model, packed, device)

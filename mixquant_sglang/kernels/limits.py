@@ -10,8 +10,9 @@ MANY_ROWS = 256
 # Rows up to which packed weights are multiplied as they are (``triton/packed_rows.py``); for more they are unpacked to
 # BF16 just in time.
 WIDE = 256
-# Protected rows that the kernels of packed weights take at a time: of many slots in a captured graph few are used, but
-# fewer at a time make more programs that find theirs empty.
+# Protected rows that tiles of packed weights take at a time, where programs of few weight rows do not go over the used
+# slots (``triton/packed_rows.py``): of many slots in a captured graph few are used, but fewer at a time make more
+# programs that find theirs empty.
 PLACED = 64
 
 # BF16 rows up to which experts in NVFP4 are read again for each FEW_ROWS of them, at 0.56 bytes a weight; for more the

@@ -37,6 +37,7 @@ def of_decode_server(recipe: Recipe) -> Recipe:
         layers=rules,
         prefill_weights=weights[0],
         prefill_weights_at=weights[1],
+        prefill_rounding=recipe.prefill_rounding if weights[0] else "nearest",
     )
 
 

@@ -118,6 +118,8 @@ def _recipe(asked: str, min_tokens: str, hidden: Hidden) -> tuple[list[str], boo
     ]
     fields = {"prefill": loaded.prefill, "decode": loaded.decode, "kernel": loaded.kernel, "fuse": loaded.fuse}
     fields |= {"min_tokens": loaded.min_tokens or "auto", "ready-made weights": bool(loaded.prefill_weights)}
+    if loaded.prefill_rounding != "nearest":
+        fields |= {"rounding": loaded.prefill_rounding}
     lines = [f"recipe: {name} ({', '.join(f'{key} {value}' for key, value in fields.items())})", *rules]
     lines.append(f"selection: {hidden.out_of(selection.describe())}; because {hidden.out_of(selection.reason)}")
     return [*lines, f"fingerprint: {fingerprint(loaded, selection)}"], True

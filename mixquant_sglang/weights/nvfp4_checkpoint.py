@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ class NVFP4Checkpoint:
     quantised: dict[str, set[str]]  # module -> the last parts of its tensors' names
     taken: set[str] = field(default_factory=set)  # modules that a layer of SGLang takes
     rounding: str = "nearest"  # which codes are taken: one of ``recipe.ROUNDINGS``
-    seen: Distance | None = None  # from the BF16 weights, of all that was compared
+    seen: Distance | None = None  # from the BF16 weights, of all that this process compared
+    worst: tuple[float, str] | None = None  # the farthest module of those
     _warned: bool = field(default=False, init=False)
 
     @property
@@ -40,15 +42,15 @@ class NVFP4Checkpoint:
 
     def identity(self) -> str:
         """Of the weights, wherever they lie: dtypes and shapes, each module's tensor scale and first row of scales and
-        of codes, which scales do not decide where any rounding is taken."""
+        of codes, which scales do not decide where they are not the nearest."""
         tensors = sorted((name, stored.dtype, list(stored.shape)) for name, stored in self.source.tensors.items())
         samples = []
         for module in sorted(self.quantised):
             scales = self._slice(f"{module}.{self.layout.scales}", slice(0, 1), slice(None), BLOCK)
             outer = self.source.read(f"{module}.{self.layout.tensor_scale}")
-            samples.append([scales.view(torch.uint8).flatten().tolist(), outer.flatten().tolist()])
-            if self.rounding != "nearest":
-                samples.append(self._slice(f"{module}.{self.layout.codes}", slice(0, 1), slice(None), 2).tolist())
+            codes = self._slice(f"{module}.{self.layout.codes}", slice(0, 1), slice(None), 2)
+            row = hashlib.sha256(codes.numpy().tobytes()).hexdigest()
+            samples.append([scales.view(torch.uint8).flatten().tolist(), outer.flatten().tolist(), row])
         return digest([self.layout.name, tensors, samples])
 
     def check_shapes(self, module: str, n: int, k: int) -> None:
@@ -86,25 +88,33 @@ class NVFP4Checkpoint:
         as far away as ``rounding`` allows."""
         found = distance(piece, master)
         self.seen = found if self.seen is None else self.seen + found
+        if self.worst is None or found.errors[0] > self.worst[0]:
+            self.worst = found.errors[0], module
         if far := found.problem(self.rounding):
             name = f"{module}.{self.layout.codes}"
+            hint = "Another fine-tune and another scale are refused. "
+            hint += "GPTQ's codes, which make up for each other's errors, are taken with 'rounding: any' beside "
+            hint += "prefill.weights, if they are this checkpoint's"
+            if self.rounding == "any":
+                hint = "That is no rounding of it, not GPTQ's either"
             raise MixQuantError(
-                f"{self.file(name)}: {name} is not this weight of the BF16 checkpoint, rounded: {far}. Another "
-                "fine-tune and another scale are refused, and, but with 'rounding: any' beside prefill.weights, codes "
-                "that make up for each other's errors (GPTQ)"
+                f"{self.file(name)}: {name} is not this weight of the BF16 checkpoint, rounded: {far}. {hint}"
             )
 
     def say_rounding(self) -> None:
         """Where any rounding is taken: how far the codes are, for nobody but the user knows whose they are."""
-        if self.rounding != "nearest" and self.seen is not None:
+        if self.rounding != "nearest" and self.seen is not None and self.worst is not None:
             far, nearest = self.seen.errors
             logger.info(
-                "mixquant: ready-made weights of %s, any rounding: %.1f%% of the codes are not the nearest to the BF16 "
-                "weights, from which they are %.3f of the norm away (the nearest: %.3f)",
+                "mixquant: ready-made weights of %s, any rounding: of the codes that this process holds %.1f%% are not "
+                "the nearest to the BF16 weights, from which they are %.3f of the norm away (the nearest: %.3f; the "
+                "farthest is %s, %.3f)",
                 self.folder,
                 100 * self.seen.others,
                 far,
                 nearest,
+                self.worst[1],
+                self.worst[0],
             )
 
     def warn_updated(self) -> None:

@@ -90,6 +90,24 @@ def test_one_row_of_another_weight_is_refused(tmp_path: Path) -> None:
         _accepts(tmp_path, *tiny.compressed_tensors(other))
 
 
+@pytest.mark.parametrize("factor", [0.94, 1.05, 1.2])
+def test_a_wrong_tensor_scale_is_refused_where_any_rounding_is_taken(tmp_path: Path, factor: float) -> None:
+    ready, config = _fed_back(bf16_tensors())
+    ready["model.layers.1.mlp.up_proj.weight_global_scale"] /= factor
+    with pytest.raises(MixQuantError, match=r"layers\.1\.mlp\.up_proj\.weight_packed is not .* of its size \(allowed"):
+        _accepts(tmp_path, ready, config, "any")
+
+
+def test_scaled_rows_are_refused_where_any_rounding_is_taken(tmp_path: Path) -> None:
+    """As smoothing leaves them: values that are scaled would go into a cache that BF16 decode reads."""
+    made = bf16_tensors()
+    name = "model.layers.0.self_attn.v_proj.weight"
+    factor = torch.exp(0.15 * torch.randn(len(made[name]), 1, generator=torch.Generator().manual_seed(3)))
+    other = made | {name: (made[name].float() * factor).bfloat16()}
+    with pytest.raises(MixQuantError, match=r"v_proj\.weight_packed is not .*% of its rows are scaled"):
+        _accepts(tmp_path, *_fed_back(other), "any")
+
+
 @pytest.mark.parametrize("how", ["smoothed", "rotated"])
 def test_smoothed_and_rotated_weights_are_refused(tmp_path: Path, how: str) -> None:
     made = bf16_tensors()
@@ -133,12 +151,14 @@ def test_codes_that_make_up_for_each_other_are_taken_where_any_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ready, config = _fed_back(bf16_tensors())
-    with pytest.raises(MixQuantError, match=r"q_proj\.weight_packed is not .*'rounding: any' beside prefill\.weights"):
+    with pytest.raises(MixQuantError, match=r"q_proj\.weight_packed is not .*'rounding: any' beside prefill"):
         _accepts(tmp_path / "nearest", ready, config)
     weights = _accepts(tmp_path / "any", ready, config, "any")
     with caplog.at_level("INFO"):
         weights.say_rounding()
-    found = re.search(r"any rounding: ([\d.]+)% of the codes .* are ([\d.]+) of the norm", caplog.text)
+    found = re.search(
+        r"any rounding: ([\d.]+)% of the codes .* are ([\d.]+) of the norm .* farthest is model", caplog.text
+    )
     assert found and 5 < float(found[1]) < 60 and 0.085 < float(found[2]) < 0.2, caplog.text
 
 

@@ -40,9 +40,9 @@ from mixquant_sglang.kernels.triton.packed_tiles import (
 from mixquant_sglang.kernels.triton.packed_warps import _packed_warps
 
 # How slots of a captured graph (more than ``PLACED``) are taken. 0: PLACED of them by a program, used or not; 8, 16 or
-# 32: programs of few rows go over the used ones, up to so many at a time, where the compiler keeps their weights in
-# registers.
-WALK = 16
+# 32: programs of few weight rows go over the used ones, up to so many at a time, with a Triton whose compiler lets them
+# read weights straight into registers (narrow ones of NVFP4 spill some 100 bytes in the form of 16; timed so).
+WALK = FEW_USED = 16
 
 
 class Packed(NamedTuple):
@@ -60,6 +60,13 @@ class Packed(NamedTuple):
     def shape(self) -> tuple[int, int]:
         n, width = self.codes.shape
         return n, width if self.block_scales is None else 2 * width
+
+
+def expect_many_slots(many: bool) -> None:
+    """Whether passes use many slots at a time, which tiles take faster. Bits of rows are others then: for a server's
+    start."""
+    global WALK
+    WALK = 0 if many else FEW_USED
 
 
 def linear_rows(
