@@ -17,8 +17,8 @@ from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
 # A fine-tune 2% away has 6% other codes, one 10% away 27% and 1.4 times the error; a tensor scale 1.05 times too large
 # 9%.  GPTQ, whose codes make up for each other's errors, has 29%: it cannot be told from a fine-tune, and is refused
 # unless the recipe takes any rounding.  Then it may be ``FAR`` away, and what is asked is that it has the weight's
-# scale as a whole and in all but some rows: GPTQ of a real model (llm-compressor, 90 linears) has 0.991 to 0.996 of it, rows
-# spread by 0.4 to 1.3%; a fine-tune is not found.
+# scale as a whole and in all but some rows: GPTQ of a real model (llm-compressor, 90 linears) has 0.991 to 0.996 of
+# it, rows spread by 0.4 to 1.3%; a fine-tune is not found.
 TIE = 0.03
 OTHER_CODES = 0.05
 WORSE = 1.1

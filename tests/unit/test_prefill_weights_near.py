@@ -156,9 +156,7 @@ def test_codes_that_make_up_for_each_other_are_taken_where_any_are(
     weights = _accepts(tmp_path / "any", ready, config, "any")
     with caplog.at_level("INFO"):
         weights.say_rounding()
-    found = re.search(
-        r"any rounding: ([\d.]+)% of the codes .* are ([\d.]+) of the norm .* farthest is model", caplog.text
-    )
+    found = re.search(r"process holds ([\d.]+)% are .* are ([\d.]+) of the norm .* farthest is model", caplog.text)
     assert found and 5 < float(found[1]) < 60 and 0.085 < float(found[2]) < 0.2, caplog.text
 
 
