@@ -59,7 +59,7 @@ def ran(
     env = {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     folder = tmp_path_factory.mktemp("caches")
     out: dict[str, dict[str, Any]] = {}
-    results = model_runs.run([*cases.values()], folder, env, 240, said=model_runs.told([*cases]), at_once=AT_ONCE)
+    results = model_runs.run([*cases.values()], folder, env, 600, said=model_runs.told([*cases]), at_once=AT_ONCE)
     for (name, kind), result in zip(cases, results, strict=True):
         out.setdefault(name, {})[kind] = result
     capture = request.config.pluginmanager.getplugin("capturemanager")

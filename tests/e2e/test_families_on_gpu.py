@@ -50,7 +50,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
             for name in names
             for kind, case in families.cases(name, str(folder / name), {"survive": not WITH_GRAPHS}, args).items()
         }
-        results = model_runs.run([*cases.values()], folder, env, 240, said=model_runs.told([*cases]), at_once=AT_ONCE)
+        results = model_runs.run([*cases.values()], folder, env, 600, said=model_runs.told([*cases]), at_once=AT_ONCE)
         for (name, kind), result in zip(cases, results, strict=True):
             out.setdefault(name, {})[kind] = result
     capture = request.config.pluginmanager.getplugin("capturemanager")
