@@ -126,7 +126,7 @@ for (n, k), fp4, walk in itertools.product(SHAPES[:2], (False, True), (8, 16, 32
         weight = weight4(torch.randint(0, 256, (n, k // 2)).to(torch.uint8), scales, torch.tensor(0.37))
     else:
         weight = weight8(digits[torch.randint(0, 17, (n, k))], torch.rand(n))
-    for slots, used in ((70, 0), (70, 1), (72, walk), (72, walk + 1), (67, 67)) if walk == 8 else ((72, 16), (72, 33)):
+    for slots, used in ((70, 0), (70, 1), (72, walk), (72, walk + 1), (67, 67)) if walk == 8 else ((65, 65), (67, 33)):
         rows = torch.randint(-8, 9, (slots, k)).bfloat16()
         rows[used:] = float("nan")
         index = torch.full((slots,), -1)

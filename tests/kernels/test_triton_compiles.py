@@ -423,7 +423,8 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         sums = 4 * warps * constants["BLOCK_N"] * constants["ROWS"]
         straight = "ldmatrix" not in ptx and "cp.async" not in ptx and compiled.metadata.shared <= sums
         assert straight == packed_tiles.STRAIGHT
-        if case.startswith("packed_warps_walk_16") and "w8" in case and capability == 90 and straight:  # what serves
+        if case.startswith("packed_warps_walk_16") and "w8" in case and capability == 90 and straight:
+            # what serves; narrow NVFP4 spills some 100 bytes, and was timed so
             cubin = tmp_path / "cubin"
             cubin.write_bytes(compiled.asm["cubin"])
             tool = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]

@@ -184,6 +184,28 @@ def test_the_load_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
     assert torch.equal(model.apply("model.layers.0.mlp.down_proj", x, Pass(Role.PROMPT)), F.linear(x, layer.weight))
 
 
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1)])
+def test_any_rounding_is_taken_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ranks: int, rank: int
+) -> None:
+    made = bf16_tensors()
+    ready, config = tiny.fed_back(made)
+    folder = save(tmp_path / "ready", ready, config)
+    with pytest.raises(SystemExit, match="rounding: any"):
+        Model(monkeypatch, folder, made, rank, ranks).load()
+    monkeypatch.setattr(runtime, "_runtime", None)
+    with caplog.at_level(logging.INFO):
+        model = Model(monkeypatch, folder, made, rank, ranks, "precision: nvfp4, rounding: any").load()
+        model.finish()
+    assert "any rounding: of the codes that this process holds" in caplog.text
+    name, x = "model.layers.1.self_attn.o_proj", torch.randn(5, HIDDEN // ranks, dtype=torch.bfloat16)
+    assert torch.equal(model.apply(name, x, DECODE_PASS), F.linear(x, model.linears[name].weight))
+    columns = slice(rank * HIDDEN // ranks, (rank + 1) * HIDDEN // ranks)
+    values = own_values(ready, made)[f"{name}.weight"][:, columns].double()
+    expected = nvfp4.quantize_activations(x).dequantize(torch.float64) @ values.T
+    assert torch.allclose(model.apply(name, x, Pass(Role.PROMPT)).double(), expected, rtol=2**-8, atol=1e-5)
+
+
 def test_an_optional_rule_that_matches_nothing_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -120,3 +120,21 @@ MODELOPT_FILE = {
     "producer": {"name": "modelopt"},
     "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16},
 }
+
+
+def fed_back(made: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    """Codes that make up for each other's errors, as GPTQ's do: a column's error goes into the next one's weight."""
+    ready, config = compressed_tensors(made, scales="search")
+    for name in LINEARS:
+        weight, outer = made[f"{name}.weight"].float(), 1 / ready[f"{name}.weight_global_scale"]
+        step = (ready[f"{name}.weight_scale"].float() * outer).repeat_interleave(16, dim=1)
+        codes, carried = torch.empty(weight.shape, dtype=torch.uint8), torch.zeros(len(weight))
+        grid = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        for column in range(weight.shape[1]):
+            wanted = weight[:, column] + 0.6 * carried
+            magnitude = wanted.abs() / step[:, column].clamp(min=1e-30)
+            low = (magnitude[:, None] - grid).abs().argmin(dim=1)
+            carried = wanted - (grid[low] * step[:, column]).copysign(wanted)
+            codes[:, column] = low.to(torch.uint8) | (wanted.signbit().to(torch.uint8) << 3)
+        ready[f"{name}.weight_packed"] = codes[:, ::2] | (codes[:, 1::2] << 4)
+    return ready, config

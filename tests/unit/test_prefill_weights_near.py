@@ -92,7 +92,7 @@ def test_one_row_of_another_weight_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("factor", [0.94, 1.05, 1.2])
 def test_a_wrong_tensor_scale_is_refused_where_any_rounding_is_taken(tmp_path: Path, factor: float) -> None:
-    ready, config = _fed_back(bf16_tensors())
+    ready, config = tiny.fed_back(bf16_tensors())
     ready["model.layers.1.mlp.up_proj.weight_global_scale"] /= factor
     with pytest.raises(MixQuantError, match=r"layers\.1\.mlp\.up_proj\.weight_packed is not .* of its size \(allowed"):
         _accepts(tmp_path, ready, config, "any")
@@ -105,7 +105,7 @@ def test_scaled_rows_are_refused_where_any_rounding_is_taken(tmp_path: Path) -> 
     factor = torch.exp(0.15 * torch.randn(len(made[name]), 1, generator=torch.Generator().manual_seed(3)))
     other = made | {name: (made[name].float() * factor).bfloat16()}
     with pytest.raises(MixQuantError, match=r"v_proj\.weight_packed is not .*% of its rows are scaled"):
-        _accepts(tmp_path, *_fed_back(other), "any")
+        _accepts(tmp_path, *tiny.fed_back(other), "any")
 
 
 @pytest.mark.parametrize("how", ["smoothed", "rotated"])
@@ -129,28 +129,10 @@ def _hadamard(k: int) -> torch.Tensor:
     return torch.block_diag(*[block] * (k // 16))
 
 
-def _fed_back(made: Tensors) -> tuple[Tensors, dict[str, Any]]:
-    """Codes that make up for each other's errors, as GPTQ's do: a column's error goes into the next one's weight."""
-    ready, config = tiny.compressed_tensors(made, scales="search")
-    for name in LINEARS:
-        weight, outer = made[f"{name}.weight"].float(), 1 / ready[f"{name}.weight_global_scale"]
-        step = (ready[f"{name}.weight_scale"].float() * outer).repeat_interleave(16, dim=1)
-        codes, carried = torch.empty(weight.shape, dtype=torch.uint8), torch.zeros(len(weight))
-        grid = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
-        for column in range(weight.shape[1]):
-            wanted = weight[:, column] + 0.6 * carried
-            magnitude = wanted.abs() / step[:, column].clamp(min=1e-30)
-            low = (magnitude[:, None] - grid).abs().argmin(dim=1)
-            carried = wanted - (grid[low] * step[:, column]).copysign(wanted)
-            codes[:, column] = low.to(torch.uint8) | (wanted.signbit().to(torch.uint8) << 3)
-        ready[f"{name}.weight_packed"] = codes[:, ::2] | (codes[:, 1::2] << 4)
-    return ready, config
-
-
 def test_codes_that_make_up_for_each_other_are_taken_where_any_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ready, config = _fed_back(bf16_tensors())
+    ready, config = tiny.fed_back(bf16_tensors())
     with pytest.raises(MixQuantError, match=r"q_proj\.weight_packed is not .*'rounding: any' beside prefill"):
         _accepts(tmp_path / "nearest", ready, config)
     weights = _accepts(tmp_path / "any", ready, config, "any")
@@ -174,7 +156,7 @@ def test_another_model_is_refused_where_any_rounding_is_taken(tmp_path: Path) ->
 def test_other_codes_are_other_weights(tmp_path: Path) -> None:
     """Scales and shapes are the same: two checkpoints whose numbers differ must not pass for one."""
     plain = tiny.compressed_tensors(bf16_tensors(), scales="search")
-    fed = _fed_back(bf16_tensors())
+    fed = tiny.fed_back(bf16_tensors())
     found = [
         ReadyMadeWeights.open(str(save(tmp_path / name, *made)), "here", "any").identity()
         for name, made in (("plain", plain), ("fed", fed), ("again", fed))
