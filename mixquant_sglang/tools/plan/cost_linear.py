@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixquant_sglang.kernels.limits import FEW_ROWS, PLACED, WIDE
+from mixquant_sglang.kernels.limits import FEW_ROWS, WIDE
 from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY, stored
 from mixquant_sglang.tools.plan.linears import Plan
 from mixquant_sglang.tools.plan.rates import at
@@ -104,7 +104,10 @@ class LinearCost:
         few, fractions = rates.protected
         read = roof.memory(weights, fractions[rows > few])
         if linear.decode in WEIGHT_ONLY and linear.decode not in self.plan.emulated:
-            return roof.memory(weights, rates.placed[linear.decode]) * -(-rows // PLACED), weights
+            some, sixteen = rates.placed[linear.decode]
+            return (
+                roof.memory(weights, some) if rows <= 8 else roof.memory(weights, sixteen) * -(-rows // 16)
+            ), weights
         if rows <= FEW_ROWS:
             return read, weights
         ms, moved = self.gemm(linear.decode, linear.decode in self.plan.emulated, rows, rates.copy)

@@ -60,7 +60,7 @@ class Rates:
     protected: tuple[int, tuple[float, float]]  # (R, ...) weights read for up to R protected rows of a pass, for more
     idle_linear_us: float  # per linear: the same kernel in a pass without protected rows
     packed: Mapping[str, Curve]  # w8a16, w4a16: packed weights read for that many BF16 rows
-    placed: Mapping[str, float]  # ... for each 64 protected rows of a prefill pass
+    placed: Mapping[str, tuple[float, float]]  # ... for up to 8 protected rows of a prefill pass; for each 16 of more
     kv: float  # KV cache read by decode attention
     # Our kernels: "alone", or the "norm" or "silu" that quantises what it writes -> format ("qdq": emulated) -> curve
     quantise: Mapping[str, Mapping[str, Curve]]
@@ -163,9 +163,9 @@ H200_RATES = Rates(
         "w8a16": ((1, 0.681), (8, 0.710), (32, 0.428), (64, 0.352), (128, 0.270), (256, 0.135)),
         "w4a16": ((1, 0.447), (8, 0.434), (32, 0.208), (64, 0.141), (128, 0.088), (256, 0.044)),
     },
-    # [H200] a pass of 512 tokens of fp8-compact and of stock fp8: 13.66 and 10.22 ms; w4a16: the kernel alone, 169 us a
-    # layer
-    placed={"w8a16": 0.42, "w4a16": 0.134},
+    # [H200] the kernel alone, 36 layers, 8 and 16 used slots: 3.06 and 3.89 ms, 2.58 and 3.86 (SGLang 0.5.17, without
+    # --enable-mixed-chunk; tiles else: some 5.5 and 6.7 ms for up to 64)
+    placed={"w8a16": (0.473, 0.372), "w4a16": (0.316, 0.211)},
     kv=0.79,  # [H200] slope of the decode step between contexts of 2k and 32k tokens: 3.8 TB/s
     # [H200] fp8 and qdq: our Triton kernels. fp8 at 2048 and 8192 rows: alone 8.1 and 26.4 us for K = 4096, 3 bytes an
     # element (K = 12288: 20.3 and 72.0); norm with residual 18.4 and 60.9 us, 7 bytes; SiLU 33.2 and 117.6 us, 5 bytes.
