@@ -335,9 +335,11 @@ def test_no_min_tokens_is_advised_where_there_is_no_bf16(capsys: pytest.CaptureF
     assert found["fp8"]["faster_from_tokens"] and not found["fp8-compact"].get("faster_from_tokens")
 
 
-def test_more_protected_rows_than_64_read_packed_weights_again() -> None:
-    parts = [predict("fp8-compact", 100, batch=batch).prefill_parts["protected"] for batch in (1, 64, 65)]
-    assert parts[0] == pytest.approx(parts[1], rel=0.01) and parts[2] > 1.9 * parts[1]
+def test_protected_rows_read_packed_weights_again_for_each_sixteen() -> None:
+    batches = (1, 8, 16, 17, 65)
+    parts = [predict("fp8-compact", 100, batch=batch).prefill_parts["protected"] for batch in batches]
+    assert parts[0] == pytest.approx(parts[1], rel=0.01) and parts[2] > 1.1 * parts[1]
+    assert parts[3] == pytest.approx(2 * parts[2], rel=0.01) and parts[4] == pytest.approx(5 * parts[2], rel=0.01)
 
 
 # Milliseconds on an H200, run of 2026-11-28 (SGLang 0.5.17, contexts of 128 tokens), batch 1, 8, 32, 64, 128.

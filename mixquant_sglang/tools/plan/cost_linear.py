@@ -105,9 +105,7 @@ class LinearCost:
         read = roof.memory(weights, fractions[rows > few])
         if linear.decode in WEIGHT_ONLY and linear.decode not in self.plan.emulated:
             some, sixteen = rates.placed[linear.decode]
-            return (
-                roof.memory(weights, some) if rows <= 8 else roof.memory(weights, sixteen) * -(-rows // 16)
-            ), weights
+            return roof.memory(weights, some if rows <= 8 else sixteen) * -(-rows // 16), weights
         if rows <= FEW_ROWS:
             return read, weights
         ms, moved = self.gemm(linear.decode, linear.decode in self.plan.emulated, rows, rates.copy)
