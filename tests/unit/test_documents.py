@@ -30,6 +30,26 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert gone == []
 
 
+def anchors(page: Path) -> set[str]:
+    """Those of its headings, as GitHub makes them."""
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        found.add(re.sub(r"[^\w\- ]", "", text).replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_anchors_are_headings(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text())
+    gone = [
+        f"{link}#{anchor}"
+        for link, anchor in links
+        if "://" not in link and anchor not in anchors(page.parent / link if link else page)
+    ]
+    assert not gone
+
+
 def test_the_example_recipe_is_one() -> None:
     loaded = recipe.load(str(ROOT / "examples" / "custom_recipe.yaml"))
     assert (loaded.prefill, loaded.min_tokens, len(loaded.layers)) == ("fp8", 256, 1)
