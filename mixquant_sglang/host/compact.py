@@ -57,11 +57,11 @@ def expect_slots(recipe: Recipe, model_runner: Any) -> None:
     prefill passes, and fill slots of which few are used otherwise."""
     if not precisions(recipe) or model_runner.device != "cuda":
         return
-    from mixquant_sglang.kernels.triton import packed_rows
+    from mixquant_sglang.kernels.triton import packed_rows, packed_tiles
 
     many = is_set(getattr(dialect().resolved(model_runner.server_args), "enable_mixed_chunk", None))
     packed_rows.expect_many_slots(many)
-    if many:
+    if many and packed_tiles.STRAIGHT:  # with another Triton tiles take them anyway
         logger.info(
             "mixquant: --enable-mixed-chunk: protected rows of captured passes are taken %d slots at a time, used or "
             "not, for decode rows are among them; prompts that end alone in a pass wait longer than without",

@@ -11,6 +11,7 @@ from mixquant_sglang import recipe
 from mixquant_sglang.host import compact
 
 packed_rows = pytest.importorskip("mixquant_sglang.kernels.triton.packed_rows")
+packed_tiles = pytest.importorskip("mixquant_sglang.kernels.triton.packed_tiles")
 
 
 @pytest.mark.parametrize(
@@ -31,4 +32,4 @@ def test_mixed_chunks_are_taken_by_tiles(
     with caplog.at_level(logging.INFO):
         compact.expect_slots(recipe.load(name), runner)
     assert walk == packed_rows.WALK
-    assert ("64 slots at a time" in caplog.text) == (walk == 0)
+    assert ("64 slots at a time" in caplog.text) == (walk == 0 and packed_tiles.STRAIGHT)
