@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host.refusal import Refusal, is_set, several
 from mixquant_sglang.kernels.limits import PLACED
@@ -55,7 +57,7 @@ def check(recipe: Recipe) -> None:
 def expect_slots(recipe: Recipe, model_runner: Any) -> None:
     """Says and sets how protected rows in captured passes are taken: with ``--enable-mixed-chunk`` decode rows ride on
     prefill passes, and fill slots of which few are used otherwise."""
-    if not precisions(recipe) or model_runner.device != "cuda":
+    if not precisions(recipe) or torch.device(model_runner.device).type != "cuda":
         return
     from mixquant_sglang.kernels.triton import packed_rows, packed_tiles
 

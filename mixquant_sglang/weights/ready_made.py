@@ -17,7 +17,8 @@ Experts have tensors of their own, as linears have them (``ready_made_experts.py
 Files are read by their headers first, and then linear by linear: a rank reads its rows.  Refused (MixQuantError, with
 the tensor and its file): other formats, missing, extra or misshapen tensors, block scales that are negative or NaN,
 tensor scales outside [2^-126, 2^126], and weights that are not those of the BF16 checkpoint: other dimensions, other
-norms, or codes that are not the nearest to its values (``rounding: any``: that are a quarter of the norm away).
+norms, or codes that are not the nearest to its values (``rounding: any``: of another scale, or a quarter of the norm
+away).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ packed_tiles = pytest.importorskip("mixquant_sglang.kernels.triton.packed_tiles"
     ("name", "device", "mixed", "walk"),
     [
         ("fp8-compact", "cuda", True, 0),
+        ("fp8-compact", "cuda:0", True, 0),
         ("nvfp4-compact", "cuda", True, 0),
         ("fp8-compact", "cuda", False, packed_rows.FEW_USED),
         ("fp8-compact", "cpu", True, 3),
