@@ -2,13 +2,13 @@
 
 | GPU | prefill of recipe ``auto`` | nvfp4 | fp8 |
 |---|---|---|---|
-| SM100 and newer | nvfp4 (attention: fp8) | native (or emulated) | native |
+| SM100 and newer | nvfp4 (attention, down_proj: fp8) | native (or emulated) | native |
 | SM89, SM90 | fp8 | emulated | native |
-| older NVIDIA, CPU | nvfp4 (attention: fp8) | emulated | emulated |
+| older NVIDIA, CPU | nvfp4 (attention, down_proj: fp8) | emulated | emulated |
 
 w8a16 and w4a16 are native on SM80 and newer; w4a16 beside native nvfp4 is refused.
 
-fp8 in attention's linears is a rule of that recipe, not decided here.
+fp8 in attention's linears and down_proj is a rule of that recipe, not decided here.
 """
 
 from __future__ import annotations

@@ -408,7 +408,7 @@ def test_server_info(servers: Servers) -> None:
     state = servers.low.state()
     low = state["precision"]["prefill"]
     assert state["recipe"] == LOW_RECIPE and state["precision"] == {"prefill": low, "decode": "bf16"}
-    layers = {low: 32} if (LOW_RECIPE, low) != ("auto", "nvfp4+fp8") else {"nvfp4": 16, "fp8": 16}
+    layers = {low: 32} if (LOW_RECIPE, low) != ("auto", "nvfp4+fp8") else {"nvfp4": 8, "fp8": 24}
     assert state["layers"] == layers and state["kernel"].keys() == layers.keys()
     assert len(state["fingerprint"]) == 16 and servers.control.state()["fingerprint"] == "bf16"
     assert state["experts"] == {} and "unproven" not in state

@@ -1,6 +1,7 @@
 """What mixquant makes of each family of ``scripts/models/families.py``, and how the family runs on a CPU and on a GPU.
 
-Recipe ``auto``: FP8 for ``attention``, and for ``others`` what the machine's best is (NVFP4, emulated on a CPU).
+Recipe ``auto``: FP8 for ``attention`` and what its rule names beside it, ``DOWN``, and for the rest of ``others`` what the
+machine's best is (NVFP4, emulated on a CPU).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from mixquant_sglang.recipe.modules import A_GATE, NEVER, OUTSIDE, TIED
 
 PROMPTS = [37, 21]  # of one prefill pass; the last row of each is protected
+DOWN = "down_proj"
 NOT_OFFERED = "SGLang gives it no quantization config"
 
 
@@ -42,7 +44,9 @@ class Expected:
         """As ``run_model`` tells it, for these precisions."""
         out: dict[str, dict[str, int]] = {}
         gone = "mlp.shared_experts." if cuda and self.shared_fused else None
-        for precision, linears in ((attention, self.attention), (others, self.others)):
+        down = {name: count for name, count in self.others.items() if name.endswith(DOWN)}
+        rest = {name: count for name, count in self.others.items() if name not in down}
+        for precision, linears in ((attention, self.attention | down), (others, rest)):
             kept = {name: count for name, count in linears.items() if gone is None or not name.startswith(gone)}
             out.setdefault(precision, {}).update({f"{self.prefix}{name}": count for name, count in kept.items()})
         return {precision: linears for precision, linears in out.items() if linears}

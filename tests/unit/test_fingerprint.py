@@ -97,7 +97,7 @@ def test_shipped_recipes_differ_by_what_they_run() -> None:
     names = set(recipe.shipped()) - {"auto"}
     assert len({of(name, cpu) for name in names}) == len(names) - 1  # nvfp4 and nvfp4-emulated are one on a CPU
     assert of("nvfp4", blackwell) != of("nvfp4-emulated", blackwell) == of("nvfp4", hopper)
-    assert of("auto", blackwell) == of("nvfp4-fp8", blackwell)
+    assert of("auto", blackwell) == of("nvfp4-fp8-down", blackwell)
     geforce = Device("RTX 5090", (12, 0))  # experts stay BF16 there
     assert of("nvfp4", blackwell) != of("nvfp4", geforce)
     assert of("fp8", blackwell) == of("fp8", geforce) == of("fp8", hopper)

@@ -146,6 +146,7 @@ SHIPPED = {
     "nvfp4": ("nvfp4", "bf16", True, "auto"),
     "nvfp4-emulated": ("nvfp4", "bf16", True, "emulated"),
     "nvfp4-fp8": ("nvfp4", "bf16", True, "auto"),
+    "nvfp4-fp8-down": ("nvfp4", "bf16", True, "auto"),
     "nvfp4-everywhere": ("nvfp4", "nvfp4", False, "auto"),
     "fp8-compact": ("fp8", "w8a16", True, "auto"),
     "nvfp4-compact": ("nvfp4", "w4a16", True, "auto"),
@@ -172,10 +173,13 @@ def test_shipped_contents(name: str, expected: tuple[str, str, bool, str]) -> No
     loaded = recipe.load(name)
     assert (loaded.prefill, loaded.decode, loaded.protect_last_prompt_token, loaded.kernel) == expected
     assert (loaded.min_tokens, loaded.scales) == (None, "search")
-    assert bool(loaded.layers) == (name in ("auto", "nvfp4-fp8"))
+    assert bool(loaded.layers) == (name in ("auto", "nvfp4-fp8", "nvfp4-fp8-down"))
 
 
-@pytest.mark.parametrize(("name", "like"), [("auto", ("auto", True)), ("nvfp4-fp8", ("nvfp4", False))])
+MIXED = {"auto": ("auto", True), "nvfp4-fp8": ("nvfp4", False), "nvfp4-fp8-down": ("nvfp4", False)}
+
+
+@pytest.mark.parametrize(("name", "like"), MIXED.items())
 def test_the_mlp_in_nvfp4_and_attention_in_fp8(name: str, like: tuple[str, bool]) -> None:
     loaded, (prefill, optional) = recipe.load(name), like
     (rule,) = loaded.layers
@@ -205,24 +209,28 @@ ATTENTION = [
 ]
 BESIDE = [
     "model.layers.3.mlp.gate_up_proj",
-    "model.layers.3.mlp.down_proj",
-    "model.layers.0.mlp.shared_experts.down_proj",
-    "model.layers.0.feed_forward.w2",
+    "model.layers.3.mlp.experts",
     "model.layers.0.mixer.in_proj",
     "model.layers.0.mixer.up_proj",
     "model.layers.0.mixer.out_proj",
     "model.layers.0.conv.in_proj",
     "transformer.h.0.mlp.c_proj",
-    "transformer.encoder.layers.0.mlp.dense_4h_to_h",
     "encoder.layer.0.intermediate.dense",
+]
+DOWN = [
+    "model.layers.3.mlp.down_proj",
+    "model.layers.0.mlp.shared_experts.down_proj",
+    "model.layers.0.feed_forward.w2",
+    "model.layers.0.mlp.fc2",
+    "transformer.encoder.layers.0.mlp.dense_4h_to_h",
 ]
 
 
-@pytest.mark.parametrize("name", ["auto", "nvfp4-fp8"])
-def test_which_layers_are_attention(name: str) -> None:
+@pytest.mark.parametrize(("name", "named"), [("auto", DOWN), ("nvfp4-fp8-down", DOWN), ("nvfp4-fp8", [])])
+def test_which_layers_are_attention(name: str, named: list[str]) -> None:
     (rule,) = recipe.load(name).layers
-    found = [name for name in ATTENTION + BESIDE if re.match(rule.match.removeprefix("re:"), name)]
-    assert found == ATTENTION
+    found = [one for one in ATTENTION + BESIDE + DOWN if re.match(rule.match.removeprefix("re:"), one)]
+    assert found == ATTENTION + named
 
 
 @pytest.mark.parametrize(

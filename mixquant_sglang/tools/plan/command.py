@@ -52,7 +52,7 @@ from mixquant_sglang.tools.plan.table import as_json, as_table
 from mixquant_sglang.tools.plan.workload import Workload
 from mixquant_sglang.weights.quantised_config import check_recipe
 
-DEFAULT_RECIPES = ("bf16", "fp8", "nvfp4", "nvfp4-fp8", "nvfp4-emulated", "nvfp4-everywhere")
+DEFAULT_RECIPES = ("bf16", "fp8", "nvfp4", "nvfp4-fp8", "nvfp4-fp8-down", "nvfp4-emulated", "nvfp4-everywhere")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
