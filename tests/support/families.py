@@ -1,7 +1,7 @@
 """What mixquant makes of each family of ``scripts/models/families.py``, and how the family runs on a CPU and on a GPU.
 
-Recipe ``auto``: FP8 for ``attention`` and what its rule names beside it, ``DOWN``, and for the rest of ``others`` what the
-machine's best is (NVFP4, emulated on a CPU).
+Recipe ``auto``: FP8 for ``attention`` and what its rule names beside it, ``DOWN``, and for the rest of ``others`` what
+the machine's best is (NVFP4, emulated on a CPU).
 """
 
 from __future__ import annotations
