@@ -122,6 +122,7 @@ class LoadSteps:
         run.known.add_parameters(model, ranks=tensor_parallel_ranks())
         report.note_wholes(model, run.known, self._assignment.matcher)
         quantised.check_all_asked(run)
+        quantised.check_all_there(run, model, self._assignment.matcher)
         run.weights.keep(module.quant_method for module in model.modules() if hasattr(module, "quant_method"))
         try:
             run.weights.finish_load()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host.runtime import Runtime
+from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.text import some
 from mixquant_sglang.versions.groups import over_stages
 from mixquant_sglang.versions.loading import cache_dtype, loads_dummy
@@ -34,6 +37,16 @@ def check_all_asked(run: Runtime) -> None:
     if (checkpoint := run.quantised) is not None:
         asked = {module for stage in over_stages([*checkpoint.takers, *checkpoint.kept]) for module in stage}
         checkpoint.check_all_asked(asked, run.known.blocks)
+
+
+def check_all_there(run: Runtime, model: torch.nn.Module, matcher: RuleMatcher | None) -> None:
+    """Raises ``MixQuantError`` for a parameter of ``model``, norms and tables among them, that the checkpoint lacks."""
+    if (checkpoint := run.quantised) is not None and matcher is not None:
+        parts = {}
+        for name, _ in model.named_parameters():
+            module, _, leaf = name.rpartition(".")
+            parts[name] = [f"{part}.{leaf}" for part in matcher.shards(module)]
+        checkpoint.check_parameters(parts)
 
 
 def tell(checkpoint: QuantisedCheckpoint | None) -> None:

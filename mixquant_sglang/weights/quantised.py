@@ -8,8 +8,8 @@ since activations are scaled by token, and so are scales of a quantised KV cache
 refuses them).
 
 Found by the headers of the files: a module is quantised if its codes are.  Refused (MixQuantError, with the tensor and
-its file): tensors that are missing, extra or misshapen, quantised experts, and parts of one linear of which some are
-quantised and some not.
+its file): tensors that are missing (``lacking.py``), extra or misshapen, quantised experts, and parts of one linear of
+which some are quantised and some not.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels.linear.base import Piece
 from mixquant_sglang.recipe.modules import NEVER, block_of, is_draft, is_never_low
 from mixquant_sglang.weights.checkpoint import Source
+from mixquant_sglang.weights.lacking import Contents
 from mixquant_sglang.weights.names import Names
 from mixquant_sglang.weights.pieces import Kind, Parts, piece
 from mixquant_sglang.weights.quantised_config import Family, family, said
@@ -76,6 +77,11 @@ class QuantisedCheckpoint:
         """From SGLang's to the checkpoint's."""
         return Names(self.source.tensors)
 
+    @cached_property
+    def contents(self) -> Contents:
+        """By which it is known what is missing."""
+        return Contents.of(self.source.tensors, self.modules, self.source.config)
+
     def modules_of(self, name: str, shards: Sequence[str]) -> tuple[str, ...]:
         """Those that hold the parts of SGLang's linear ``name`` in order, or a single one all of them."""
         name, shards = self.names.of(name), tuple(map(self.names.of, shards))
@@ -84,8 +90,9 @@ class QuantisedCheckpoint:
 
     def of_linear(self, name: str, shards: Sequence[str]) -> tuple[str, ...]:
         """The modules of a linear that takes them as they are; none if the checkpoint has it in BF16. MixQuantError if
-        some are quantised, or not all alike."""
+        some are quantised and some not, or a weight is missing."""
         modules = self.modules_of(name, shards)
+        self._check_there(modules)
         there = [module for module in modules if module in self.modules]
         for module in modules if there else ():
             if module not in self.modules:
@@ -96,11 +103,20 @@ class QuantisedCheckpoint:
         return modules if there else ()
 
     def keep(self, name: str, shards: Sequence[str], reason: str) -> None:
-        """``name`` is BF16, so what is quantised of it is multiplied out."""
-        self.kept.update({m: reason for m in self.modules_of(name, shards) if m in self.modules})
+        """``name`` is BF16, so what is quantised of it is multiplied out. MixQuantError if a weight is missing."""
+        modules = self.modules_of(name, shards)
+        self._check_there(modules)
+        self.kept.update({m: reason for m in modules if m in self.modules})
+
+    def _check_there(self, modules: Sequence[str]) -> None:
+        if gone := self.contents.lacks([f"{module}.weight" for module in modules]):
+            raise MixQuantError(
+                f"{self.folder}: {gone} is missing, in {self.family.precision.upper()} and in BF16: the download is "
+                "not complete, or the checkpoint is broken"
+            )
 
     def check_experts(self, name: str) -> None:
-        """MixQuantError if the experts of SGLang's MoE layer ``name`` are quantised."""
+        """MixQuantError if the experts of SGLang's MoE layer ``name`` are quantised, or some are missing."""
         layer = self.names.of(name)
         found = next((m for m in self.modules if m == layer or m.startswith(f"{layer}.")), None)
         if found is None and layer.endswith(".moe.experts"):  # Gemma-4's lie in the block
@@ -111,6 +127,18 @@ class QuantisedCheckpoint:
                 f"{self.folder}: {found} is quantised; experts of quantised checkpoints are not taken: serve the BF16 "
                 "original, or this checkpoint without the plugin"
             )
+        if gone := self.contents.lacks_below(layer):
+            raise MixQuantError(f"{self.folder}: {gone} is missing, which other blocks have")
+
+    def check_parameters(self, parameters: Mapping[str, Sequence[str]]) -> None:
+        """MixQuantError if the tensors of a parameter of the model are missing, as far as that is known by names;
+        ``parameters``: SGLang's name -> those of its parts, if it is fused."""
+        for name, parts in parameters.items():
+            whole = self.names.of(name)
+            names = [whole] if not parts or whole in self.contents.names else [*map(self.names.of, parts)]
+            gone = self.contents.lacks(names) or (self.contents.lacks_outside_blocks(whole) if not parts else None)
+            if gone:
+                raise MixQuantError(f"{self.folder}: {gone} is missing: the checkpoint is broken, or not complete")
 
     def settle(self) -> None:
         """When all layers of this rank have asked: what no recipe makes low, as lm_head, is multiplied out."""

@@ -22,6 +22,16 @@ LEFT = f"layers:\n  - {{match: {quantised_checkpoints.LEFT}, prefill: bf16, deco
 RULES = {"fp8 blocks": DOWN}
 ONLY = {"nvfp4 parts": "w4a16", "fp8 tensor": "w8a16", "fp8 blocks": "w8a16"}  # precision of all rows
 COMPACT = {"nvfp4 modelopt": ("nvfp4", "w4a16"), "fp8 rows": ("fp8", "w8a16")}
+_QKV = "layers:\n  - {match: model.layers.3.self_attn.qkv_proj, prefill: bf16, decode: bf16}\n"
+LACKS = {
+    "down_proj": ("model.layers.3.mlp.down_proj", ""),
+    "v_proj": ("model.layers.2.self_attn.v_proj", ""),
+    "v_proj by rule": ("model.layers.3.self_attn.v_proj", _QKV),
+    "a BF16 linear": (quantised_checkpoints.LEFT, ""),
+    "a norm": ("model.layers.3.input_layernorm", ""),
+    "the table": ("model.embed_tokens", ""),
+    "the last norm": ("model.norm", ""),
+}
 
 
 def recipe(folder: Path, prefill: str, decode: str, rules: str = "") -> str:
@@ -51,6 +61,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Resu
     rows = cases["fp8 tensor", "quantised"]["model"]
     cases["fp8 tensor", "cache"] = {"model": rows, "recipe": "fp8-compact", "args": {"kv_cache_dtype": "fp8_e4m3"}}
     cases["fp8 blocks", "auto"] = {"model": blocks, "recipe": "auto"}
+    for label, (gone, rule) in LACKS.items():
+        made = quantised_checkpoints.without(TINY, folder / f"lacks-{gone}", "fp8 rows", gone)
+        cases["lacks", label] = {"model": str(made), "recipe": recipe(folder, "fp8", "w8a16", rule)}
     common = {"prompts": [20], "steps": 2, "fp32_sums": True, "survive": True}
     found = model_runs.run([case | common for case in cases.values()], folder, model_runs.CPU, 600)
     return dict(zip(cases, found, strict=True))
@@ -105,6 +118,12 @@ def test_blocks_prefill_in_w8a8_and_leave_others_to_bf16(runs: dict[tuple[str, s
 def test_refusals(runs: dict[tuple[str, str], Results], kind: str, label: str, message: str) -> None:
     found = runs[kind, label]
     assert message in found.get("refused", found.get("error", "")), found  # the launcher's has no line of its own here
+
+
+@pytest.mark.parametrize("label", LACKS)
+def test_weights_that_are_missing_are_not_what_memory_held(runs: dict[tuple[str, str], Results], label: str) -> None:
+    found = runs["lacks", label]
+    assert f"{LACKS[label][0]}.weight is missing" in found.get("refused", ""), found
 
 
 @pytest.fixture(scope="module")

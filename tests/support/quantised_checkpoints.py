@@ -136,3 +136,22 @@ def _save(model: Path, folder: Path, tensors: Tensors, config: dict[str, Any]) -
     (folder / "config.json").write_text(json.dumps(config))
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def edited(model: Path, folder: Path, kind: str, edit: Callable[[Tensors], object]) -> Path:
+    """The quantised checkpoint of ``write`` with other tensors."""
+    out, _ = write(model, folder, kind)
+    tensors = load_file(out / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def without(model: Path, folder: Path, kind: str, *modules: str) -> Path:
+    """The same without any tensor of ``modules``."""
+
+    def drop(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.rpartition(".")[0] in modules]:
+            del tensors[name]
+
+    return edited(model, folder, kind, drop)
