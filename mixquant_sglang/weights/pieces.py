@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 
 from mixquant_sglang.formats import BLOCK, TILE
+from mixquant_sglang.formats.blocks import E2M1_MAX, E4M3_MAX
 from mixquant_sglang.formats.fp8 import FP8Tensor
 from mixquant_sglang.formats.fp8_blocks import FP8Blocks, blocks_of
 from mixquant_sglang.formats.nvfp4 import NVFP4Tensor
@@ -23,7 +24,10 @@ from mixquant_sglang.weights.layouts import Layout
 from mixquant_sglang.weights.quantised_config import Family
 
 Parts: TypeAlias = dict[str, torch.Tensor]  # by the last part of their names
-_LEAST, _MOST = 2.0**-126, 2.0**126
+# By the largest code, and in NVFP4 the largest block scale, a scale gives no more than BF16 holds.
+_MOST = torch.finfo(torch.bfloat16).max
+_MOST_FP8, _MOST_NVFP4 = _MOST / E4M3_MAX, _MOST / (E4M3_MAX * E2M1_MAX)
+_LEAST = 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,16 @@ class Kind:
             bad = self.layout is None and bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
             return f"{name} holds NaN" if bad else None
         if self.layout:
-            value = float(tensor.reshape(()).float())
-            return None if _LEAST <= value <= _MOST else f"{name} is {value:g}, which is no scale"
-        low, high = torch.aminmax(tensor.float())
-        return (
-            None if float(low) >= 0 and math.isfinite(float(high)) else f"{name} holds negative, NaN or infinite scales"
-        )
+            value, scale = float(tensor.reshape(()).float()), float(tensor_scale(self.layout, tensor))
+            if _LEAST <= scale <= _MOST_NVFP4:
+                return None
+            return f"{name} is {value:g}, which is no scale, or one by which weights are more than BF16 holds"
+        low, high = map(float, torch.aminmax(tensor.float()))  # they propagate NaN
+        if low >= 0 and high <= _MOST_FP8:
+            return None
+        if low >= 0 and math.isfinite(high):
+            return f"{name} holds {high:g}, by which weights are more than BF16 holds"
+        return f"{name} holds negative, NaN or infinite scales"
 
     def slices(self, leaf: str, tensor: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
         """Of the tensor ``leaf`` what belongs to these rows and columns of the weight; begins at whole blocks."""
