@@ -83,9 +83,10 @@ def check_recipe(recipe: Recipe, selection: Selection) -> None:
         )
     low_decode = {selection.decode, *selection.by_rule.get("decode", ())} - {"bf16"}
     if (recipe.min_tokens or 1) > 1 and low_decode:
+        by = recipe.min_tokens_by or f"{recipe.source} prefill.min_tokens"
         which = "some" if selection.decode == "bf16" else "them"
         raise MixQuantError(
-            f"{recipe.source} prefill.min_tokens: shorter passes stay bf16, which needs decode in bf16 for all layers; "
+            f"{by}: shorter passes stay bf16, which needs decode in bf16 for all layers; "
             f"the recipe decodes {which} in {' and '.join(sorted(low_decode))}"
         )
     compact.check(recipe)

@@ -23,7 +23,7 @@ from mixquant_sglang.recipe.select import Selection
 _LEFT_OUT: dict[type, frozenset[str]] = {
     Recipe: frozenset(
         {
-            *("name", "source", "description", "prefill_weights_at"),
+            *("name", "source", "description", "prefill_weights_at", "min_tokens_by"),
             "verify",  # compares and changes nothing
             *("prefill", "decode", "kernel"),  # in the selection, resolved
             "prefill_weights",  # a place; what lies there is ``ready_made``

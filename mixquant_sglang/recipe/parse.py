@@ -55,11 +55,10 @@ def with_min_tokens(asked: Recipe, text: str) -> Recipe:
     """``asked`` with another ``min_tokens``: an integer of at least 1, or ``auto``; as it is for ""."""
     if not text:
         return asked
+    where = f"{MIN_TOKENS_ENV} (--mixquant-min-tokens)"
     if text != "auto" and not re.fullmatch(r"[1-9][0-9]{0,17}", text):
-        raise MixQuantError(
-            f"{MIN_TOKENS_ENV} (--mixquant-min-tokens) is {show(text)}; allowed: an integer of at least 1 or auto"
-        )
-    return replace(asked, min_tokens=None if text == "auto" else int(text))
+        raise MixQuantError(f"{where} is {show(text)}; allowed: an integer of at least 1 or auto")
+    return replace(asked, min_tokens=None if text == "auto" else int(text), min_tokens_by=where)
 
 
 def shipped() -> dict[str, Path]:

@@ -64,6 +64,7 @@ class Recipe:
     prefill_weights_at: str = ""  # "file:line prefill.weights"
     prefill_rounding: str = "nearest"  # of ready-made codes; "any": GPTQ's too, which nothing tells from a fine-tune's
     attention: str = "bf16"  # the precision of prefill's attention itself, whatever its linears take
+    min_tokens_by: str = ""  # the variable and the flag, where they say it and not the file
     attention_from: int = ATTENTION_FROM  # tokens of a request, with its prefix, from which on it takes that
 
     @property

@@ -394,6 +394,10 @@ def test_recipes_that_need_bf16_weights_and_keep_none(tmp_path: Path, monkeypatc
 
     said = refusal("prefill: {precision: fp8, min_tokens: 16}\ndecode: {precision: w8a16}\n")
     assert "shorter passes stay bf16" in said and said.endswith("the recipe decodes them in w8a16")
+    assert said.startswith(f"{file} prefill.min_tokens: ")
+    by_flag = recipe.with_min_tokens(recipe.load("fp8-compact"), "512")  # whose file has no such line
+    with pytest.raises(MixQuantError, match=r"^MIXQUANT_MIN_TOKENS \(--mixquant-min-tokens\): shorter passes"):
+        refusals.check_recipe(by_flag, select(by_flag, device))
     said = refusal("prefill: {precision: nvfp4, weights: some/model}\ndecode: {precision: w4a16}\n")
     assert said.endswith("decode: w4a16 packs the model's own weights; leave 'prefill: {weights: ...}' out")
     monkeypatch.setenv(machine.DISAGGREGATION_ENV, "decode")

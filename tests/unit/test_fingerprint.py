@@ -17,7 +17,7 @@ RULE = LayerRule("re:.*down_proj", "fp8", None, "a.yaml:7")
 RECIPE = dataclasses.replace(recipe.load("nvfp4"), layers=(RULE,), prefill_weights="somewhere")
 SELECTION = select(RECIPE, Device("a GPU", (10, 0)))
 NO_NUMBERS = {"name", "source", "description", "prefill_weights_at", "verify", "where", "optional", "reason"}
-NO_NUMBERS |= {"prefill_rounding"}  # what is taken, not what it is
+NO_NUMBERS |= {"prefill_rounding", "min_tokens_by"}  # what is taken, not what it is; who says it
 RESOLVED = {"prefill", "decode", "kernel", "prefill_weights"}  # in the selection, or by content
 
 

@@ -703,6 +703,7 @@ def drawn(field: dataclasses.Field[Any], draw: random.Random) -> Any:
         "verify": (False, True),
         "prefill_weights": ["", "a/folder with spaces", "RedHatAI/Qwen3-8B-NVFP4", "no", "1"],
         "prefill_weights_at": [""],
+        "min_tokens_by": [""],
         "prefill_rounding": recipe.ROUNDINGS,
         "attention": ("bf16", "fp8"),
         "attention_from": range(16, 100000),
@@ -750,7 +751,7 @@ def test_a_recipe_survives_being_written_and_read(tmp_path: Path) -> None:
         for field in seen:
             seen[field].add(getattr(made, field))
         done += 1
-    fixed = {"name", "source", "prefill_weights_at"}
+    fixed = {"name", "source", "prefill_weights_at", "min_tokens_by"}
     assert {name for name, values in seen.items() if len(values) < 2} == fixed  # every other field was put to the test
 
 
