@@ -29,6 +29,8 @@ SKIPPED = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
 class Quantised(Protocol):
     """A quantised checkpoint (``quantised.py``)."""
 
+    def unused(self, name: str) -> bool: ...
+
     def problem(self, name: str, tensor: torch.Tensor) -> str | None: ...
 
     def differing(self, tensors: Mapping[str, torch.Tensor]) -> str | None: ...
@@ -83,9 +85,14 @@ class Known:
         block = block_of(name)
         return (
             bool(SKIPPED.fullmatch(name) or is_draft(name))
+            or self._unused(name)
             or (block is not None and block >= self.blocks)
             or not names.isdisjoint(self.same.get(name, ()))
         )
+
+    def _unused(self, name: str) -> bool:
+        """Whether nothing of a quantised checkpoint takes it, whatever it holds."""
+        return self.quantised is not None and self.quantised.unused(name)
 
     def torn(self, names: set[str]) -> str | None:
         """Why an update by ``names`` is refused: of a weight that is not kept in BF16, all parts are needed."""
@@ -101,6 +108,8 @@ class Known:
 
     def problem(self, name: str, tensor: torch.Tensor, device: torch.device) -> str | None:
         """Why ``tensor`` is refused, or None; its values are looked at on ``device``."""
+        if self._unused(name):
+            return None
         before = self.tensors.get(name)
         shape = before[0] if before else self.parameters.get(name)
         if shape is None and self.tensors:

@@ -161,7 +161,7 @@ class QuantisedCheckpoint:
         self.settle()
         for name, tensor in weights:
             module, _, leaf = name.rpartition(".")
-            if leaf in _KV:
+            if self.unused(name):
                 continue
             kind = self.modules.get(module)
             if kind is None or leaf == "bias" or not (module in self.takers or module in self.kept):
@@ -171,6 +171,11 @@ class QuantisedCheckpoint:
                     self.takers[module].take(module, leaf, tensor)
                 elif (whole := self._gathered(module, kind, leaf, tensor)) is not None:
                     yield f"{module}.weight", whole.dequantize(torch.bfloat16)
+
+    def unused(self, name: str) -> bool:
+        """Whether nothing here takes the tensor ``name``: a scale of activations, or of a quantised KV cache."""
+        module, _, leaf = name.rpartition(".")
+        return leaf in _KV or (leaf in _ACTIVATIONS and module in self.modules)
 
     @property
     def begun(self) -> str | None:
@@ -195,7 +200,7 @@ class QuantisedCheckpoint:
         not, or not for what is known here."""
         module, _, leaf = name.rpartition(".")
         kind = self.modules.get(module)
-        if kind is None or leaf in (*_KV, *_ACTIVATIONS, "bias"):
+        if kind is None or leaf == "bias":
             return None
         if leaf not in kind.leaves:
             return f"{name} is no tensor of this checkpoint, in which {module} is quantised"

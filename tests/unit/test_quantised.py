@@ -227,6 +227,20 @@ def test_updates_that_are_refused(tmp_path: Path) -> None:
     assert "negative" in str(known.problem(f"{Q}.weight_scale", -made[f"{Q}.weight_scale"], cpu))
 
 
+@pytest.mark.parametrize(("kind", "leaf"), [("nvfp4 parts", "input_global_scale"), ("fp8 tensor", "k_scale")])
+def test_updates_need_no_tensor_that_is_not_used(kind: str, leaf: str, tmp_path: Path) -> None:
+    made, _ = quantised(kind, weights())
+    checkpoint = QuantisedCheckpoint.open(save(tmp_path / "c", kind, made))
+    known = Known({n: (tuple(t.shape), t.dtype) for n, t in made.items()}, quantised=checkpoint)
+    name, cpu = f"{K}.{leaf}", torch.device("cpu")
+    assert name in made and known.missing(made.keys() - {name}) is None
+    for found in (torch.full_like(made[name], float("nan")), torch.ones(3), torch.zeros(1, dtype=torch.int8)):
+        assert known.problem(name, found, cpu) is None
+    assert name not in dict(checkpoint.sorted_out([(name, torch.ones(1))]))
+    assert str(known.missing(made.keys() - {f"{K}.weight_scale"})) == f"{K}.weight_scale is missing"
+    assert "is no tensor of this model's" in str(known.problem(f"{K}.other", torch.ones(1), cpu))
+
+
 @pytest.mark.parametrize("cut", [True, False])
 def test_a_session_that_brings_parts_of_what_is_multiplied_out_is_told(
     cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
