@@ -20,7 +20,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 from mixquant_sglang import __version__
 from mixquant_sglang.errors import refusing
-from mixquant_sglang.host import quantised, refusals, runtime, sent
+from mixquant_sglang.host import refusals, runtime, sent
 from mixquant_sglang.host.assignment import Assignment
 from mixquant_sglang.host.hooks import registry
 from mixquant_sglang.host.lifecycle import LoadSteps
@@ -31,6 +31,7 @@ from mixquant_sglang.layers.linear import MixQuantLinearMethod
 from mixquant_sglang.layers.quantised import QuantisedLinearMethod
 from mixquant_sglang.recipe import pairs
 from mixquant_sglang.versions import fp4, fp8_blocks, machine
+from mixquant_sglang.versions.loading import cache_dtype, loads_dummy
 from mixquant_sglang.weights.quantised import QuantisedCheckpoint
 from mixquant_sglang.weights.quantised_config import check_recipe
 from mixquant_sglang.weights.ready_made import ReadyMadeWeights
@@ -65,7 +66,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             if checkpoint is not None:
                 master = QuantisedCheckpoint.open(Path(checkpoint))
                 check_recipe(self._recipe, master.family, checkpoint)
-                quantised.check_cache(master)
+                master.check_start(dummy=loads_dummy(), cache_dtype=cache_dtype())
                 if master.family.blocks and selection.kernels.get("fp8") == "native":
                     environment = replace(environment, fp8_block_linear=fp8_blocks.block_linear(device))
         known = runtime.current()

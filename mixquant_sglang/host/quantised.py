@@ -6,30 +6,13 @@ import logging
 
 import torch
 
-from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.text import some
 from mixquant_sglang.versions.groups import over_stages
-from mixquant_sglang.versions.loading import cache_dtype, loads_dummy
 from mixquant_sglang.weights.quantised import QuantisedCheckpoint
 
 logger = logging.getLogger(__name__)
-
-
-def check_cache(checkpoint: QuantisedCheckpoint) -> None:
-    """Raises ``MixQuantError`` for what SGLang would use of a quantised checkpoint, and does not get."""
-    if loads_dummy():
-        raise MixQuantError(
-            f"--load-format dummy reads nothing of {checkpoint.folder}, which is quantised: give it a BF16 config"
-        )
-    scales = checkpoint.scales_of_kv
-    if cache_dtype().startswith(("fp8", "fp4", "nvfp4", "mxfp4")) and (scales or checkpoint.family.kv_cache):
-        raise MixQuantError(
-            f"--kv-cache-dtype {cache_dtype()}: {checkpoint.folder} has scales for a quantised KV cache "
-            f"({scales[0] if scales else checkpoint.family.kv_cache}), which mixquant does not hand to SGLang; leave "
-            "the flag out: the cache is BF16 then"
-        )
 
 
 def check_all_asked(run: Runtime) -> None:

@@ -46,10 +46,7 @@ class QuantisedLinearMethod(MixQuantLinearMethod):
             share = share_of(layer, output_partition_sizes, input_size_per_partition, input_size)
             self._choose(layer, sum(share.sizes), share.k, params_dtype)
             if self.refusal:
-                raise MixQuantError(
-                    f"{self.source.checkpoint.folder}: {self.name} cannot be taken as it is: {self.refusal}; keep it "
-                    f"in BF16 with the rule '{{match: {self.name}, prefill: bf16, decode: bf16}}'"
-                )
+                raise MixQuantError(self.source.cannot_be_taken(self.refusal))
             self.source.place(share, torch.empty(0).device, self._came)
         absent = Absent(torch.empty(self._size, dtype=params_dtype, device="meta"), False)
         for name, value in {"input_dim": 1, "output_dim": 0, **extra_weight_attrs}.items():

@@ -130,10 +130,10 @@ def ends(command: Command) -> list[str]:
     """The lines that would end it; none where it starts.  Changes this process as a launch would."""
     with tempfile.TemporaryDirectory() as folder, _environment(command.environment), _quiet():
         command.stand_in(Path(folder))
-        return _ends(command.flags)
+        return _ends(command.flags, command.notes)
 
 
-def _ends(flags: Sequence[str]) -> list[str]:
+def _ends(flags: Sequence[str], notes: list[str]) -> list[str]:
     from sglang.srt.plugins import load_plugins
 
     from mixquant_sglang.host.hooks import launcher
@@ -148,7 +148,7 @@ def _ends(flags: Sequence[str]) -> list[str]:
         if server_args.quantization != "mixquant":
             return [f"--quantization {server_args.quantization}: a server without mixquant"]
         noted += _missing(server_args)
-        _check_model(server_args)
+        noted += _check_layers(server_args, _check_model(server_args), notes)
     except SystemExit as error:
         line = error.code if isinstance(error.code, str) else (said.getvalue().strip().splitlines() or [_PRINTS])[-1]
         noted.append(line.removeprefix("mixquant: ").removeprefix("sglang serve: "))
@@ -179,11 +179,39 @@ def _missing(server_args: Any) -> list[str]:
     return []
 
 
-def _check_model(server_args: Any) -> None:
+def _check_model(server_args: Any) -> Any:
     """The checkpoint, which SGLang looks at once it builds its model config."""
     from sglang.srt.configs.model_config import ModelConfig
 
-    ModelConfig.from_server_args(server_args)
+    return ModelConfig.from_server_args(server_args)
+
+
+def _check_layers(server_args: Any, model_config: Any, notes: list[str]) -> list[str]:
+    """The linears, which SGLang asks for once it builds the model, of a checkpoint that says more than its config."""
+    from mixquant_sglang.recipe.select import select
+    from mixquant_sglang.tools import layers
+    from mixquant_sglang.versions import machine
+    from mixquant_sglang.versions.dialect import dialect
+
+    args, folder = dialect().resolved(server_args), Path(model_config.model_path)
+    said = getattr(model_config.hf_config, "quantization_config", None)
+    quantised = isinstance(said, dict) and said.get("quant_method") == machine.NAME
+    try:
+        loaded = recipe.load_requested()
+        selection = select(loaded, machine.device())
+    except MixQuantError:  # ``_check_recipe`` says so
+        return []
+    if not (quantised or loaded.prefill_weights):
+        return []
+    try:
+        if not folder.is_dir():
+            raise MixQuantError(f"{folder} is not here, and nothing is downloaded")
+        if model_config.hf_text_config is not model_config.hf_config:
+            raise MixQuantError("a model of several modalities")
+        return layers.ends(folder, quantised, loaded, selection, (args.tp_size, args.ep_size))
+    except MixQuantError as error:
+        notes.append(f"linears were not asked for one by one: {error}")
+        return []
 
 
 def _check_recipe(noted: list[str]) -> None:

@@ -29,11 +29,11 @@ from mixquant_sglang.weights.checkpoint import Source
 from mixquant_sglang.weights.lacking import Contents
 from mixquant_sglang.weights.names import Names
 from mixquant_sglang.weights.pieces import Kind, Parts, piece
-from mixquant_sglang.weights.quantised_config import Family, family, said
+from mixquant_sglang.weights.quantised_config import SCALES_OF_INPUTS, Family, family, said
 from mixquant_sglang.weights.shard import DTYPES, Stored
 
 _KV = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "output_scale", "prob_output_scale"})
-_ACTIVATIONS = frozenset({"input_scale", "input_global_scale"})
+_ACTIVATIONS = frozenset(SCALES_OF_INPUTS)
 _FLOATS = frozenset(DTYPES)
 
 
@@ -81,6 +81,21 @@ class QuantisedCheckpoint:
     def contents(self) -> Contents:
         """By which it is known what is missing."""
         return Contents.of(self.source.tensors, self.modules, self.source.config)
+
+    def check_start(self, *, dummy: bool, cache_dtype: str) -> None:
+        """MixQuantError for what SGLang would use of it, and does not get; ``dummy``: whether it fills weights with
+        random numbers, ``cache_dtype``: its ``--kv-cache-dtype``."""
+        if dummy:
+            raise MixQuantError(
+                f"--load-format dummy reads nothing of {self.folder}, which is quantised: give it a BF16 config"
+            )
+        scales = self.scales_of_kv
+        if cache_dtype.startswith(("fp8", "fp4", "nvfp4", "mxfp4")) and (scales or self.family.kv_cache):
+            raise MixQuantError(
+                f"--kv-cache-dtype {cache_dtype}: {self.folder} has scales for a quantised KV cache "
+                f"({scales[0] if scales else self.family.kv_cache}), which mixquant does not hand to SGLang; leave "
+                "the flag out: the cache is BF16 then"
+            )
 
     def modules_of(self, name: str, shards: Sequence[str]) -> tuple[str, ...]:
         """Those that hold the parts of SGLang's linear ``name`` in order, or a single one all of them."""

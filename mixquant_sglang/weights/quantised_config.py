@@ -37,8 +37,12 @@ _KNOWN = (
     f"known: compressed-tensors' nvfp4-pack-quantized and float-quantized, ModelOpt's {', '.join((*_NVFP4, *_FP8))}, "
     f"and fp8 with scales for tensors or blocks of {TILE} x {TILE}"
 )
+SCALES_OF_INPUTS = ("input_scale", "input_global_scale")
 _KEYS = ("kv_cache_scheme", "kv_cache_quant_algo")
 _IGNORED = ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers")
+_PARTS = frozenset(
+    {*("weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale"), *SCALES_OF_INPUTS}
+)
 _HEADS = re.compile(r"(?:model\.language_model|language_model\.model)\.")  # wrappers; the planner has ``model``
 
 
@@ -136,6 +140,16 @@ def _family(where: str, config: Mapping[str, Any]) -> Family:
             _check_blocks(where, "weight_block_size", blocks)
         return Family("fp8 in blocks" if blocks else "fp8", "fp8", blocks=bool(blocks), kv_cache=kv_cache)
     raise MixQuantError(f"{where}: quant_method is {method!r}; {_KNOWN}")
+
+
+def check_said(where: str, name: str, dtype: str) -> None:
+    """MixQuantError if the tensor ``name`` is part of a quantised weight, of a checkpoint ``where`` no config says so;
+    ``dtype``: as safetensors or torch calls it."""
+    if name.rpartition(".")[2] in _PARTS or dtype.rpartition(".")[2] in ("F8_E4M3", "float8_e4m3fn"):
+        raise MixQuantError(
+            f"{where}: {name} ({dtype}) is part of a quantised weight, but neither quantization_config in config.json "
+            f"nor {FILE} says in which format: take the checkpoint's own config files"
+        )
 
 
 def check_recipe(recipe: Recipe, found: Family, path: str) -> None:

@@ -52,6 +52,13 @@ class QuantisedLinear:
         """That of its kernels."""
         return "blocks" if self.kinds[0].form == "blocks" else ""
 
+    def cannot_be_taken(self, why: str) -> str:
+        """The line with which a start ends where no kernel packs it."""
+        return (
+            f"{self.checkpoint.folder}: {self.name} cannot be taken as it is: {why}; keep it in BF16 with the rule "
+            f"'{{match: {self.name}, prefill: bf16, decode: bf16}}'"
+        )
+
     @property
     def begun(self) -> bool:
         """Whether some of it has arrived, and not all."""

@@ -57,6 +57,31 @@ COMMANDS: dict[str, tuple[list[str], list[list[str]]]] = {
         ["--model-path", "FP8", *CPU, "--mixquant-recipe", "nvfp4-compact"],
         [["is already quantised (compressed-tensors float-quantized)", "recipe nvfp4-compact", "recipe fp8-compact"]],
     ),
+    "dummy weights of a quantised checkpoint": (
+        ["--model-path", "FP8", *CPU, "--mixquant-recipe", "fp8-compact", "--load-format", "dummy"],
+        [["--load-format dummy reads nothing of", "give it a BF16 config"]],
+    ),
+    "an FP8 cache beside scales that nobody takes": (
+        ["--model-path", "TENSOR", *CPU, "--mixquant-recipe", "fp8-compact", "--kv-cache-dtype", "fp8_e4m3"],
+        [["--kv-cache-dtype fp8_e4m3", "k_scale", "leave the flag out"]],
+    ),
+    "blocks that are not whole": (
+        ["--model-path", "BLOCKS", *CPU, "--mixquant-recipe", "fp8-compact"],
+        [["layers.0.mlp.down_proj cannot be taken as it is: K = 704 is not", "keep it in BF16", "(and so for 7 more)"]],
+    ),
+    "blocks and a rule": (["--model-path", "BLOCKS", *CPU, "--mixquant-recipe", "RULE"], []),
+    "a quantised checkpoint that lacks a weight": (
+        ["--model-path", "LACKS", *CPU, "--mixquant-recipe", "fp8-compact"],
+        [["model.layers.3.mlp.down_proj.weight is missing, in FP8 and in BF16"]],
+    ),
+    "ready-made weights that lack one": (
+        ["--model-path", "MODEL", *CPU, "--mixquant-recipe", "READY"],
+        [["model.layers.3.mlp.down_proj.weight_packed is missing"]],
+    ),
+    "quantised weights of which no config says so": (
+        ["--model-path", "UNSAID", *CPU, "--mixquant-recipe", "nvfp4-compact"],
+        [["is part of a quantised weight", "neither quantization_config in config.json nor hf_quant_config.json"]],
+    ),
     "a variable": (
         ["SGLANG_RUST_SERVER=1", "python", "-m", "sglang.launch_server", "--model-path", "MODEL", *CPU],
         [["does not go with SGLANG_RUST_SERVER", "unset it"]],
@@ -101,6 +126,22 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         (folder / f"{name}.yaml").write_text(f"device: cpu\n{text}")
     models = {"MODEL": str(tiny_model), "FLOAT32": str(folder)} | {n: str(folder / f"{n}.yaml") for n in files}
     models["FP8"] = str(quantised_checkpoints.write(tiny_model, folder / "fp8", "fp8 rows")[0])
+    models["TENSOR"] = str(quantised_checkpoints.write(tiny_model, folder / "tensor", "fp8 tensor")[0])
+    models["BLOCKS"] = str(quantised_checkpoints.write(tiny_model, folder / "blocks", "fp8 blocks")[0])
+    lacks, down = quantised_checkpoints.without, "model.layers.3.mlp.down_proj"
+    models["LACKS"] = str(lacks(tiny_model, folder / "lacks", "fp8 rows", down))
+    unsaid = lacks(tiny_model, folder / "unsaid", "nvfp4 parts")
+    (unsaid / "config.json").write_text((tiny_model / "config.json").read_text())
+    models["UNSAID"] = str(unsaid)
+    ready = lacks(tiny_model, folder / "lacks-ready", "nvfp4 parts", down)
+    recipes = {
+        "RULE": "{precision: fp8}\ndecode: {precision: w8a16}\nlayers:\n"
+        "  - {match: 're:.*down_proj', prefill: bf16, decode: bf16}",
+        "READY": f"{{precision: nvfp4, weights: {ready}}}",
+    }
+    for name, text in recipes.items():
+        (folder / f"{name}.yaml").write_text(f"version: 1\nprefill: {text}\n")
+        models[name] = str(folder / f"{name}.yaml")
     words = [[models.get(word, word) for word in words] for words, _ in COMMANDS.values()]
     (folder / "ask.py").write_text(SCRIPT)
     command = [sys.executable, "-W", "ignore", str(folder / "ask.py"), json.dumps(words)]
@@ -164,9 +205,10 @@ def test_ray_is_asked_for_where_schedulers_are_its_actors(tiny_model: Path, monk
     monkeypatch.setattr(launch, "_resolve", lambda flags: SimpleNamespace(quantization="mixquant"))
     monkeypatch.setattr(launch, "_missing", lambda args: ["no ray"])
     monkeypatch.setattr(launch, "_check_model", asked.append)
+    monkeypatch.setattr(launch, "_check_layers", lambda *_: [])
     monkeypatch.setattr("sglang.srt.plugins.load_plugins", lambda: None)
     monkeypatch.setattr(launcher, "asked", launcher.asked)
-    assert launch._ends([]) == ["no ray"] and len(asked) == 1
+    assert launch._ends([], []) == ["no ray"] and len(asked) == 1
 
 
 def test_own_options_come_first() -> None:

@@ -26,7 +26,7 @@ from mixquant_sglang.recipe.select import Device, select
 from mixquant_sglang.weights.incoming import Known
 from mixquant_sglang.weights.pieces import piece
 from mixquant_sglang.weights.quantised import QuantisedCheckpoint
-from mixquant_sglang.weights.quantised_config import family, said
+from mixquant_sglang.weights.quantised_config import check_said, family, said
 from mixquant_sglang.weights.quantised_linear import QuantisedLinear
 from mixquant_sglang.weights.ready_made_linear import Share
 from tests.support.quantised_checkpoints import CONFIGS, WRITERS, Tensors
@@ -212,6 +212,14 @@ def test_the_config_may_stand_in_three_places(tmp_path: Path) -> None:
     (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
     where, found = said({}, tmp_path) or ("", {})
     assert family(where, found).recipe == "fp8-compact" and where == "hf_quant_config.json"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(f"{Q}.weight_packed", "U8"), (Q, "torch.float8_e4m3fn"), (Q, "F8_E4M3")])
+def test_a_checkpoint_whose_config_says_nothing(name: str, dtype: str) -> None:
+    with pytest.raises(MixQuantError, match=r"q_proj\S* \(.*\) is part of a quantised weight, but neither"):
+        check_said("folder", name, dtype)
+    check_said("folder", f"{Q}.weight", "BF16")
+    check_said("folder", "mask", "torch.uint8")
 
 
 def test_updates_that_are_refused(tmp_path: Path) -> None:

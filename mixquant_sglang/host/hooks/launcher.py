@@ -24,9 +24,11 @@ from mixquant_sglang.host.refusals import check_server_args, refused_lines
 from mixquant_sglang.recipe import Recipe, fingerprint, pairs
 from mixquant_sglang.versions import machine
 from mixquant_sglang.versions.dialect import dialect
+from mixquant_sglang.versions.loading import cache_dtype, loads_dummy
+from mixquant_sglang.weights.checkpoint import Source
 from mixquant_sglang.weights.hub import find
 from mixquant_sglang.weights.quantised import QuantisedCheckpoint
-from mixquant_sglang.weights.quantised_config import FIELDS, check_recipe, family, said
+from mixquant_sglang.weights.quantised_config import FIELDS, check_recipe, check_said, family, said
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Asked:
     flags: dict[str, None] = field(default_factory=dict)  # those of ours that it had, in their order
     dtype: str | None = None
     moe_backend: str | None = None
+    dummy: bool = False  # --load-format dummy
+    cache_dtype: str = "auto"
     recipe: Recipe | None = None
     arrived: bool = False  # the recipe came with a launcher's arguments (``arrival.py``)
     noted: list[str] | None = None  # what ends the start, where all of it is asked for (mixquant doctor)
@@ -105,6 +109,7 @@ def resolve_server_args(original: Callable[..., None], server_args: Any, *args: 
                 if hook.process != "http":
                     registry.target_of(hook)
             asked.dtype = server_args.dtype
+            asked.dummy, asked.cache_dtype = loads_dummy(server_args), cache_dtype(server_args)
             asked.moe_backend = getattr(server_args, "moe_runner_backend", None)
             _leave_draft(server_args)
             if gathers(server_args) and (asked.recipe is None or not asked.recipe.bf16_throughout):
@@ -201,6 +206,8 @@ def _take_quantised(model_config: Any) -> None:
     config = {**_fields(model_config.hf_config), "text_config": _fields(model_config.hf_text_config)}
     found = said(config, folder if folder.is_dir() else None)
     if found is None:
+        if folder.is_dir():
+            _check_said(folder)
         return
     chosen = asked.recipe or recipe.load_requested()
     where, quantization = found
@@ -215,7 +222,7 @@ def _take_quantised(model_config: Any) -> None:
     if asked.noted is None:  # the doctor downloads nothing
         folder = find(model_config.model_path, getattr(model_config, "revision", None))
     if folder.is_dir():
-        QuantisedCheckpoint.open(folder)
+        QuantisedCheckpoint.open(folder).check_start(dummy=asked.dummy, cache_dtype=asked.cache_dtype)
     text = model_config.hf_text_config is model_config.hf_config
     model_config.hf_config = copy(model_config.hf_config)  # SGLang keeps one for all that ask, drafts among them
     model_config.hf_text_config = model_config.hf_config if text else copy(model_config.hf_text_config)
@@ -224,6 +231,15 @@ def _take_quantised(model_config: Any) -> None:
             if getattr(each, field_name, None) is not None:
                 setattr(each, field_name, None)
     model_config.hf_config.quantization_config = {"quant_method": machine.NAME, "checkpoint": str(folder)}
+
+
+def _check_said(folder: Path) -> None:
+    try:
+        source = Source.open(folder)
+    except MixQuantError:  # no safetensors, or only a config: whether that can be loaded, SGLang says
+        return
+    for name, stored in source.tensors.items():
+        check_said(str(folder), name, stored.dtype)
 
 
 def _fields(config: Any) -> dict[str, Any]:

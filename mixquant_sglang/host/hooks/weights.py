@@ -19,6 +19,7 @@ import httpx
 import torch
 from safetensors import SafetensorError
 
+from mixquant_sglang.errors import refusing
 from mixquant_sglang.host import runtime
 from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.host.runtime import Runtime
@@ -26,6 +27,7 @@ from mixquant_sglang.versions.groups import stages
 from mixquant_sglang.versions.updates import concerns_weights, ipc_without_post_hook, postprocess, read_weights
 from mixquant_sglang.weights.arriving import Arriving, FromDisk
 from mixquant_sglang.weights.incoming import SKIPPED
+from mixquant_sglang.weights.quantised_config import check_said
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def read_checkpoint(original: Callable[..., Any], loader: Any, source: Any) -> A
     if run is None:
         return original(loader, source)
     if run.loading:  # the start
-        return run.loaders_see(run.known.record(original(loader, source)))
+        return run.loaders_see(run.known.record(_said_to_be(run, source, original(loader, source))))
     disk = run.arriving.disk
     if disk is not None:
         disk.readings += 1
@@ -60,6 +62,17 @@ def read_checkpoint(original: Callable[..., Any], loader: Any, source: Any) -> A
             source = dataclasses.replace(source, model_or_path=disk.before)
         return run.loaders_see(original(loader, source))
     return original(loader, source)
+
+
+def _said_to_be(
+    run: Runtime, source: Any, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """``weights``; ends the start at a quantised one of a checkpoint of which no config says that it is quantised."""
+    for name, tensor in weights:
+        if run.quantised is None:
+            with refusing():
+                check_said(str(source.model_or_path), name, str(tensor.dtype))
+        yield name, tensor
 
 
 # -- from disk ---------------------------------------------------------------------------------------------------------

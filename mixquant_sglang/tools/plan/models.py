@@ -140,6 +140,11 @@ def _file(name: str) -> Path | None:
     return path / "config.json" if is_dir else None
 
 
+def find_decoder(folder: Path) -> Decoder:
+    """Of the config.json in ``folder``, quantised or not. MixQuantError for one that is not known."""
+    return _read_config(folder / "config.json")[0]
+
+
 def find_quantised(name: str) -> tuple[Family, Callable[[str, Sequence[str]], bool]] | None:
     """What the checkpoint in the directory ``name`` is quantised in, and whether a linear, or experts, are BF16 in it:
     its files say so, or, where there are none, its config's lists.  None for one that is not quantised, and for known
