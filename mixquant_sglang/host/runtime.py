@@ -210,6 +210,8 @@ class Runtime:
                 "rows": rows,
                 "passes": self.counters.low_attention_passes,
             }
+        if self.weights.mixed is not None:
+            state["weights_mixed"] = self.weights.mixed
         if several:
             state["stages"] = [
                 {"layers": dict(s.layers), "experts": dict(s.experts), "extra_weight_bytes": s.extra_weight_bytes}

@@ -20,6 +20,9 @@ HOOK_TARGETS: Mapping[str, str] = {
         "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.begin_weight_update"
     ),
     "weights_end": ("sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.end_weight_update"),
+    "session_ended": (
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.end_weight_update"
+    ),
 }
 
 

@@ -19,8 +19,10 @@ class FromDisk:
 @dataclass
 class Arriving:
     """``direct``: direct parameters while an update is being taken down, each with SGLang's function that loads them;
-    ``sent_since_disk``: whether the weights are not those of any checkpoint on disk."""
+    ``sent_since_disk``: whether the weights are not those of any checkpoint on disk; ``session_failed``: why what a
+    session wrote is not packed."""
 
     disk: FromDisk | None = None
     direct: list[tuple[Any, list[tuple[str, torch.Tensor]]]] | None = None
     sent_since_disk: bool = False
+    session_failed: str | None = None

@@ -123,17 +123,26 @@ class QuantisedLinear:
         return made
 
     def differing(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
-        """Why an update by ``tensors``, by name, is refused: scales that are one here are not equal there."""
+        """Why an update by ``tensors``, by name, is refused: scales that are one here are not equal there, and in what
+        a session has brought of this weight before, while it is not whole."""
         layout = self.kinds[0].layout
         if layout is None or self.joined is None or len(self.modules) == 1:
             return None
-        done = 0
+        leaf, done = layout.tensor_scale, 0
         for count in self.joined:
-            names = [f"{module}.{layout.tensor_scale}" for module in self.modules[done : done + count]]
+            parts = range(done, done + count)
             done += count
-            values = {float(tensor_scale(layout, tensors[name])) for name in names if name in tensors}
-            if len(values) > 1:
-                return f"{names[0]} is not that of {', '.join(names[1:])}, with which it was loaded as one: start again"
+            new = {f"{self.modules[part]}.{leaf}": part for part in parts}
+            new = {name: part for name, part in new.items() if name in tensors}
+            before = [part for part in parts if part not in new.values() and (part, leaf) in self._there]
+            found = {name: float(tensor_scale(layout, tensors[name])) for name in new}
+            values = {*found.values(), *(float(tensor_scale(layout, self._there[part, leaf])) for part in before)}
+            if new and len(values) > 1:
+                others = [*new, *(f"{self.modules[part]}.{leaf}, which came before" for part in before)]
+                return (
+                    f"{others[0]} is not that of {', '.join(others[1:])}, with which it was loaded as one: send both "
+                    "with one number, or start the server again"
+                )
         return None
 
     def _parts_of(self, module: str) -> Sequence[int]:

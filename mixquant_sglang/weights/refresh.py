@@ -19,6 +19,7 @@ import torch
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.recipe.roles import Kind, Role
+from mixquant_sglang.recipe.text import some
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,8 @@ class Weights:
         self._why = ""
         self._packed: set[int] = set()  # the layers that were packed since the masters changed, by id
         self._problem: str | None = None
+        self._behind: list[str] = []  # layers that could not be packed, as far as was tried
+        self.mixed: str | None = None  # where weights of two updates serve beside each other: why, and which are old
         self.out_of_memory = False  # whether packing ended so, once
         self._warned: set[str] = set()
         self._captured: dict[int, tuple[float, ...]] = {}
@@ -170,24 +173,27 @@ class Weights:
         self.hold(_OPEN)
         self._open = True
 
-    def end(self) -> None:
+    def end(self) -> str | None:
+        """A session ends: None if all that changed is packed, or why it is not."""
         self._open = False
         if not self._due:
             self.changed()
-        self.refresh()
+        return self.refresh()
 
     def broken(self, why: str) -> None:
         """An update failed while it wrote, so the masters may be of two versions, and nothing brings them back."""
         self.hold(why)
+        self.mixed = why
         self._warn()
 
     def refresh(self) -> str | None:
         """Packs what has changed since; None if all copies are those of their masters now, or why they are not."""
         if self._due:
-            self._due = False
+            self._due, self._behind = False, []
             _settle()
             for layer in self.layers:
-                if self._problem is None and id(layer) not in self._packed:
+                # without a master it is no more than asked whether it was packed when it arrived
+                if (self._problem is None or layer.masterless) and id(layer) not in self._packed:
                     self._pack(layer)
             _settle()
             self._problem = self.agree(self._problem)
@@ -200,9 +206,13 @@ class Weights:
             self.current = self._problem is None
             if self.current:
                 self._warned.clear()
+                self.mixed = None
                 logger.info("mixquant: packed %d layers again after a weight update", len(self.layers))
             else:
                 self._why = self._problem or ""
+                if any(layer.masterless for layer in self.layers):
+                    old = f": {some(self._behind)}" if self._behind else " on another rank"
+                    self.mixed = f"{self._why}; of before the update are the weights{old}"
         if self.current:
             return None
         self._warn()
@@ -219,6 +229,7 @@ class Weights:
             self.out_of_memory |= isinstance(error, torch.OutOfMemoryError)
             said = (str(error) or repr(error)).splitlines()[0]
             self._problem = self._problem or f"cannot pack {layer.name}: {said}"
+            self._behind.append(layer.name)
 
     def _warn(self) -> None:
         if self.layers and self._why not in self._warned:

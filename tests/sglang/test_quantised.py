@@ -159,4 +159,11 @@ def test_updates_are_taken_as_they_arrive_or_refused_whole(updates: Results) -> 
         found = updates[label]
         assert found["done"] and found["prefill"] == start["prefill"], (label, found)
         assert found["same"] is (label not in ("good", "disk")), label
+    if "session cut" in updates:  # SGLang 0.5.17 has no sessions
+        qkv, cut = "model.layers.1.self_attn.qkv_proj", updates["session cut"]
+        assert not cut["same"] and cut["prefill"] == {"w8a16": 40}  # as packed last, beside a new down_proj
+        assert f"cannot pack {qkv}: only parts" in cut["mixed"] and cut["mixed"].endswith(f"are the weights: {qkv}")
+        assert any("a weight update ended that could not be packed whole" in line for line in cut["warned"])
+        mended = updates["session mended"]
+        assert mended["done"] and mended["same"] and mended["mixed"] is None
     assert updates["addresses"]  # captured graphs hold them

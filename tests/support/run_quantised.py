@@ -52,6 +52,13 @@ def main() -> None:
     small = trial.checkpoint("small", lambda tensors: tensors.update(good))
     trial.note("disk", trial.disk(small))
     trial.note("disk back", trial.disk(str(trial.model)))
+    if hasattr(trial.updater, "begin_weight_update"):
+        trial.updater.begin_weight_update()
+        send(of(Q))
+        send(of(DOWN) | {f"{DOWN}.weight_scale": good[f"{DOWN}.weight_scale"]})
+        trial.updater.end_weight_update(run_post_load=False)
+        trial.note("session cut", warned=list(trial.log.lines), mixed=trial.run.state().get("weights_mixed"))
+        trial.note("session mended", send(of(DOWN, Q, K, V)), mixed=trial.run.state().get("weights_mixed"))
     trial.results["addresses"] = before == addresses()
     print(json.dumps(trial.results))
 

@@ -267,6 +267,14 @@ HOOKS = (
         only_with="sglang.srt.managers.io_struct.BeginWeightUpdateReqInput",
     ),
     Hook(
+        "session_ended",
+        "around",
+        "scheduler",
+        hook_targets("session_ended"),
+        "says of an update that it could not be packed when it ended",
+        only_with="sglang.srt.managers.io_struct.BeginWeightUpdateReqInput",
+    ),
+    Hook(
         "weights_released",
         "after",
         "scheduler",

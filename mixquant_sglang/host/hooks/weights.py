@@ -288,11 +288,34 @@ def weights_begin(updater: Any) -> None:
 
 @handler
 def weights_end(_result: None, updater: Any, **_kwargs: Any) -> None:
+    """SGLang's answer is made elsewhere (``session_ended``)."""
     if (run := _served(updater)) is not None:
-        run.weights.end()
+        failed = run.weights.end()
         if run.quantised is not None and (module := run.quantised.begun):
             run.quantised.forget()
-            run.weights.broken(f"only parts of {module} arrived, which is multiplied out to BF16")
+            failed = f"only parts of {module} arrived, which is multiplied out to BF16"
+            run.weights.broken(failed)
+        if run.weights.mixed is not None:
+            logger.error(
+                "mixquant: a weight update ended that could not be packed whole, and all else is as it brought it: %s; "
+                "send these again, whole",
+                run.weights.mixed,
+            )
+        run.arriving.session_failed = failed
+
+
+@handler
+def session_ended(original: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
+    """Of a session that wrote what cannot be packed, which SGLang would call a success."""
+    run = runtime.current()
+    if run is not None:
+        run.arriving.session_failed = None
+    answer = original(manager, recv_req)
+    if run is not None and answer.success and (failed := run.arriving.session_failed) is not None:
+        answer.success = run.weights.mixed is None  # else BF16 weights are all new
+        said = f"mixquant: {run.weights.mixed or failed}; passes run {run.weights.meanwhile}"
+        answer.message = f"{answer.message} {said}" if answer.success else said
+    return answer
 
 
 @handler
