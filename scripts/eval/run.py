@@ -28,6 +28,7 @@ from scripts.eval.arms import Client, recipe
 from scripts.eval.cells import MEASURES, Problem, Raw, Settings, figures, measure, problems, text_problems
 from scripts.eval.report import plot, tables
 from scripts.eval.statistics import REFERENCE, WORST, analyse
+from scripts.eval.text_parts import BROKEN, source_digest, unreadable
 from scripts.models.tiny_tasks import default_lines, examples
 from scripts.models.tiny_text import END_OF_TEXT, Tokenizer, stdlib_files
 
@@ -55,7 +56,17 @@ def identity(args: argparse.Namespace, lines: list[str]) -> dict[str, Any]:
     text = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     where = {key: value for key, value in machine().items() if key != "commit"}
     fixed = {name: getattr(args, name) for name in FIXED}
-    return {**where, "model": digest.hexdigest()[:16], "text": text[:16], **fixed}
+    return {**where, "source": source_digest(), "model": digest.hexdigest()[:16], "text": text[:16], **fixed}
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A cell of an arm; SystemExit, which names the file, where it cannot be read."""
+    try:
+        found = dict(json.loads(file.read_text()))
+        found["identity"] = dict(found["identity"])
+        return found
+    except BROKEN as error:
+        raise unreadable(file, error) from None
 
 
 def corpus(data: Path | None, tokenizer: Tokenizer) -> list[int]:
@@ -120,7 +131,7 @@ class Run:
         for cell in self.cells:
             file = cell.file(self.args.out, self.names(REFERENCE)[0])
             if file.is_file():
-                return {k: v for k, v in json.loads(file.read_text())["identity"].items() if k != "recipe"}
+                return {k: v for k, v in read(file)["identity"].items() if k != "recipe"}
         raise SystemExit(f"{self.args.out}: holds no cell of this command: name the folder of a finished run")
 
     def recipe(self, arm: str) -> str:
@@ -133,12 +144,12 @@ class Run:
         file = cell.file(self.args.out, arm)
         if not file.is_file():
             return None
-        found = json.loads(file.read_text())
+        found = read(file)
         expected = {**self.identity, "recipe": self.recipe(arm.partition("/")[0])}
         other = [name for name, value in expected.items() if found["identity"].get(name) != value]
         if other:
             raise SystemExit(f"{file} was measured with another {other[0]}: name another --out, or remove it")
-        return dict(found)
+        return found
 
     def waiting(self) -> list[Cell]:
         """Cells that some arm lacks; these are measured for every arm, because all are compared with BF16's tokens."""

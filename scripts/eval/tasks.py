@@ -37,12 +37,22 @@ from typing import Any
 
 from scripts.bench.servers import Arm, machine
 from scripts.eval.arms import Answer, Client
+from scripts.eval.measuring import ARMS, arms_of, digest_of, measured, started, stock_state
 from scripts.eval.run import state_of
 from scripts.eval.statistics import analyse
 from scripts.eval.tasks_data import FILES, LOOKUPS, Cell, Problem, cells_of, family, missing, problems
 from scripts.eval.tasks_report import tables
-from scripts.eval.text import ARMS, arms_of, digest_of, measured, stock_state
-from scripts.eval.text_parts import BESIDE, REFERENCE, WORST, differs, measured_with, source_digest
+from scripts.eval.text_parts import (
+    BESIDE,
+    BROKEN,
+    REFERENCE,
+    WORST,
+    Check,
+    measured_with,
+    recipe_of,
+    source_digest,
+    unreadable,
+)
 from scripts.public.grading import math_grader
 
 TOKENS = {"gsm8k": 512, "math500": 1024}
@@ -112,13 +122,23 @@ def waves(every: list[Problem], samples: int, wave: int, kv_tokens: int) -> list
     return made
 
 
+def read(file: Path) -> Part:
+    """SystemExit, which names the file, where it cannot be read."""
+    try:
+        part: Part = json.loads(gzip.decompress(file.read_bytes()))
+        part["identity"], part["greedy"] = dict(part["identity"]), list(part["greedy"])
+        return part
+    except BROKEN as error:
+        raise unreadable(file, error) from None
+
+
 class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         from transformers import AutoConfig, AutoTokenizer
         from transformers.utils import logging
 
         logging.set_verbosity_error()
-        self.args, self.cells = args, cells_of(args)
+        self.args, self.cells, self.check = args, cells_of(args), Check(args.collect)
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
         if not getattr(self.tokenizer, "chat_template", None):
             raise SystemExit(
@@ -162,7 +182,7 @@ class Run:
         every = [[one.id, one.prompt, one.limit] for one in self.problems[cell]]
         asked = hashlib.sha256(json.dumps(every).encode()).hexdigest()[:16]
         own = {"cell": [*cell], "asked": asked, "samples": self.samples(cell)}
-        return self.identity | own | {"recipe": self.args.recipes.get(arm, arm)}
+        return self.identity | own | {"recipe": recipe_of(arm, self.args.recipes)}
 
     def samples(self, cell: Cell) -> int:
         """Draws are of short prompts: behind a long one a second look at the same KV costs most and says least."""
@@ -172,16 +192,9 @@ class Run:
         file = self.file(cell, arm)
         if not file.is_file():
             return None
-        part: Part = json.loads(gzip.decompress(file.read_bytes()))
-        expected = self.identity_of(cell, arm)
-        if self.args.collect:  # on whatever machine it was measured
-            base = self.file(cell, REFERENCE)
-            known = json.loads(gzip.decompress(base.read_bytes()))["identity"] if base.is_file() else expected
-            expected |= {
-                name: known[name] for name in ("sglang", "torch", "gpu", "flags", "wave", "kv_tokens", "source")
-            }
-        if other := differs(part["identity"], expected):
-            raise SystemExit(f"{file} was measured with another {other}: name another --out, or remove it")
+        part, expected, base = read(file), self.identity_of(cell, arm), self.file(cell, REFERENCE)
+        known = read(base)["identity"] if self.args.collect and base.is_file() else expected
+        self.check(file, arm, part["identity"], expected, known)
         return part
 
     def waiting(self) -> list[str]:
@@ -278,7 +291,8 @@ class Run:
         )
         text = f"{head}\n\n{tables(results, arms)}\n"
         full = {"identity": {**known, "cell": None}, "servers": servers, "arms": arms, "results": results}
-        full |= {"measured_with": made, "recipes": {arm: args.recipes.get(arm, arm) for arm in arms}}
+        row = parts[self.cells[0]]
+        full |= {"measured_with": made, "recipes": {arm: part["identity"]["recipe"] for arm, part in row.items()}}
         (args.out / "results.json").write_text(json.dumps(full, indent=1) + "\n")
         (args.out / "tables.txt").write_text(text)
         print(text)
@@ -294,7 +308,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def command() -> None:
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    started(main)

@@ -54,30 +54,21 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from scripts.bench.servers import Arm, machine, serving
-from scripts.eval.arms import FLAGS, Client
-from scripts.eval.run import processor_on_path, state_of
+from scripts.bench.servers import Arm, machine
+from scripts.eval.arms import Client
+from scripts.eval.measuring import ARMS, arms_of, digest_of, measured, started, stock_state
+from scripts.eval.run import state_of
 from scripts.eval.text_data import SOURCES, TURNS, missing
-from scripts.eval.text_parts import REFERENCE, WORST, Cell, Stored, differs, file_of, measured_with, source_digest
+from scripts.eval.text_parts import REFERENCE, Cell, Check, Stored, file_of, measured_with, recipe_of, source_digest
 from scripts.eval.text_speed import priced, redraw
 from scripts.eval.text_turns import Turns
 from scripts.eval.text_windows import Windows
-
-VARIANTS = {  # recipes that are not shipped
-    "nvfp4-unprotected": "version: 1\nprefill: {precision: nvfp4}\nprotect: {last_prompt_token: false}\n",
-    "nvfp4-absmax": "version: 1\nprefill: {precision: nvfp4}\nweights: {scales: absmax}\n",
-}
-ARMS = (
-    *(REFERENCE, WORST, "stock-fp8", "w4a16", "w8a16", "nvfp4", *VARIANTS, "nvfp4-fp8", "fp8"),
-    *("fp8-attention", "fp8-compact", "nvfp4-compact"),
-)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -145,39 +136,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def arms_of(parser: argparse.ArgumentParser, asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The names of the arms, BF16 first, and the recipes of those that are not shipped.  A file is an arm by its name
-    without suffix."""
-    names, recipes = [REFERENCE], dict(VARIANTS)
-    for arm in asked:
-        if arm in ARMS:
-            names.append(arm)
-            continue
-        file = Path(arm)
-        if not file.is_file():
-            parser.error(f"argument --arms: {arm} is no recipe file and none of {', '.join(ARMS)}")
-        text = file.read_text(encoding="utf-8")
-        if file.stem in ARMS or recipes.get(file.stem, text) != text:
-            parser.error(f"argument --arms: there is another arm {file.stem}; rename {arm}")
-        names.append(file.stem)
-        recipes[file.stem] = text
-    return list(dict.fromkeys(names)), recipes
-
-
-def digest_of(model: Path) -> str:
-    """Of config, tokenizer and weights; of these the sizes and the first and last MiB."""
-    digest = hashlib.sha256()
-    for file in sorted(model.iterdir()):
-        if file.suffix == ".safetensors":
-            with file.open("rb") as data:
-                digest.update(f"{file.name} {file.stat().st_size}".encode() + data.read(1 << 20))
-                data.seek(max(0, file.stat().st_size - (1 << 20)))
-                digest.update(data.read())
-        elif file.name in ("config.json", "tokenizer.json"):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def spare_token(vocab: int, answers: Iterable[list[int]]) -> int:
     """The last token that no answer holds: what Replay takes the place of."""
     used = {token for answer in answers for token in answer}
@@ -190,7 +148,7 @@ class Run:
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # that whole sources are longer than the model's context
-        self.args = args
+        self.args, self.check = args, Check(args.collect)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         config = AutoConfig.from_pretrained(args.model).get_text_config()
         self.asked = (Turns if args.multi_turn else Windows)(args, tokenizer, config.max_position_embeddings)
@@ -212,7 +170,7 @@ class Run:
         (args.out / "parts").mkdir(parents=True, exist_ok=True)
 
     def identity_of(self, cell: Cell, arm: str) -> dict[str, Any]:
-        own = {"cell": [*cell], "text": self.digests[cell], "recipe": self.args.recipes.get(arm, arm)}
+        own = {"cell": [*cell], "text": self.digests[cell], "recipe": recipe_of(arm, self.args.recipes)}
         return self.identity | own
 
     def stored(self, cell: Cell, arm: str) -> Stored | None:
@@ -221,14 +179,9 @@ class Run:
             return None
         part = self.asked.stored.load(file)
         expected = self.identity_of(cell, arm)
-        if self.args.collect:  # on whatever machine it was measured
-            base = file_of(self.args.out, cell, REFERENCE)
-            reference = self.asked.stored.load(base).identity if base.is_file() else expected
-            expected |= {
-                name: reference[name] for name in ("sglang", "torch", "gpu", "flags", "wave", "kv_tokens", "source")
-            }
-        if other := differs(part.identity, expected):
-            raise SystemExit(f"{file} was measured with another {other}: name another --out, or remove it")
+        base = file_of(self.args.out, cell, REFERENCE)
+        known = self.asked.stored.load(base).identity if self.args.collect and base.is_file() else expected
+        self.check(file, arm, part.identity, expected, known)
         return part
 
     def measure(self, arm: Arm, name: str) -> None:
@@ -267,7 +220,7 @@ class Run:
             text += f"\n{speed}"
         full = {
             "head": head,
-            "recipes": {arm: args.recipes.get(arm, arm) for arm in arms},
+            "recipes": {arm: part.identity["recipe"] for arm, part in row.items()},
             "identity": {**known, "cell": None},
             "measured_with": made,
             "servers": servers,
@@ -280,11 +233,6 @@ class Run:
         return {"out": str(args.out), "arms": arms, "emulated": made["emulated"], "all": results["all"]}
 
 
-def stock_state(arm: Arm) -> dict[str, Any]:
-    precision = Path(arm.name).name.removeprefix("stock-")
-    return {"version": "", "precision": {"prefill": precision, "decode": precision}, "kernel": {precision: "SGLang's"}}
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.redraw:
@@ -295,52 +243,5 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(run.report(arms)))
 
 
-class Measuring(Protocol):
-    """A run of arms over cells: eval_text's, eval_tasks'."""
-
-    args: argparse.Namespace
-
-    def waiting(self) -> list[str]: ...
-
-    def measure(self, arm: Arm, name: str) -> None: ...
-
-
-def measured(run: Measuring) -> list[str]:
-    """The arms to report: all, measured now where they were not; with --collect those that are there."""
-    args, waiting = run.args, run.waiting()
-    if not args.collect:
-        measure(run, waiting)
-        return list(args.arms)
-    if REFERENCE in waiting:
-        raise SystemExit(f"{args.out}: {REFERENCE} is not measured in every cell, and all arms are compared with it")
-    if waiting:
-        print(f"not measured in every cell, so left out: {', '.join(waiting)}", file=sys.stderr)
-    return [arm for arm in args.arms if arm not in waiting]
-
-
-def measure(run: Measuring, waiting: list[str]) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    args = run.args
-    os.environ["MIXQUANT_MIN_TOKENS"] = "1"
-    args.dummy, args.model_path, args.logs = False, args.model.resolve(), args.out / "logs"
-    args.logs.mkdir(parents=True, exist_ok=True)
-    files = {name: args.logs / f"{name}.yaml" for name in args.recipes}
-    for name, file in files.items():
-        file.write_text(args.recipes[name])
-    flags = [*FLAGS, "--random-seed", str(args.seed), *args.flags]
-    for at in range(0, len(waiting), args.parallel):
-        names = waiting[at : at + args.parallel]
-        served = [str(files.get(name, name)) for name in names]
-        group = argparse.Namespace(**{**vars(args), "arms": served, "flags": flags})
-        # The pool outside: whatever ends this, servers are stopped first, and requests to them fail.
-        with ThreadPoolExecutor(len(names)) as pool, processor_on_path(), serving(group, timed=False) as arms:
-            for job in [pool.submit(run.measure, arm, name) for arm, name in zip(arms, names, strict=True)]:
-                job.result()
-
-
 def command() -> None:
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    started(main)

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import yaml
 
 from scripts.eval.statistics import Array, agreement, divergence
 
 EDGES = (1, 8, 32, 128, 512)  # where bins of the place in the answer end
 OWN = "server"  # what it says of itself: arms differ in it, and the recipe decides it
+PLACE = ("sglang", "torch", "gpu", "flags", "wave", "kv_tokens", "source")  # what --collect takes as BF16's part has it
+BROKEN = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)  # of a file cut short
 BESIDE = (
     *(("nvfp4-unprotected", "nvfp4"), ("nvfp4-absmax", "nvfp4"), ("fp8-attention", "fp8")),
     *(("fp8-compact", "fp8"), ("nvfp4-compact", "nvfp4")),
@@ -46,9 +52,13 @@ class Stored:
 
     @classmethod
     def load(cls: type[S], file: Path) -> S:
-        with np.load(file) as found:
-            arrays = {one.name: found[one.name] for one in fields(cls)}
-        return cls(**{**arrays, "identity": json.loads(arrays["identity"].tobytes())})
+        """SystemExit, which names the file, where it cannot be read."""
+        try:
+            with file.open("rb") as data, np.load(data) as found:
+                arrays = {one.name: found[one.name] for one in fields(cls)}
+            return cls(**{**arrays, "identity": dict(json.loads(arrays["identity"].tobytes()))})
+        except BROKEN as error:
+            raise unreadable(file, error) from None
 
 
 @dataclass(frozen=True)
@@ -62,10 +72,71 @@ def file_of(out: Path, cell: Cell, arm: str) -> Path:
     return out / "parts" / f"{cell[0]}-{cell[1]}-{arm}.npz"
 
 
+def unreadable(file: Path, error: Exception) -> SystemExit:
+    said = (str(error).strip().splitlines() or ["nothing said"])[0]
+    return SystemExit(
+        f"{file} cannot be read, as where it was cut short or is another program's ({type(error).__name__}: {said}): "
+        "copy it again, or remove it and measure it again"
+    )
+
+
+def recipe_of(arm: str, recipes: Mapping[str, str]) -> str:
+    """The text of an arm's recipe: of ``recipes``, or as the installed package ships it; SGLang's own have a name."""
+    from mixquant_sglang.recipe import shipped
+
+    if arm in recipes or arm.startswith("stock-"):
+        return recipes.get(arm, arm)
+    return shipped()[arm].read_text(encoding="utf-8")
+
+
+def same_recipe(one: str, other: str) -> bool:
+    """Whether two texts ask for the same; comments and descriptions aside."""
+    if one == other:
+        return True
+    try:
+        found = [yaml.safe_load(text) for text in (one, other)]
+    except yaml.YAMLError:
+        return False
+    plain = [{k: v for k, v in each.items() if k != "description"} for each in found if isinstance(each, dict)]
+    return len(plain) == 2 and plain[0] == plain[1]
+
+
 def differs(identity: dict[str, Any], expected: dict[str, Any]) -> str:
     """The first field in which a part is not what is asked for; empty where none is."""
-    names = [name for name in {**expected, **identity} if name != OWN]
-    return next((name for name in names if identity.get(name) != expected.get(name)), "")
+    for name in {**expected, **identity}:
+        if name not in (OWN, "recipe") and identity.get(name) != expected.get(name):
+            return name
+    return "" if same_recipe(str(identity.get("recipe")), str(expected.get("recipe"))) else "recipe"
+
+
+class Check:
+    """Whether parts are what a run asks for.  Until a recipe's text was kept, the part of a shipped one held its name
+    alone: --collect takes such a part and says so, and nothing is measured beside it."""
+
+    def __init__(self, collect: bool) -> None:
+        self.collect = collect
+        self.noted: set[str] = set()
+
+    def __call__(
+        self, file: Path, arm: str, identity: dict[str, Any], expected: dict[str, Any], base: dict[str, Any]
+    ) -> None:
+        """SystemExit where a part of ``identity`` differs; ``base``: the identity of BF16's part of the cell."""
+        if self.collect:  # on whatever machine it was measured
+            expected = expected | {name: base.get(name) for name in PLACE}
+        unstated = identity.get("recipe") == arm != expected["recipe"]
+        if unstated and self.collect:
+            expected = expected | {"recipe": arm}
+        if other := differs(identity, expected):
+            if other != "recipe":
+                said = f"was measured with another {other}"
+            elif unstated:
+                said = f"does not say what recipe {arm} was when it was measured; --collect takes it, to go on"
+            else:
+                said = f"was measured with another recipe than {arm} is now"
+            raise SystemExit(f"{file} {said}: name another --out, or remove it")
+        if unstated and arm not in self.noted:
+            self.noted.add(arm)
+            print(f"{file}: an older version measured it, and kept of its recipe the name alone", file=sys.stderr)
 
 
 def measured_with(identities: Iterable[dict[str, Any]]) -> dict[str, list[str]]:

@@ -570,3 +570,12 @@ def test_a_run_is_reported_from_its_files_and_goes_on(
     assert again == {**facts, "commit": "unknown"}
     with pytest.raises(SystemExit, match=r"find at 500|agent at 500"):
         eval_accuracy.main([*command, "--lengths", "400", "500", "--report"])
+    monkeypatch.undo()
+    monkeypatch.setattr(eval_run, "default_lines", lambda split: LINES)
+    monkeypatch.setattr(eval_run, "source_digest", lambda: "another")
+    with pytest.raises(SystemExit, match="another source"):
+        eval_accuracy.main(command)
+    file = min((tmp_path / "cells").iterdir())
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(SystemExit, match=rf"{file.name} cannot be read, .*: copy it again, or remove it and measure"):
+        eval_accuracy.main([*command, "--report"])

@@ -255,7 +255,7 @@ def test_wrong_arguments_are_named(
 
 
 def test_collect_reports_the_arms_that_are_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from scripts.eval.text import measured
+    from scripts.eval.measuring import measured
 
     class There:
         def __init__(self, waiting: list[str]) -> None:

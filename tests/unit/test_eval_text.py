@@ -219,7 +219,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, data: Path, capsys: 
 
 def test_every_arm_is_a_recipe_or_sglangs_own(tmp_path: Path) -> None:
     from mixquant_sglang import recipe
-    from scripts.eval.text import ARMS, VARIANTS
+    from scripts.eval.measuring import ARMS, VARIANTS
 
     special = {"stock-fp8", *VARIANTS}
     assert {recipe.load(arm).name for arm in ARMS if arm not in special} == {*ARMS} - special
@@ -270,7 +270,7 @@ def test_an_arm_is_measured_once_and_collected_anywhere(
     pytest.importorskip("transformers")
     from transformers import AutoConfig, AutoTokenizer
 
-    from scripts.eval import text
+    from scripts.eval import measuring, text
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: Letters())
     config = SimpleNamespace(vocab_size=BYTES, max_position_embeddings=4096)
@@ -284,7 +284,7 @@ def test_an_arm_is_measured_once_and_collected_anywhere(
             served[name] = FakeArm()
             run.measure(served[name], name)
 
-    monkeypatch.setattr(text, "measure", measure)
+    monkeypatch.setattr(measuring, "measure", measure)
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -318,7 +318,7 @@ def test_the_spare_token_is_in_no_answer() -> None:
 def test_a_recipe_file_is_an_arm_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import argparse
 
-    from scripts.eval.text import ARMS, VARIANTS, arms_of
+    from scripts.eval.measuring import ARMS, VARIANTS, arms_of
 
     parser = argparse.ArgumentParser()
     mine, other = tmp_path / "mine.yaml", tmp_path / "nvfp4.yaml"

@@ -256,7 +256,7 @@ def test_arms_are_measured_in_both_ways_and_collected(
     pytest.importorskip("transformers")
     from transformers import AutoConfig, AutoTokenizer
 
-    from scripts.eval import text, text_turns
+    from scripts.eval import measuring, text, text_turns
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: Letters())
     config = SimpleNamespace(vocab_size=BYTES, max_position_embeddings=1000)
@@ -272,7 +272,7 @@ def test_arms_are_measured_in_both_ways_and_collected(
             served[name] = CachingArm(losses[name])
             run.measure(served[name], name)
 
-    monkeypatch.setattr(text, "measure", measure)
+    monkeypatch.setattr(measuring, "measure", measure)
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     (model / "config.json").write_text("{}")
