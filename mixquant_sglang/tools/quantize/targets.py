@@ -44,7 +44,7 @@ class Targets:
     def of(cls, source: Source, ignore: Sequence[str]) -> Targets:
         """Of a BF16 checkpoint, but for what the patterns ``ignore`` match."""
         config = _language_config(source)
-        _refuse_quantised(source, config)
+        refuse_quantised(source)
         shapes = {
             name.removesuffix(WEIGHT): stored.shape
             for name, stored in source.tensors.items()
@@ -120,7 +120,9 @@ def is_target(module: str, layers: int) -> bool:
     return own and _LINEARS.fullmatch(module.rpartition(".")[2]) is not None
 
 
-def _refuse_quantised(source: Source, config: dict[str, Any]) -> None:
+def refuse_quantised(source: Source) -> None:
+    """MixQuantError for a checkpoint that is not the BF16 one, by its config, the file beside it or its tensors."""
+    config = _language_config(source)
     # null and {} say that nothing is quantised
     if any(each.get("quantization_config") or each.get("compression_config") for each in (source.config, config)):
         raise MixQuantError(f"{source.folder}: is quantised already (quantization_config); give its BF16 original")

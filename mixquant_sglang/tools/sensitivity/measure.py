@@ -17,8 +17,8 @@ does more to the answers than the full one, its comments and stderr say so. KL i
 noise as far as BF16's rounding alone explains it; times are predicted. Groups are packed one at a time, and together
 only for those two runs.
 
-Refused (MixQuantError): recipes that decode in low precision, use ready-made weights or gain nothing on the GPU, and
-what ``mixquant plan`` and kl.py refuse.
+Refused (MixQuantError): checkpoints that are quantised already, recipes that decode in low precision, use ready-made
+weights or gain nothing on the GPU, and what ``mixquant plan`` and kl.py refuse.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from mixquant_sglang.tools.plan.gpus import find_gpu
 from mixquant_sglang.tools.plan.models import find_model
 from mixquant_sglang.tools.progress import Bar
 from mixquant_sglang.tools.quantize.calibration import read_samples
+from mixquant_sglang.tools.quantize.targets import refuse_quantised
 from mixquant_sglang.tools.sensitivity.choice import Measured, Prices, Result, Run, choose, floor_of, groups_of
 from mixquant_sglang.tools.sensitivity.kl import Measurement
 from mixquant_sglang.tools.sensitivity.report import WORSE, as_json, as_yaml, comments
@@ -119,7 +120,7 @@ def measure(args: argparse.Namespace) -> Result:
     if args.out is not None and not args.out.parent.is_dir():
         raise MixQuantError(f"--out: {args.out.parent}: no such folder")
     recipe, gpu = recipes.load(args.recipe), find_gpu(args.gpu or _gpu_here())
-    Source.open(args.model)
+    refuse_quantised(Source.open(args.model))
     model = find_model(str(args.model))
     selection = select(recipe, Device(gpu.name, gpu.capability))
     groups = groups_of(recipe, selection, model)
