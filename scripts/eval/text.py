@@ -64,9 +64,9 @@ from scripts.bench.servers import Arm, machine
 from scripts.eval.arms import Client
 from scripts.eval.measuring import ARMS, arms_of, digest_of, measured, started, stock_state
 from scripts.eval.run import state_of
-from scripts.eval.text_data import SOURCES, TURNS, missing
+from scripts.eval.text_data import FILES, SOURCES, TURNS, missing
 from scripts.eval.text_parts import REFERENCE, Cell, Check, Stored, file_of, measured_with, recipe_of, source_digest
-from scripts.eval.text_speed import priced, redraw
+from scripts.eval.text_speed import priced, redraw, unpriced
 from scripts.eval.text_turns import Turns
 from scripts.eval.text_windows import Windows
 
@@ -109,6 +109,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.arms, args.recipes = arms_of(parser, args.arms or ARMS)
     args.out = args.out.resolve()
+    if args.price and (unknown := unpriced(args.price)):
+        parser.error(f"argument --price: {unknown}")
     if args.redraw:
         return args
     if args.model is None:
@@ -128,12 +130,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("arguments --lengths, --kv-tokens: a prompt and its answer must fit into the KV pool")
     if not (args.model / "config.json").is_file():
         parser.error(f"argument --model: {args.model} has no config.json; name the folder of a checkpoint")
+    if args.data is not None and not args.data.is_dir():
+        parser.error(f"argument --data: {args.data} is no folder")
     if not args.sources:
-        args.sources = [*TURNS] if args.multi_turn else [one for one in SOURCES if not missing(one, args.data)]
-    for source in args.sources:
-        if lacking := missing(source, args.data):
-            parser.error(f"argument --data: {args.data or 'nothing'} has no {lacking}, which {source} needs")
+        args.sources = [*TURNS] if args.multi_turn else there(parser, args.data)
+    for one in args.sources:
+        if lacking := missing(one, args.data):
+            parser.error(f"argument --data: {args.data or 'nothing'} has no {lacking}, which {one} needs")
     return args
+
+
+def there(parser: argparse.ArgumentParser, data: Path | None) -> list[str]:
+    """The sources that have their files; stderr names the others."""
+    lacking = {source: name for source in SOURCES if (name := missing(source, data))}
+    if data is not None and all(source in lacking for source in SOURCES if FILES[source]):
+        parser.error(
+            f"argument --data: {data} has the files of no source: it lacks {', '.join(lacking.values())}; leave it out "
+            "to measure code alone"
+        )
+    if lacking:
+        why = ", ".join(f"{source} ({data or 'no --data'}: {name})" for source, name in lacking.items())
+        print(f"sources that are left out, for want of a file: {why}", file=sys.stderr)
+    return [source for source in SOURCES if source not in lacking]
 
 
 def spare_token(vocab: int, answers: Iterable[list[int]]) -> int:

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.public.data import rows_of
+
 SOURCES = ("essays", "code", "bfcl", "tau2")
 FILES = {
     "essays": ("paul-graham-essays.txt",),
@@ -179,7 +181,7 @@ def _texts(source: str, data: Path | None) -> Iterator[str]:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    return rows_of(file, ())
 
 
 def bfcl_tools(data: Path) -> dict[str, list[dict[str, Any]]]:
@@ -205,7 +207,7 @@ def _bfcl(data: Path) -> Iterator[Messages]:
 def _tau2(data: Path) -> Iterator[Messages]:
     policy = (data / FILES["tau2"][1]).read_text(encoding="utf-8")
     for file, system in ((FILES["tau2"][0], policy), (FILES["tau2"][2], "You are a telecom's agent.")):
-        for task in json.loads((data / file).read_text(encoding="utf-8")):
+        for task in _lines(data / file):
             told = task["user_scenario"]["instructions"]
             said = [told[name] for name in ("reason_for_call", "known_info", "task_instructions") if told.get(name)]
             calls = [

@@ -23,6 +23,19 @@ NUMBERED = re.compile(r"layers\\?\.[(\[]?\d")
 Speeds = dict[str, dict[str, float | None]]  # {GPU: {arm: speed-up, None: it has none there}}
 
 
+def unpriced(gpus: Sequence[str]) -> str:
+    """What ``mixquant plan`` says of the first GPU that it does not know; empty where it knows all."""
+    from mixquant_sglang.errors import MixQuantError
+    from mixquant_sglang.tools.plan.gpus import find_gpu
+
+    for name in gpus:
+        try:
+            find_gpu(name)
+        except MixQuantError as error:
+            return str(error).removeprefix("--gpu: ")
+    return ""
+
+
 def speeds(arms: Sequence[str], recipes: Mapping[str, str], gpus: Sequence[str]) -> Speeds:
     """The predicted prefill speed-up over stock SGLang in BF16.  ``recipes``: the text of arms that are not shipped."""
     from mixquant_sglang.errors import MixQuantError

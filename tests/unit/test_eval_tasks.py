@@ -254,6 +254,20 @@ def test_wrong_arguments_are_named(
         run_of(folder, monkeypatch, "--tasks", "gsm8k")
 
 
+def test_what_is_wrong_with_the_data_ends_the_command_in_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.eval import tasks
+
+    monkeypatch.setattr(tasks, "main", lambda: run_of(folder, monkeypatch, "--tasks", "gsm8k", "--shots", "0", "5000"))
+    monkeypatch.setattr("sys.argv", ["eval_tasks"])
+    with pytest.raises(SystemExit, match=r"^eval_tasks: --shots: 5000 of 8 problems leave none to ask$"):
+        tasks.command()
+    (folder / "gsm8k-test.jsonl").write_text("{")
+    with pytest.raises(SystemExit, match=r"^eval_tasks: .*gsm8k-test\.jsonl: cannot be read as jsonl"):
+        tasks.command()
+
+
 def test_collect_reports_the_arms_that_are_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from scripts.eval.measuring import measured
 

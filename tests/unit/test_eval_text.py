@@ -215,6 +215,44 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, data: Path, capsys: 
     assert "must fit into the KV pool" in refused("--kv-tokens", "8000")
     assert "--n: 0 is less than 1" in refused("--n", "0")
     assert "nvfp5 is no recipe file and none of bf16" in refused("--arms", "nvfp5")
+    for more in ((), ("--redraw",)):
+        assert "argument --price: unknown GPU 'A100'; known: " in refused("--price", "H200", "A100", *more)
+
+
+def test_sources_without_their_files_are_said_or_refused(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scripts.eval.text import parse
+
+    (tmp_path / "config.json").write_text("{}")
+    base = ["--model", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert parse([*base, "--data", str(data)]).sources == ["essays", "code", "bfcl"]
+    said = f"sources that are left out, for want of a file: tau2 ({data}: tau2-airline-tasks.json)\n"
+    assert capsys.readouterr().err == said
+    assert parse(base).sources == ["code"]
+    said = capsys.readouterr().err
+    assert all(f"{source} (no --data: " in said for source in ("essays", "bfcl", "tau2"))
+    assert parse([*base, "--sources", "code"]).sources == ["code"] and capsys.readouterr().err == ""
+    (tmp_path / "empty").mkdir()
+    for name, more, what in (
+        ("nope", (), "nope is no folder"),
+        ("nope", ("--multi-turn",), "nope is no folder"),
+        ("config.json", ("--sources", "code"), "config.json is no folder"),
+        ("empty", (), "empty has the files of no source: it lacks paul-graham-essays.txt, "),
+        ("empty", ("--multi-turn",), "empty has no bfcl-v4-multi-turn-base-60.jsonl, which bfcl needs"),
+    ):
+        with pytest.raises(SystemExit):
+            parse([*base, "--data", str(tmp_path / name), *more])
+        assert what in capsys.readouterr().err
+
+
+def test_a_file_of_a_source_that_cannot_be_read_is_named(data: Path) -> None:
+    from scripts.eval.text_data import FILES, stream
+    from scripts.public.server import Stop
+
+    (data / FILES["bfcl"][1]).write_text('{"id": ')
+    with pytest.raises(Stop, match=rf"{FILES['bfcl'][1]}: cannot be read as jsonl"):
+        stream("bfcl", data, Letters())
 
 
 def test_every_arm_is_a_recipe_or_sglangs_own(tmp_path: Path) -> None:
