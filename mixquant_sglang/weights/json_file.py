@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,32 @@ def read_object(path: Path) -> dict[str, Any]:
     if _nested_deeper(loaded, _NESTED):
         raise MixQuantError(f"{path}: is nested too deeply; allowed: {_NESTED} levels")
     return loaded
+
+
+def object_of(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The JSON object that ``config`` has under ``key``; null counts as an empty one.  MixQuantError, which begins with
+    ``where``, for any other shape."""
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise MixQuantError(f"{where}: {key} has to be a JSON object, not {_said(value)}")
+    return value
+
+
+def words_of(where: str, config: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """The same for a list of strings."""
+    value = config.get(key)
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)) or not all(isinstance(each, str) for each in value):
+        raise MixQuantError(f"{where}: {key} has to be a list of strings, not {_said(value)}")
+    return tuple(value)
+
+
+def _said(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def one_line(error: Exception) -> str:

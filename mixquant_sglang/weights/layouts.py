@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import BLOCK
+from mixquant_sglang.weights.json_file import object_of, read_object
 
 if TYPE_CHECKING:
     from mixquant_sglang.weights.checkpoint import Source
@@ -47,11 +47,12 @@ MODELOPT = Layout.of("ModelOpt", "weight", "weight_scale_2", "input_scale", enco
 
 def detect(source: Source) -> Layout:
     """MixQuantError if ``source`` is not NVFP4 in one of the two conventions."""
-    file, found = source.folder / "config.json", source.config.get("quantization_config")
+    file = source.folder / "config.json"
+    found = object_of(str(file), source.config, "quantization_config")
     if not found and (source.folder / "hf_quant_config.json").is_file():
         file = source.folder / "hf_quant_config.json"
-        found = _modelopt_file(source)
-    if not isinstance(found, Mapping):
+        found = {**object_of(str(file), read_object(file), "quantization"), "quant_method": "modelopt"}
+    if not found:
         raise MixQuantError(f"{source.folder}: is not quantised (no quantization_config); {_ALLOWED}")
     method = str(found.get("quant_method"))
     if method == "compressed-tensors":
@@ -65,21 +66,14 @@ def detect(source: Source) -> Layout:
     raise MixQuantError(f"{file}: quant_method is {method!r}; {_ALLOWED}")
 
 
-def _modelopt_file(source: Source) -> dict[str, Any] | None:
-    try:
-        quantization = json.loads((source.folder / "hf_quant_config.json").read_text(encoding="utf-8"))["quantization"]
-        return {**quantization, "quant_method": "modelopt"}
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
 def _check_compressed(file: str, config: Mapping[str, Any]) -> None:
     if config.get("format") != _COMPRESSED:
         raise MixQuantError(f"{file}: format is {config.get('format')!r}; {_ALLOWED}")
     if config.get("transform_config"):
         raise MixQuantError(f"{file}: transform_config: transformed weights do not fit the BF16 checkpoint")
-    for name, group in (config.get("config_groups") or {}).items():
-        weights = group.get("weights") or {}
+    for name in (groups := object_of(file, config, "config_groups")):
+        group = object_of(f"{file}: config_groups", groups, name)
+        weights = object_of(f"{file}: {name}", group, "weights")
         wanted = {"num_bits": 4, "type": "float", "group_size": BLOCK}
         for key, value in wanted.items():
             if weights.get(key) != value:

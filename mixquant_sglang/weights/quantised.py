@@ -61,7 +61,7 @@ class QuantisedCheckpoint:
     @classmethod
     def open(cls, folder: Path) -> QuantisedCheckpoint:
         source = Source.open(folder)
-        found = said(source.config, folder)
+        found = said(source.config, folder, str(folder / "config.json"))
         if found is None:
             raise MixQuantError(f"{folder}: is not quantised")
         opened = cls(source, family(f"{folder}: {found[0]}", found[1]))

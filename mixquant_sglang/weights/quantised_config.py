@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mixquant_sglang.recipe import Recipe
 from mixquant_sglang.recipe.capabilities import WEIGHT_ONLY, stored
 from mixquant_sglang.recipe.modules import EXPERT_LEAVES, is_experts
 from mixquant_sglang.recipe.schema import REGEX
+from mixquant_sglang.weights.json_file import object_of, read_object, words_of
 from mixquant_sglang.weights.layouts import COMPRESSED_TENSORS, MODELOPT, Layout
 
 FIELDS = ("quantization_config", "compression_config")
@@ -77,29 +78,30 @@ class Family:
         return f"{self.precision}-compact"
 
 
-def said(config: Mapping[str, Any], folder: Path | None) -> tuple[str, dict[str, Any]] | None:
-    """(where, what) a config.json says of quantisation, or the file beside it in ``folder``; None for nothing."""
+def said(
+    config: Mapping[str, Any], folder: Path | None, file: str = "config.json"
+) -> tuple[str, dict[str, Any]] | None:
+    """(where, what) a config.json says of quantisation, or the file beside it in ``folder``; None for nothing, as which
+    null and {} count.  MixQuantError, which names ``file`` or the one beside it, for what is no JSON object."""
     for inner in (config, config.get("text_config")):
         for field in FIELDS:
-            found = inner.get(field) if isinstance(inner, Mapping) else None
-            if found:
-                return field, dict(found) if isinstance(found, Mapping) else {}
+            if isinstance(inner, Mapping) and (found := object_of(file, inner, field)):
+                return field, dict(found)
     if folder is not None and (folder / FILE).is_file():
-        try:
-            found = json.loads((folder / FILE).read_text(encoding="utf-8"))["quantization"]
-            return FILE, {"quant_method": "modelopt", **found}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MixQuantError(f"{folder / FILE}: cannot be read: {error}") from None
+        beside = object_of(str(folder / FILE), read_object(folder / FILE), "quantization")
+        if not beside:
+            raise MixQuantError(f"{folder / FILE}: says nothing under 'quantization', which it is there for")
+        return FILE, {"quant_method": "modelopt", **beside}
     return None
 
 
 def family(where: str, config: Mapping[str, Any]) -> Family:
-    """MixQuantError, which begins with ``where``, for what no recipe takes."""
+    """MixQuantError, which begins with ``where``, for what no recipe takes and for shapes that it does not have."""
     exact = config.get("quant_method") == "compressed-tensors"
-    lists = (config.get(key) for key in _IGNORED)
-    ignored = tuple(_pattern(each, exact) for found in lists for each in _words(found))
-    groups = (config.get("config_groups") or {}).values() if exact else ()
-    targets = [each for group in groups for each in _words(group.get("targets"))]
+    lists = (words_of(where, config, key) for key in _IGNORED)
+    ignored = tuple(_pattern(each, exact) for found in lists for each in found)
+    groups = _groups(where, config) if exact else {}
+    targets = [each for name, group in groups.items() for each in words_of(f"{where}: {name}", group, "targets")]
     every = any(each.isidentifier() and each[:1].isupper() for each in targets)  # a class: Linear
     return replace(
         _family(where, config),
@@ -108,8 +110,9 @@ def family(where: str, config: Mapping[str, Any]) -> Family:
     )
 
 
-def _words(found: Any) -> Iterator[str]:
-    yield from (each for each in (found if isinstance(found, (list, tuple)) else ()) if isinstance(each, str))
+def _groups(where: str, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    groups = object_of(where, config, "config_groups")
+    return {name: object_of(f"{where}: config_groups", groups, name) for name in groups}
 
 
 def _pattern(name: str, exact: bool) -> str:
@@ -136,9 +139,10 @@ def _family(where: str, config: Mapping[str, Any]) -> Family:
         raise MixQuantError(f"{where}: quant_algo is {algorithm!r}; {_KNOWN}")
     if method == "fp8":
         blocks = config.get("weight_block_size")
-        if blocks:
-            _check_blocks(where, "weight_block_size", blocks)
-        return Family("fp8 in blocks" if blocks else "fp8", "fp8", blocks=bool(blocks), kv_cache=kv_cache)
+        if blocks is None:
+            return Family("fp8", "fp8", kv_cache=kv_cache)
+        _check_blocks(where, "weight_block_size", blocks)
+        return Family("fp8 in blocks", "fp8", blocks=True, kv_cache=kv_cache)
     raise MixQuantError(f"{where}: quant_method is {method!r}; {_KNOWN}")
 
 
@@ -165,16 +169,16 @@ def _compressed(where: str, config: Mapping[str, Any], kv_cache: str) -> Family:
     form = config.get("format")
     wanted: dict[str, Any] = {"nvfp4-pack-quantized": {"num_bits": 4, "type": "float", "group_size": BLOCK}}
     wanted["float-quantized"] = {"num_bits": 8, "type": "float"}
-    if form not in wanted:
+    if not isinstance(form, str) or form not in wanted:
         raise MixQuantError(f"{where}: format is {form!r}; {_KNOWN}")
     if config.get("transform_config"):
         raise MixQuantError(f"{where}: transform_config: its linears take inputs that nothing here transforms")
-    sparsity = config.get("sparsity_config") or {}
+    sparsity = object_of(where, config, "sparsity_config")
     if sparsity.get("format") not in (None, "dense"):
         raise MixQuantError(f"{where}: sparsity_config: format is {sparsity['format']!r}; dense weights are known")
     strategies = set()
-    for name, group in (config.get("config_groups") or {}).items():
-        weights = group.get("weights") or {}
+    for name, group in _groups(where, config).items():
+        weights = object_of(f"{where}: {name}", group, "weights")
         for key, value in wanted[form].items():
             if weights.get(key) != value:
                 raise MixQuantError(f"{where}: {name} has weights with {key} {weights.get(key)!r}, not {value!r}")
@@ -182,13 +186,13 @@ def _compressed(where: str, config: Mapping[str, Any], kv_cache: str) -> Family:
             raise MixQuantError(f"{where}: {name} has format {group['format']!r}, and others {form!r}; {_KNOWN}")
         if weights.get("symmetric") is False:
             raise MixQuantError(f"{where}: {name} has weights with zero points; {_KNOWN}")
-        strategies.add(weights.get("strategy"))
+        strategies.add(str(weights.get("strategy")))
         if weights.get("strategy") == "block":
             _check_blocks(where, "block_structure", weights.get("block_structure"))
     if form == "nvfp4-pack-quantized":
         return Family(f"compressed-tensors {form}", "nvfp4", COMPRESSED_TENSORS, kv_cache=kv_cache)
     if not strategies <= {"tensor", "channel", "block"} or ("block" in strategies and len(strategies) > 1):
-        raise MixQuantError(f"{where}: weights have the strategies {sorted(map(str, strategies))}; {_KNOWN}")
+        raise MixQuantError(f"{where}: weights have the strategies {sorted(strategies)}; {_KNOWN}")
     return Family(f"compressed-tensors {form}", "fp8", blocks="block" in strategies, kv_cache=kv_cache)
 
 
@@ -198,4 +202,4 @@ def _check_blocks(where: str, key: str, found: Any) -> None:
 
 
 def _short(value: Any) -> str:
-    return str(value) if isinstance(value, str) else json.dumps(value)[:60]
+    return str(value) if isinstance(value, str) else json.dumps(value, default=str)[:60]

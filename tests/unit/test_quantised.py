@@ -23,6 +23,9 @@ from mixquant_sglang.kernels.linear.fp8_blocks import EmulatedBlockFP8
 from mixquant_sglang.kernels.linear.w8a16_blocks import EmulatedBlockW8A16
 from mixquant_sglang.recipe import load
 from mixquant_sglang.recipe.select import Device, select
+from mixquant_sglang.tools import cli
+from mixquant_sglang.weights import layouts
+from mixquant_sglang.weights.checkpoint import Source
 from mixquant_sglang.weights.incoming import Known
 from mixquant_sglang.weights.pieces import piece
 from mixquant_sglang.weights.quantised import QuantisedCheckpoint
@@ -220,6 +223,70 @@ def test_a_checkpoint_whose_config_says_nothing(name: str, dtype: str) -> None:
         check_said("folder", name, dtype)
     check_said("folder", f"{Q}.weight", "BF16")
     check_said("folder", "mask", "torch.uint8")
+
+
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+SHAPES: dict[str, tuple[Any, str]] = {
+    "a list": ([1], "quantization_config has to be a JSON object, not [1]"),
+    "an empty list": ([], "quantization_config has to be a JSON object, not []"),
+    "a string": ("fp8", 'quantization_config has to be a JSON object, not "fp8"'),
+    "groups a list": ({**COMPRESSED, "config_groups": [{}]}, "config_groups has to be a JSON object, not [{}]"),
+    "groups a string": ({**COMPRESSED, "config_groups": "all"}, 'config_groups has to be a JSON object, not "all"'),
+    "a group null": ({**COMPRESSED, "config_groups": {"g": None}}, "g has weights with num_bits None, not 8"),
+    "a group a list": ({**COMPRESSED, "config_groups": {"g": [1]}}, "config_groups: g has to be a JSON object"),
+    "weights a string": ({**COMPRESSED, "config_groups": {"g": {"weights": "8"}}}, "g: weights has to be a JSON"),
+    "a strategy a list": (
+        {**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 8, "type": "float", "strategy": ["group"]}}}},
+        "weights have the strategies",
+    ),
+    "targets a string": ({**COMPRESSED, "config_groups": {"g": {"targets": "Linear"}}}, "g: targets has to be a list"),
+    "ignore a string": ({**COMPRESSED, "ignore": "lm_head"}, 'ignore has to be a list of strings, not "lm_head"'),
+    "ignore of numbers": ({**COMPRESSED, "ignore": [1]}, "ignore has to be a list of strings, not [1]"),
+    "a format a list": ({**COMPRESSED, "format": ["float-quantized"]}, "format is ['float-quantized']; known"),
+    "sparsity a list": ({**COMPRESSED, "sparsity_config": [1]}, "sparsity_config has to be a JSON object, not [1]"),
+    "an algorithm a list": ({"quant_method": "modelopt", "quant_algo": ["FP8"]}, "quant_algo is ['FP8']; known"),
+    "blocks a number": ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size is 128; known: [128"),
+    "no blocks": ({"quant_method": "fp8", "weight_block_size": []}, "weight_block_size is []; known: [128"),
+    "a method a list": ({"quant_method": ["fp8"]}, "quant_method is \"['fp8']\"; known"),
+}
+
+
+@pytest.mark.parametrize("label", SHAPES)
+def test_a_config_of_another_shape_ends_in_a_line_that_names_the_file(
+    label: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``plan``, and what a server and the doctor open; the text model's and compression_config's are the same."""
+    says, message = SHAPES[label]
+    model = {"model_type": "qwen3", "num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 128}
+    model |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 64}
+    save(tmp_path, "fp8 rows", weights())
+    for config in (
+        {**model, "quantization_config": says},
+        {**model, "compression_config": says},
+        {"text_config": {**model, "quantization_config": says}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        wanted = message if "compression_config" not in config else message.replace("quantization_", "compression_")
+        assert cli.main(["plan", str(tmp_path), "--gpu", "H200", "--input-len", "99", "--recipe", "fp8-compact"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{tmp_path}/config.json" in line and wanted in line
+        with pytest.raises(MixQuantError) as caught:
+            QuantisedCheckpoint.open(tmp_path)
+        assert str(tmp_path) in str(caught.value) and wanted in str(caught.value)
+        with pytest.raises(MixQuantError) as caught:
+            layouts.detect(Source.open(tmp_path))
+        assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"quantization": []}', '{"quantization": "FP8"}', '{"quantization": null}']
+)
+def test_a_file_of_modelopt_of_another_shape_is_named(text: str, tmp_path: Path) -> None:
+    save(tmp_path, "fp8 rows", weights())
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "hf_quant_config.json").write_text(text)
+    with pytest.raises(MixQuantError, match=r"hf_quant_config\.json: .*(JSON|says nothing)"):
+        QuantisedCheckpoint.open(tmp_path)
 
 
 def test_updates_that_are_refused(tmp_path: Path) -> None:

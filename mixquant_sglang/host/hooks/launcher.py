@@ -204,7 +204,7 @@ def _take_quantised(model_config: Any) -> None:
     ``MixQuantConfig`` of it, with the folder."""
     folder = Path(model_config.model_path)
     config = {**_fields(model_config.hf_config), "text_config": _fields(model_config.hf_text_config)}
-    found = said(config, folder if folder.is_dir() else None)
+    found = said(config, folder if folder.is_dir() else None, f"{model_config.model_path}: config.json")
     if found is None:
         if folder.is_dir():
             _check_said(folder)

@@ -182,4 +182,5 @@ def _read_config(path: Path) -> tuple[Decoder, tuple[str, dict[str, Any]] | None
     bare = {key: value for key, value in config.items() if key not in FIELDS}
     if isinstance(inner := bare.get("text_config"), dict):
         bare["text_config"] = {key: value for key, value in inner.items() if key not in FIELDS}
-    return read_decoder(bare, path.resolve().parent.name, f"MODEL: {path}"), said(config, path.resolve().parent)
+    where, folder = f"MODEL: {path}", path.resolve().parent
+    return read_decoder(bare, folder.name, where), said(config, folder, where)

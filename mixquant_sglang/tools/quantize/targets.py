@@ -16,6 +16,7 @@ from mixquant_sglang.recipe.modules import NEVER, SCALE_GROUPS, block_of, expert
 from mixquant_sglang.tools.quantize import experts
 from mixquant_sglang.tools.quantize.experts import Part
 from mixquant_sglang.weights.checkpoint import Source
+from mixquant_sglang.weights.quantised_config import said
 from mixquant_sglang.weights.shard import DTYPES
 
 WEIGHT = ".weight"
@@ -122,12 +123,9 @@ def is_target(module: str, layers: int) -> bool:
 
 def refuse_quantised(source: Source) -> None:
     """MixQuantError for a checkpoint that is not the BF16 one, by its config, the file beside it or its tensors."""
-    config = _language_config(source)
-    # null and {} say that nothing is quantised
-    if any(each.get("quantization_config") or each.get("compression_config") for each in (source.config, config)):
-        raise MixQuantError(f"{source.folder}: is quantised already (quantization_config); give its BF16 original")
-    if (source.folder / "hf_quant_config.json").exists():
-        raise MixQuantError(f"{source.folder}: is quantised already (hf_quant_config.json); give its BF16 original")
+    _language_config(source)  # a shape that nothing reads ends here
+    if found := said(source.config, source.folder, str(source.folder / "config.json")):
+        raise MixQuantError(f"{source.folder}: is quantised already ({found[0]}); give its BF16 original")
     if scale := next((name for name in source.tensors if _QUANTISED.match(name)), None):
         raise MixQuantError(f"{source.folder}: is quantised already ({scale}); give its BF16 original")
 
