@@ -57,7 +57,7 @@ class PrometheusSeries:
         )
         gauge = {"multiprocess_mode": "mostrecent"}
         self._layers = Gauge("mixquant:layers", "Linear layers by prefill precision.", [*names, precision], **gauge)
-        self._bytes = Gauge("mixquant:extra_weight_bytes", "Bytes of packed low-precision weights.", names, **gauge)
+        self._bytes = Gauge("mixquant:extra_weight_bytes", "Bytes of weights beside those of BF16.", names, **gauge)
         self._info = Gauge(
             "mixquant:info",
             "Always 1; the labels describe the plugin.",

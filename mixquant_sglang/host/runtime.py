@@ -146,13 +146,18 @@ class Runtime:
         return self.weights.layers
 
     @property
-    def extra_weight_bytes(self) -> int:
+    def packed_weight_bytes(self) -> int:
         return sum(layer.extra_bytes for layer in self.layers)
+
+    @property
+    def extra_weight_bytes(self) -> int:
+        """Beside the BF16 weights; below zero where packed ones replace them, as ``mixquant plan`` counts."""
+        return self.packed_weight_bytes - self.dropped_bytes
 
     @property
     def linear_weight_bytes(self) -> int:
         """Of linears and experts on this rank, as they are held."""
-        return self.bf16_linear_bytes - self.dropped_bytes + self.extra_weight_bytes
+        return self.bf16_linear_bytes + self.extra_weight_bytes
 
     @property
     def generated_from(self) -> str:
@@ -186,6 +191,7 @@ class Runtime:
             "experts": self.counted("experts"),
             "stays_bf16": {reason: some(names) for reason, names in kept.items()},
             "extra_weight_bytes": self.extra_weight_bytes,
+            "packed_weight_bytes": self.packed_weight_bytes,
             "linear_weight_bytes": self.linear_weight_bytes,
             "bf16_linear_bytes": self.bf16_linear_bytes,
             "generated_from": self.generated_from,

@@ -18,14 +18,14 @@ def explain(run: Runtime, model_runner: Any) -> str:
     """One line, computed from the model's config alone; where that is not possible it says why."""
     args = dialect().resolved(model_runner.server_args)
     if stages() > 1:
-        held = run.extra_weight_bytes / 1e9
+        held = run.packed_weight_bytes / 1e9
         return f"packed weights of this stage hold {held:.1f} GB; fewer low layers or more stages take less"
     ranks = args.tp_size, args.ep_size
     try:
         config = model_runner.model_config.hf_config.to_dict()
         return footprint.shortage(config, run.recipe, machine.device(), _memory(model_runner.device), *ranks)
     except MixQuantError as error:
-        held = run.extra_weight_bytes / 1e9
+        held = run.packed_weight_bytes / 1e9
         return f"packed weights hold {held:.1f} GB; what would fit is not known ({error})"
 
 

@@ -313,3 +313,19 @@ def test_graphs_of_experts_have_fewer_slots() -> None:
     ):
         run.weights.layers[:] = [SimpleNamespace(kind=kind, precision=by_role(precision, "bf16"))]  # type: ignore[list-item]
         assert run.graphs.slots == slots
+
+
+def test_extra_bytes_are_those_beside_the_bf16_weights() -> None:
+    """As ``mixquant plan`` counts: packed weights that replace BF16 ones leave fewer bytes than there were."""
+    from types import SimpleNamespace
+    from typing import Any, cast
+
+    from mixquant_sglang.host.runtime import Runtime
+    from mixquant_sglang.recipe import load
+    from mixquant_sglang.recipe.select import Device, select
+
+    for name, dropped, extra in (("fp8", 0, 30), ("fp8-compact", 60, -30)):
+        run = Runtime(asked := load(name), select(asked, Device("this CPU", None)))
+        run.weights.layers.append(cast("Any", SimpleNamespace(extra_bytes=30)))
+        run.bf16_linear_bytes, run.dropped_bytes = 100, dropped
+        assert (run.extra_weight_bytes, run.packed_weight_bytes, run.linear_weight_bytes) == (extra, 30, 100 + extra)
