@@ -832,3 +832,27 @@ def test_transformers_loads_it(tmp_path: Path, micro_model: Path) -> None:
             assert not model(torch.arange(8)[None]).logits.isnan().any()
     for name in quantised(loaded):
         assert torch.equal(model.get_submodule(name).weight, decompressed(loaded, config, name))
+
+
+def test_an_output_that_cannot_be_made_is_not_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixquant_sglang.tools.quantize import checkpoint
+
+    model = write(tmp_path / "model", tensors())
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "inside"
+    status, said = one_line(["quantize", str(model), str(out)], capsys)
+    assert status == 1 and f"OUT {out}: cannot be made a folder (Not a directory); name another" in said
+    missing = ["--scales", "weighted", "--calibration", str(tmp_path / "none.jsonl")]
+    status, said = one_line(["quantize", str(model), str(tmp_path / "out"), *missing], capsys)
+    assert status == 1 and "none.jsonl" in said and said.endswith("nothing was written yet")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.writer, "write_shard", full)
+    assert cli.main(["quantize", str(model), str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert (tmp_path / "out" / checkpoint.PROGRESS).exists()
+    assert said.rstrip().endswith("No space left on device; the same command goes on where it stopped")

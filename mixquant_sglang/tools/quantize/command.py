@@ -36,6 +36,7 @@ from pathlib import Path
 
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.tools.quantize.checkpoint import SCALES, quantize_checkpoint
+from mixquant_sglang.tools.quantize.progress import PROGRESS
 from mixquant_sglang.tools.quantize.scales import WINDOW
 from mixquant_sglang.weights.checkpoint import INDEX
 from mixquant_sglang.weights.layouts import COMPRESSED_TENSORS, MODELOPT
@@ -95,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"\nmixquant: interrupted; {again}", file=sys.stderr)
         return 130
     except OSError as error:
-        raise MixQuantError(f"{error}; {again}") from error
+        begun = (args.out / PROGRESS).exists()
+        raise MixQuantError(f"{error}; {again if begun else 'nothing was written yet'}") from error
     reasons: dict[str, list[str]] = {}
     for module, reason in targets.kept.items():
         reasons.setdefault(reason, []).append(module)

@@ -77,8 +77,11 @@ class Progress:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Makes the folder and keeps other runs out of it; the lock ends with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise MixQuantError(f"OUT {folder}: cannot be made a folder ({error.strerror}); name another") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
