@@ -24,6 +24,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.weights.json_file import read_object
+from mixquant_sglang.weights.quantised_config import said
 
 # What SGLang's own parsing and resolution, and transformers' of a config, raise for what they do not take.
 _ENDS = (
@@ -141,23 +143,35 @@ def _ends(flags: Sequence[str], notes: list[str]) -> list[str]:
     load_plugins()
     noted: list[str] = []
     launcher.note(noted)
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
             server_args = _resolve(flags)
         if server_args.quantization != "mixquant":
             return [f"--quantization {server_args.quantization}: a server without mixquant"]
         noted += _missing(server_args)
         noted += _check_layers(server_args, _check_model(server_args), notes)
     except SystemExit as error:
-        line = error.code if isinstance(error.code, str) else (said.getvalue().strip().splitlines() or [_PRINTS])[-1]
+        line = error.code if isinstance(error.code, str) else (printed.getvalue().strip().splitlines() or [_PRINTS])[-1]
         noted.append(line.removeprefix("mixquant: ").removeprefix("sglang serve: "))
     except MixQuantError as error:
         noted.append(str(error))
     except (*_ENDS, ValueError) as error:
-        noted.append(f"SGLang: {' '.join(str(error).split()) or type(error).__name__}")
+        noted.append(_misshapen(flags) or f"SGLang: {' '.join(str(error).split()) or type(error).__name__}")
     _check_recipe(noted)
     return list(dict.fromkeys(noted))
+
+
+def _misshapen(flags: Sequence[str]) -> str:
+    """What is wrong with a local checkpoint's quantisation config, at whose shape transformers fails; else empty."""
+    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+        file = Path(value, "config.json")
+        if flag in ("--model-path", "--model") and file.is_file():
+            try:
+                said(read_object(file), file.parent, str(file))
+            except MixQuantError as error:
+                return str(error)
+    return ""
 
 
 def _resolve(flags: Sequence[str]) -> Any:

@@ -377,3 +377,12 @@ def test_pieces_are_of_their_format(kind: str, tmp_path: Path) -> None:
     found = piece(Q, kinds, {leaf: made[f"{Q}.{leaf}"] for leaf in kinds.leaves})
     wanted = NVFP4Tensor if kind.startswith("nvfp4") else FP8Blocks if kind == "fp8 blocks" else FP8Tensor
     assert type(found) is wanted
+
+
+def test_the_doctor_names_a_config_at_whose_shape_transformers_fails(tmp_path: Path) -> None:
+    launch = pytest.importorskip("mixquant_sglang.tools.launch")
+    for config, message in (('{"quantization_config": [1]}', "has to be a JSON object, not [1]"), ("{}", "")):
+        (tmp_path / "config.json").write_text(config)
+        found = launch._misshapen(["--tp", "1", "--model-path", str(tmp_path), "--device", "cpu"])
+        assert message in found and found.startswith(str(tmp_path / "config.json") if message else "")
+        assert bool(found) is bool(message)
