@@ -20,7 +20,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mixquant_sglang.recipe.schema import Recipe
+from mixquant_sglang.recipe.schema import PRECISIONS, Recipe
 
 KEY = "mixquant"
 BF16 = "bf16"  # the fingerprint of KV that BF16 made, whatever the recipe
@@ -41,6 +41,9 @@ def asks_bf16(custom_params: Any, recipe: Recipe | None) -> bool:
         return False
     if not isinstance(custom_params, Mapping):
         raise PolicyError(f"custom_params is {show(custom_params)}; allowed: an object, {_EXAMPLE} for one")
+    for key in custom_params:
+        if key != KEY and _is_ours(key, custom_params[key]):
+            raise PolicyError(f"custom_params.{_shown(key)} is not looked at; give custom_params {_EXAMPLE}")
     if KEY not in custom_params:
         return False
     policy = custom_params[KEY]
@@ -59,6 +62,21 @@ def asks_bf16(custom_params: Any, recipe: Recipe | None) -> bool:
 
 
 _EXAMPLE = json.dumps({KEY: dict(ALLOWED)})
+
+
+def _is_ours(key: Any, value: Any) -> bool:
+    """Whether an entry of ``custom_params`` is meant for us: ``mixquant``, however it is spelt, or the ``prefill`` in
+    it, left alone, where its value is a precision (others' logit processors may have a ``prefill`` too)."""
+    return _plain(key) == KEY or (_plain(key) == "prefill" and _plain(value) in PRECISIONS)
+
+
+def _plain(name: Any) -> str:
+    """Letters and digits alone, lower-case."""
+    return re.sub(r"[^a-z0-9]", "", name.lower()) if isinstance(name, str) and len(name) <= SHOWN else ""
+
+
+def _shown(name: str) -> str:
+    return name if name.isidentifier() and name.isascii() and len(name) <= SHOWN // 2 else show(name)
 
 
 def decodes_low(recipe: Recipe) -> str:
@@ -111,20 +129,25 @@ def client_key(name: str | None) -> str | None:
 
 # -- a policy in the body of an HTTP request ---------------------------------------------------------------------------
 
-# What a body that concerns us holds: the keys, or escapes and encodings in which they could be written.  Each behind a
-# byte of it that prompts of token ids lack: C looks for one byte 25 to 50 times as fast as Python for several, and the
-# body of 8192 ids takes 2 us of the event loop instead of 70.  One regular expression of all four takes ten times that.
-_CONCERNS = ((b"q", b"mixquant"), (b"c", b"custom_params"), (b"\\", b"\\u00"), (b"\x00", b"\x00"))
+# What a body that concerns us holds, in lower case: the keys as they may be misspelt, or escapes and encodings in which
+# they could be written.  Each behind a byte that prompts of token ids lack: C looks for one byte 25 to 50 times as fast
+# as Python for several, and the body of 8192 ids takes 4 us of the event loop instead of 70.  One regular expression of
+# all takes ten times that.
+_CONCERNS = ((b"qQ", b"quant"), (b"cC", b"custom"), (b"\\", b"\\u00"), (b"\x00", b"\x00"))
 # The media types that FastAPI does not read as JSON; application/vnd.platform+json is JSON.
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
-_FORM = re.compile(rb'name="?custom_params|(?:^|&)custom_params=')
+_FORM = re.compile(rb'name="?custom_?param|(?:^|&)custom_?param', re.IGNORECASE)
 # Bodies in which SGLang reads one entry of sampling_params per prompt.
 _TAKES_LISTS = ("/generate", "/encode", "/classify")
 
 
 def concerns(body: bytes) -> bool:
     """Whether ``body_asks_bf16`` can be anything but False."""
-    return any(byte in body and part in body for byte, part in _CONCERNS)
+    found = [part for first, part in _CONCERNS if any(byte in body for byte in first)]
+    if not found:
+        return False
+    lower = body.lower()
+    return any(part in lower for part in found)
 
 
 def body_asks_bf16(body: bytes, content_type: str, path: str, recipe: Recipe | None) -> bool:
@@ -133,7 +156,7 @@ def body_asks_bf16(body: bytes, content_type: str, path: str, recipe: Recipe | N
     if not concerns(body):
         return False
     if content_type.partition(";")[0].strip().lower() in _FORMS:
-        if _FORM.search(body) and b"mixquant" in body:
+        if _FORM.search(body) and b"mixquant" in body.lower():
             raise PolicyError(f"a form has no custom_params.{KEY}; send JSON to an endpoint that takes a prompt")
         return False
     parsed = _parse(body)
@@ -174,20 +197,45 @@ def _asks(body: dict[str, Any], path: str, recipe: Recipe | None) -> bool:
 
 
 def _misplaced(body: dict[str, Any]) -> Iterator[str]:
-    if KEY in body:
-        yield KEY
-    for name in ("sampling_params", "options", "extra_body"):
-        inner = body.get(name)
-        if isinstance(inner, dict) and KEY in inner:
-            yield f"{name}.{KEY}"
-    extra = body.get("extra_body")  # what the OpenAI client for Python merges into the body
-    if isinstance(extra, dict) and _has_policy(extra):
-        yield f"extra_body.custom_params.{KEY}"
-    instances = body.get("instances")
-    if isinstance(instances, list) and any(isinstance(i, dict) and _has_policy(i) for i in instances):
-        yield f"instances[].custom_params.{KEY}"
+    """Where a policy stands that nobody looks for: beside ``custom_params``, under a name like it, or within another
+    object of the body.  What a client calls its own (a tool's field, metadata named like us) is none of that."""
+    for name, value in body.items():
+        where = _shown(name)
+        if name == "custom_params":
+            continue
+        if _plain(name) == KEY or (_like_custom_params(name) and _has_ours(value)):
+            yield where
+        elif isinstance(value, dict):
+            yield from (f"{where}.{_shown(key)}" for key in value if _is_lost(name, key, value[key]))
+        elif name != "sampling_params" and isinstance(value, list) and value and isinstance(value[0], dict):
+            for item in filter(_is_object, value):
+                yield from (f"{where}[].{_shown(key)}" for key in item if _is_lost(name, key, item[key]))
 
 
-def _has_policy(holder: dict[str, Any]) -> bool:
-    custom = holder.get("custom_params")
-    return isinstance(custom, dict) and KEY in custom
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_lost(holder: str, key: str, value: Any) -> bool:
+    """Whether an entry of the object ``holder`` of a body is a policy that is not looked at there."""
+    if key == "custom_params" and holder in ("sampling_params", "options", "parameters"):
+        return False
+    if _plain(key) == KEY:
+        return holder in _MERGED or _is_policy(value)
+    return _like_custom_params(key) and _has_ours(value)
+
+
+# What SGLang reads or clients merge into the body: nothing of others' in there is named like us.
+_MERGED = ("sampling_params", "options", "extra_body")
+
+
+def _is_policy(value: Any) -> bool:
+    return isinstance(value, dict) and any(_plain(key) == "prefill" for key in value)
+
+
+def _like_custom_params(name: str) -> bool:
+    return _plain(name) in ("customparam", "customparams", "customparameter", "customparameters")
+
+
+def _has_ours(custom: Any) -> bool:
+    return isinstance(custom, dict) and any(_is_ours(key, value) for key, value in custom.items())

@@ -159,6 +159,72 @@ def test_bodies_that_are_refused(body: dict[str, Any]) -> None:
         post(json.dumps(body).encode("utf-16"))
 
 
+OWN = {"prefill": "bf16"}
+MISSPELT: list[dict[str, Any]] = [
+    *({name: OWN} for name in ("Mixquant", "MIXQUANT", "mix_quant", "mix-quant", "MixQuant", " mixquant")),
+    *({"prefill": "bf16"}, {"prefill": "BF16"}, {"Prefill": "bf16"}, {"prefill": "fp8"}, {**BF16, "mix_quant": OWN}),
+]
+
+
+@pytest.mark.parametrize("custom", MISSPELT)
+def test_a_misspelt_policy_is_refused_wherever_custom_params_are_looked_at(custom: dict[str, Any]) -> None:
+    with pytest.raises(PolicyError, match=r'^custom_params\..* is not looked at; give custom_params \{"mixquant"'):
+        asks_bf16(custom, NVFP4)
+    own = {"custom_params": custom}
+    for body in (own, {"options": own}, {"sampling_params": own}, {"parameters": own}):
+        for path in ("/generate", "/v1/responses"):
+            with pytest.raises(PolicyError):
+                post(body, path)
+    with pytest.raises(PolicyError):
+        post({"sampling_params": [{"custom_params": custom}]}, "/generate")
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        *(({name: BF16}, name) for name in ("custom_param", "customParams", "custom_parameters", "Custom_Params")),
+        ({"custom-params": BF16}, "'custom-params'"),
+        ({"custom_param": OWN}, "custom_param"),
+        ({"customParams": {"Mix-Quant": OWN}}, "customParams"),
+        ({"Mixquant": OWN}, "Mixquant"),
+        ({"metadata": {"custom_params": BF16}}, "metadata.custom_params"),
+        ({"metadata": {"custom_params": OWN}}, "metadata.custom_params"),
+        ({"metadata": {"mixquant": OWN}}, "metadata.mixquant"),
+        ({"chat_template_kwargs": {"custom_params": BF16}}, "chat_template_kwargs.custom_params"),
+        ({"sampling_params": {"custom_param": BF16}}, "sampling_params.custom_param"),
+        ({"extra_body": {"custom_params": {"mix_quant": OWN}}}, "extra_body.custom_params"),
+        ({"options": {"MixQuant": 1}}, "options.MixQuant"),
+        ({"messages": [{"role": "user", "content": "hi", "custom_params": BF16}]}, "messages[].custom_params"),
+        ({"parameters": {"metadata": {"custom_params": BF16}}}, "metadata.custom_params"),
+        ({"x" * 99: {"custom_params": BF16}}, "'xxx"),
+    ],
+)
+def test_a_misplaced_policy_is_refused_with_its_place(body: dict[str, Any], where: str) -> None:
+    with pytest.raises(PolicyError, match=r"is not looked at; give custom_params\.mixquant at the top") as error:
+        post({"prompt": "hi", **body})
+    assert str(error.value).startswith(where) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"custom_params": {"thinking_budget": 3, "prefill": True}},
+        {"custom_params": {"prefill": "Sure, here is"}},
+        {"custom_params": {"prefill": {"tokens": 3}, "quantity": 2, "mixquant_prompt": 3}},
+        {"custom_param": {"thinking_budget": 3}},
+        {"custom_params": {"quant": {"mixquant": OWN}}},
+        {"metadata": {"custom_params": {"thinking_budget": 3}}},
+        {"metadata": {"mixquant": "the run of Tuesday"}},
+        {"metadata": {"prefill": "bf16", "custom": 1}},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"mixquant": OWN}}}}]},
+        {"format": {"type": "object", "properties": {"custom_params": {"properties": {"mixquant": OWN}}}}},
+        {"messages": [{"role": "user", "content": '{"custom_params": {"mixquant": {"prefill": "bf16"}}}'}]},
+    ],
+)
+def test_what_is_of_others_is_left_alone(body: dict[str, Any]) -> None:
+    assert not post({"prompt": "a customer's mixquant", **body})
+
+
 @pytest.mark.parametrize("path", ["/api/generate", "/v1/classify", "/v1/completions"])
 def test_a_list_of_policies_where_sglang_reads_none(path: str) -> None:
     with pytest.raises(PolicyError, match="belongs to /generate"):
@@ -210,6 +276,7 @@ def test_a_key_without_our_name_is_the_clients() -> None:
 
 
 def test_the_bytes_that_are_looked_for_first_are_of_what_is_looked_for() -> None:
-    assert all(byte in part for byte, part in policy._CONCERNS)
+    assert all(first.lower()[0] in part for first, part in policy._CONCERNS)
     ids = json.dumps({"input_ids": [*range(8192)], "sampling_params": {"temperature": 0, "max_new_tokens": 8}}).encode()
-    assert not any(byte in ids for byte, _ in policy._CONCERNS), "no body of token ids is searched for words"
+    found = [byte for first, _ in policy._CONCERNS for byte in first if byte in ids]
+    assert not found, "no body of token ids is searched for words"

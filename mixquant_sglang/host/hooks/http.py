@@ -106,7 +106,7 @@ class _Guard:
 
     async def __call__(self) -> Message:
         message = await self._receive()
-        text = message.get("text") or ""
+        text = (message.get("text") or "").lower()
         if message["type"] == "websocket.receive" and "custom_params" in text and policy.KEY in text:
             reason = f"mixquant: a web socket has no custom_params.{policy.KEY}"
             await self._send({"type": "websocket.close", "code": 1008, "reason": reason})
