@@ -32,6 +32,8 @@ _ENDS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError),
     StrictDataclassError,
 )
+FLAGS = {"--mixquant-recipe": recipe.RECIPE_ENV, "--mixquant-min-tokens": recipe.MIN_TOKENS_ENV}
+_COMMON = "--mixquant-"
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 _LANGUAGE_MODELS = ("auto", "llm")  # what ``sglang serve --model-type`` calls them
 _PRINTS = "it prints something (help, a version) and ends"
@@ -67,6 +69,7 @@ class Command:
             if served:
                 rest = _as_served(rest)
         self.notes: list[str] = []
+        self.typed = tuple(rest)  # the flags as they are
         self.flags = rest
         if not self._has("--quantization"):
             self.flags += ["--quantization", "mixquant"]
@@ -80,6 +83,18 @@ class Command:
     def _has(self, *flags: str) -> bool:
         """Whether the command, or the file that its ``--config`` names, has one of them."""
         return any(word.partition("=")[0] in flags for word in (*self.flags, *_configured(self.flags)))
+
+    def sets(self) -> dict[str, str]:
+        """The variables that a server would have of the command: its assignments, then ours by flags, as they are
+        parsed: those of a ``--config`` file before those of the command line."""
+        found = dict(self.environment)
+        words = [*_configured(self.flags), *self.flags]
+        for word, follows in zip(words, [*words[1:], ""], strict=True):
+            name, equals, value = word.partition("=")
+            for flag, variable in FLAGS.items():
+                if flag.startswith(name) and len(name) > len(_COMMON):  # argparse takes its beginning for it
+                    found[variable] = value if equals else follows
+        return found
 
     def stand_in(self, folder: Path) -> None:
         """Gives a command without a model one."""
@@ -119,13 +134,13 @@ def _as_served(words: Sequence[str]) -> list[str]:
 
 
 def _configured(flags: Sequence[str]) -> list[str]:
-    """The flags that a file sets; none where SGLang will say what is wrong with it.  ``--config=FILE`` is ignored by
-    SGLang."""
+    """The flags that a file sets, ``--flag=value``; none where SGLang will say what is wrong with it.
+    ``--config=FILE`` is ignored by SGLang."""
     try:
         found = yaml.safe_load(Path(flags[flags.index("--config") + 1]).read_text())
     except (ValueError, IndexError, OSError, yaml.YAMLError):
         return []
-    return [f"--{key}".replace("_", "-") for key in found] if isinstance(found, dict) else []
+    return [f"--{key}".replace("_", "-") + f"={found[key]}" for key in found] if isinstance(found, dict) else []
 
 
 def ends(command: Command) -> list[str]:

@@ -21,10 +21,14 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from mixquant_sglang import __version__, recipe
 from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.tools.hidden import MASK, Hidden, is_secret
+
+if TYPE_CHECKING:
+    from mixquant_sglang.tools.launch import Command
 
 _PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flashinfer-python", "transformers", "safetensors", "ray")
 _NUMBER = re.compile(r"-?\d{1,9}(\.\d{1,6})?[kKmM]?")
@@ -54,17 +58,25 @@ def run(wanted: str | None, launch: Sequence[str]) -> int:
     """Prints it; returns 0 if a server would start here, else 1."""
     sys.excepthook = _say_the_kind_alone
     with _silence():
-        lines, healthy = made(wanted or recipe.requested(), launch, os.environ)
+        lines, healthy = made(wanted, launch, os.environ)
     print("\n".join(lines))
     return 0 if healthy else 1
 
 
-def made(asked: str, launch: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], bool]:
-    """The lines of the report, and whether a server would start."""
+def made(wanted: str | None, launch: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], bool]:
+    """The lines of the report, and whether a server would start.  Recipe and variables are those that the command
+    would have a server have: its flags go before ``wanted`` (``--recipe``), that before its assignments."""
     known = flags_of_sglang()
     hidden = Hidden()
     hidden.add_environment(environment)
     launch = _words(launch)
+    command, refused = _command(launch)
+    if command is not None:
+        if wanted:
+            command.environment[recipe.RECIPE_ENV] = wanted
+        environment = {**environment, **command.sets()}
+        wanted = None
+    asked = wanted or environment.get(recipe.RECIPE_ENV) or recipe.DEFAULT
     hidden.add_all(word for word in typed(launch, known) if word not in recipe.shipped())
     for file in ({asked}, *(named(launch, name) for name in ("--config", "--mixquant-recipe", recipe.RECIPE_ENV))):
         for path in file - {*recipe.shipped()}:
@@ -81,8 +93,13 @@ def made(asked: str, launch: Sequence[str], environment: Mapping[str, str]) -> t
     lines += said
     lines += variables(environment)
     if launch:
-        lines += [f"flag: {flag}" for flag in flags(launch, known)]
-        found = _ends(launch)
+        found = [refused]
+        if command is not None:
+            from mixquant_sglang.tools.launch import ends
+
+            lines += [f"flag: {flag}" for flag in flags(command.typed, known)]
+            lines += [f"note: {note}" for note in command.notes]
+            found = ends(command)
         lines += [f"ends: {hidden.out_of(line)}" for line in found]
         healthy = healthy and not found
     return lines, healthy
@@ -131,13 +148,14 @@ def _words(launch: Sequence[str]) -> list[str]:
     return split(launch)
 
 
-def _ends(launch: Sequence[str]) -> list[str]:
-    from mixquant_sglang.tools.launch import Command, ends
+def _command(launch: Sequence[str]) -> tuple[Command | None, str]:
+    """The launch command, or why it is none; neither where there is no word."""
+    from mixquant_sglang.tools.launch import Command
 
     try:
-        return ends(Command(launch))
+        return (Command(launch) if launch else None), ""
     except MixQuantError as error:
-        return [str(error)]
+        return None, str(error)
 
 
 def flags_of_sglang() -> dict[str, Takes]:

@@ -148,7 +148,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         if text is not None:
             file.write_text(text)
         words = [re.sub("CONFIG|RECIPEFILE", lambda found: str(files[found.group()]), word) for word in launch]
-        asked.append((str(file) if text is not None else "auto", words, environment))
+        asked.append((str(file) if text is not None else None, words, environment))
     (folder / "ask.py").write_text(SCRIPT)
     command = [sys.executable, "-W", "ignore", str(folder / "ask.py"), json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500, cwd=folder, env=OFFLINE)
