@@ -38,6 +38,8 @@ _FORMS = (
     re.compile(r"(?<![\w-])[0-9a-f]{24,}(?!\w)"),
 )
 
+_FLAGS = re.compile(r"--[a-z][a-z\d-]*(/--?[a-z][a-z\d-]*)+")  # names of one flag, as argparse writes them: no path
+
 
 def is_secret(name: str) -> bool:
     """Whether an environment variable of this name holds a key."""
@@ -104,7 +106,7 @@ class Hidden:
         for host in self._hosts:
             line = re.sub(rf"(?<!\w){re.escape(host)}(?:\.[\w-]+)*(?!\w)", MASK, line, flags=re.IGNORECASE)
         for form in _FORMS:
-            line = form.sub(MASK, line)
+            line = form.sub(lambda found: found.group() if _FLAGS.fullmatch(found.group()) else MASK, line)
         line = _WORD.sub(lambda word: MASK if self._is_hidden(word.group()) else word.group(), line)
         return re.sub(rf"{re.escape(MASK)}(?:[\s/,:=@.-]*{re.escape(MASK)})+", MASK, line)
 

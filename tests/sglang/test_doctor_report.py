@@ -305,6 +305,11 @@ def test_forms_of_paths_addresses_and_keys() -> None:
         "--enable-pdmux does not go with SGLANG_FLASHINFER_CUTEDSL_NVFP4_W4A16 on SM90 at 12:30: [4096, 12288] (0.5.17)"
     )
     assert hidden.out_of(plain) == plain
+    plain = "the following arguments are required: --model-path/--model"
+    assert hidden.out_of(plain) == plain
+    hidden.add("--zq-hunter2")
+    said = hidden.out_of("unrecognized arguments: --zq-hunter2/--x /--srv/--zq --a/b")
+    assert said == f"unrecognized arguments: {MASK}"
 
 
 def test_what_is_known_is_found_in_every_form() -> None:
