@@ -10,13 +10,14 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from scripts.serve.libraries import mooncake_environment
-from scripts.serve.processes import Ended, Process, free_port, stop, wait_for
+from scripts.serve.processes import Ended, Process, alone, check_port, free_port, stop, wait_for
 
 _CPU = "--device cpu --attention-backend torch_native --disable-cuda-graph --max-total-tokens 20000 --sleep-on-idle"
 CPU_FLAGS = tuple(_CPU.split())
@@ -99,6 +100,7 @@ class Pair:
     def __init__(self, plan: Plan, logs: Path, say: Callable[[str], None] = print) -> None:
         self.plan, self.logs, self.say = plan, logs, say
         self.processes: dict[str, Process] = {}
+        self._alone = ExitStack()
 
     @property
     def url(self) -> str:
@@ -118,11 +120,17 @@ class Pair:
         wait_for(list(self.processes.values()), urls, self.plan.limit_s, self.say)
 
     def __enter__(self) -> Pair:
+        plan, port = self.plan, self.plan.port
+        for fixed in (port, *plan.ports.values()):
+            check_port(plan.host, fixed)
+        lock = self.logs / f"pair-{port}.lock"
+        self._alone.enter_context(alone(lock, f"another pair starts or runs with port {port}; give another one"))
         try:
             self.start("prefill")
             self.start("decode")
             self.wait("prefill", "decode")
             self.check()
+            check_port(plan.host, port)  # nobody else took it while these two loaded
             self.start("router")
             self.wait("router")
         except BaseException:
@@ -137,6 +145,7 @@ class Pair:
 
     def stop(self) -> None:
         stop(list(self.processes.values()))
+        self._alone.close()
 
     def check(self) -> None:
         """One token through both: what does not fit is known before anybody is served."""

@@ -58,6 +58,8 @@ def parse(argv: list[str]) -> Plan:
     parser.epilog = "Behind --: more flags for both servers."
     own, more = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = parser.parse_args(own)
+    if not 0 < args.port < 2**16:
+        parser.error("argument --port: 1 to 65535")
     gpus = gpu_count()
     decode_gpu = args.prefill_gpu + args.tp if args.decode_gpu is None else args.decode_gpu
     if args.tp < 1:

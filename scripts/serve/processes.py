@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 TAIL = 40  # lines
@@ -34,6 +35,33 @@ def free_port() -> int:
             probe.bind(("", port))
             _given.append(port)
             return port
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ``Ended`` where somebody listens on it already: what they answer would be taken for ours."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise Ended(f"host {host}: {error.strerror}") from None
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: not one that just ended
+            try:
+                probe.bind(address)
+                probe.listen()
+            except OSError as error:
+                raise Ended(f"port {port} of {host} is not free: {error.strerror}; give another one") from None
+
+
+@contextlib.contextmanager
+def alone(lock: Path, what: str) -> Iterator[None]:
+    """Raises ``Ended`` where another process is in here with the same ``lock``."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Ended(what) from None
+        yield
 
 
 class Process:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
 import pytest
+
+from scripts.serve.processes import Ended, check_port, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,6 +48,70 @@ def test_a_process_that_ends_is_told_with_the_end_of_its_log(tmp_path: Path) -> 
     finally:
         stop([waits, dies], patience_s=5)
     assert not waits.running
+
+
+@pytest.mark.parametrize(("host", "theirs"), [("127.0.0.1", ""), ("0.0.0.0", "127.0.0.1"), ("localhost", "127.0.0.1")])
+def test_a_pair_starts_nothing_where_somebody_has_its_port(
+    host: str, theirs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose answers to /health it would take for its router's, and whose logs it would write over."""
+    from scripts.serve import pair, pd
+
+    monkeypatch.setattr(pd, "ROOT", tmp_path)
+    monkeypatch.setattr(pd.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(pair, "Process", lambda *_: pytest.fail("it started something"))
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind((theirs, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["serve_pd", "m", "--host", host, "--port", str(port)])
+        assert pd.main() == 1
+        said = capsys.readouterr().out
+        assert said == f"port {port} of {host} is not free: Address already in use; give another one\n"
+        plan = pair.Plan("m", free_port(), ports={"bootstrap": port}, host=host)
+        with pytest.raises(Ended, match=f"port {port} of {host} is not free"):
+            pair.Pair(plan, tmp_path).__enter__()
+    check_port(host, port)  # free again
+    with pytest.raises(Ended, match=r"host no\.such\.invalid: "):
+        check_port("no.such.invalid", port)
+
+
+def test_a_second_pair_leaves_the_logs_of_one_that_still_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose router has not taken the port yet."""
+    from scripts.serve import pair
+
+    class Loads(pair.Pair):
+        def wait(self, *names: str) -> None:
+            if "router" not in names:
+                during()
+
+        def check(self) -> None: ...
+
+    def during() -> None:
+        with pytest.raises(Ended, match=rf"^another pair starts or runs with port {plan.port}; give another one$"):
+            pair.Pair(plan, tmp_path).__enter__()
+
+    started: list[str] = []
+    monkeypatch.setattr(pair, "Process", lambda title, *_: started.append(title))
+    monkeypatch.setattr(pair, "stop", lambda _: None)
+    plan = pair.Plan("m", free_port())
+    with Loads(plan, tmp_path, lambda _: None):
+        during()
+    assert started == ["prefill server", "decode server", "router"]
+    with Loads(plan, tmp_path, lambda _: None):
+        pass
+    # and one of another folder of logs, which took the port meanwhile
+    with socket.socket() as other:
+
+        def taken() -> None:
+            other.bind(("127.0.0.1", plan.port))
+            other.listen()
+
+        during = taken
+        with pytest.raises(Ended, match="is not free"):
+            Loads(plan, tmp_path, lambda _: None).__enter__()
+    assert started[-1] == "decode server"
 
 
 def test_arms_that_are_up_already() -> None:
