@@ -214,6 +214,23 @@ def test_requests_may_ask_for_bf16_and_bad_policies_are_refused(pair: Played) ->
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] > 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_samples_are_refused_and_not_waited_for(pair: Played, stream: bool) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    for path, prompt in (("/v1/completions", {"prompt": "hi"}), ("/v1/chat/completions", chat)):
+        body = {"model": "m", "max_tokens": 4, "stream": stream, **prompt}
+        answer = pair.post(path, {**body, "n": 2})
+        assert stream or answer.status_code == 400
+        assert "n is 2; allowed on a prefill/decode pair: 1" in answer.text
+        assert pair.post(path, {**body, "n": 1}).status_code == 200
+
+
+def test_what_minilb_has_no_route_for(pair: Played) -> None:
+    for path in ("/v1/messages", "/v1/responses", "/v1/embeddings"):
+        assert pair.post(path, {"model": "m", "input": "hi"}).status_code == 404
+    assert requests.get(pair.url + "/metrics", timeout=60).status_code == 404
+
+
 def test_metrics_of_both_say_the_split(pair: Played) -> None:
     for name, state in zip(("prefill", "decode"), pair.states(), strict=True):
         text = requests.get(pair.plan.url(name) + "/metrics", timeout=60).text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import json
 import random
 import re
@@ -21,6 +22,7 @@ import pytest
 import torch
 from sglang.srt.managers import schedule_batch
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.mem_cache import utils
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
@@ -38,6 +40,7 @@ from mixquant_sglang.passes.rows import RequestRows
 from mixquant_sglang.recipe import pairs
 from mixquant_sglang.recipe.policy import PolicyError
 from mixquant_sglang.recipe.select import Device, select
+from mixquant_sglang.versions import machine
 from mixquant_sglang.versions.dialect import dialect
 from mixquant_sglang.versions.requests import request_rows
 
@@ -239,6 +242,26 @@ def test_rows_behind_the_prompt_that_a_prefill_server_was_told_of_are_protected(
     assert found == RequestRows(new=sent, prefix=0, prompt=2)
     scheduled = scheduler.schedule.prefill([found], torch.device("cpu"))
     assert scheduled.protected == ((1, sent),)
+
+
+@pytest.mark.parametrize("mode", [pairs.PREFILL, pairs.DECODE, ""])
+def test_several_samples_of_a_prompt_are_refused_on_a_pair(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang gives all of them the bootstrap room of one and never answers; a single server samples them."""
+    monkeypatch.setenv(machine.DISAGGREGATION_ENV, mode)
+    for n in (1, None, 2, 10**9):
+        params = SamplingParams(n=n)
+        params.normalize(None)
+        if mode and n and n > 1:
+            with pytest.raises(PolicyError, match=rf"^n is {n}; allowed on a prefill/decode pair: 1, .* a sample$"):
+                requests.check_request(None, params)
+        else:
+            requests.check_request(None, params)
+
+
+def test_sglang_still_gives_all_samples_of_a_prompt_one_room() -> None:
+    """What the refusal rests on: each is a copy of the prompt's request, with another name."""
+    source = inspect.getsource(TokenizerManager._handle_batch_request)
+    assert source.count("copy.copy(tokenized_objs[i])") == 2 and "room" not in source
 
 
 # -- the scheduler checks too ---

@@ -10,13 +10,21 @@ from mixquant_sglang.host.hooks.registry import handler
 from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.recipe import pairs, policy
 from mixquant_sglang.recipe.policy import PolicyError
-from mixquant_sglang.versions import storage
+from mixquant_sglang.versions import machine, storage
 from mixquant_sglang.versions.dialect import dialect
 
 
 @handler
 def check_request(_result: None, sampling_params: Any, *_args: Any) -> None:
-    """Raises ``PolicyError`` for a bad policy; hands on one that the HTTP body had and SGLang's model of it dropped."""
+    """Raises ``PolicyError`` for a bad policy; hands on one that the HTTP body had and SGLang's model of it dropped.
+
+    And for several samples on a server of a pair: ``TokenizerManager._handle_batch_request`` gives all of a prompt, and
+    the pass that caches it before, one bootstrap room, which moves one request's KV, so that no answer ever comes."""
+    if machine.disaggregation() and sampling_params.n > 1:
+        raise PolicyError(
+            f"n is {policy.show(sampling_params.n)}; allowed on a prefill/decode pair: 1, since SGLang moves keys and "
+            "values once a prompt and would never answer; send one request a sample"
+        )
     recipe = launcher.asked_recipe()
     if not policy.asks_bf16(sampling_params.custom_params, recipe) and http.asked_bf16():
         sampling_params.custom_params = {**(sampling_params.custom_params or {}), policy.KEY: dict(policy.ALLOWED)}
