@@ -14,7 +14,6 @@ import re
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from mixquant_sglang import recipe
 from mixquant_sglang.errors import MixQuantError
+from mixquant_sglang.tools import starting
 from mixquant_sglang.weights.json_file import read_object
 from mixquant_sglang.weights.quantised_config import said
 
@@ -88,12 +88,10 @@ class Command:
         """The variables that a server would have of the command: its assignments, then ours by flags, as they are
         parsed: those of a ``--config`` file before those of the command line."""
         found = dict(self.environment)
-        words = [*_configured(self.flags), *self.flags]
-        for word, follows in zip(words, [*words[1:], ""], strict=True):
-            name, equals, value = word.partition("=")
+        for name, value in _given(self.flags):
             for flag, variable in FLAGS.items():
                 if flag.startswith(name) and len(name) > len(_COMMON):  # argparse takes its beginning for it
-                    found[variable] = value if equals else follows
+                    found[variable] = value
         return found
 
     def stand_in(self, folder: Path) -> None:
@@ -155,17 +153,36 @@ def _ends(flags: Sequence[str], notes: list[str]) -> list[str]:
 
     from mixquant_sglang.host.hooks import launcher
 
+    # without a GPU SGLang's resolution makes defaults that are another machine's
+    if line := starting.no_gpu(dict(_given(flags)).get("--device")):
+        return [line]
     load_plugins()
     noted: list[str] = []
     launcher.note(noted)
+    server_args = None
+    with _caught(noted, flags):
+        server_args = _resolve(flags)
+    if server_args is not None:
+        if server_args.quantization != "mixquant":
+            return [f"--quantization {server_args.quantization}: a server without mixquant"]
+        lora_paths = [*(server_args.lora_paths or ())]
+        with _caught(noted, flags):
+            noted += starting.lines(server_args, lora_paths)
+        with _caught(noted, flags):
+            server_args.check_server_args()  # as the engine does behind the resolution; it starts nothing
+        with _caught(noted, flags):
+            noted += _check_layers(server_args, _check_model(server_args), notes)
+    _check_recipe(noted)
+    return list(dict.fromkeys(noted))
+
+
+@contextlib.contextmanager
+def _caught(noted: list[str], flags: Sequence[str]) -> Iterator[None]:
+    """Notes the line with which SGLang, or we, would end the start."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
-            server_args = _resolve(flags)
-        if server_args.quantization != "mixquant":
-            return [f"--quantization {server_args.quantization}: a server without mixquant"]
-        noted += _missing(server_args)
-        noted += _check_layers(server_args, _check_model(server_args), notes)
+            yield
     except SystemExit as error:
         line = error.code if isinstance(error.code, str) else (printed.getvalue().strip().splitlines() or [_PRINTS])[-1]
         noted.append(line.removeprefix("mixquant: ").removeprefix("sglang serve: "))
@@ -173,8 +190,14 @@ def _ends(flags: Sequence[str], notes: list[str]) -> list[str]:
         noted.append(str(error))
     except (*_ENDS, ValueError) as error:
         noted.append(_misshapen(flags) or f"SGLang: {' '.join(str(error).split()) or type(error).__name__}")
-    _check_recipe(noted)
-    return list(dict.fromkeys(noted))
+
+
+def _given(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each flag with the word behind it, those of a ``--config`` file before those of the command line."""
+    words = [*_configured(flags), *flags]
+    for at, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        yield name, value if equals else "".join(words[at + 1 : at + 2])
 
 
 def _misshapen(flags: Sequence[str]) -> str:
@@ -196,16 +219,6 @@ def _resolve(flags: Sequence[str]) -> Any:
     if hasattr(server_args, "resolve_once"):  # 0.5.17 resolves as it constructs
         server_args.resolve_once()
     return server_args
-
-
-def _missing(server_args: Any) -> list[str]:
-    """What SGLang imports once it launches, and says the same of."""
-    from mixquant_sglang.versions.dialect import dialect
-
-    args = dialect().resolved(server_args)
-    if args.use_ray and not args.smg_grpc_mode and find_spec("ray") is None:
-        return ["SGLang: Ray is required for --use-ray mode. Install it with: pip install 'sglang[ray]'"]
-    return []
 
 
 def _check_model(server_args: Any) -> Any:

@@ -8,14 +8,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from sglang.srt.utils.common import cpu_has_amx_support
 
 from mixquant_sglang.host.hooks import launcher
-from mixquant_sglang.tools import doctor, launch
+from mixquant_sglang.tools import doctor, launch, starting
+from mixquant_sglang.versions import v0_5_17
+from mixquant_sglang.versions.dialect import dialect
 from tests.sglang.test_deployments import LAUNCHED, differs
 from tests.sglang.test_refusals import unresolved
 from tests.support import quantised_checkpoints
@@ -46,6 +51,7 @@ COMMANDS: dict[str, tuple[list[str], list[list[str]]]] = {
             ["unknown recipe 'nvpf4'", "did you mean 'nvfp4'"],
             ["does not go with --enable-two-batch-overlap", "leave it out"],
             ["does not go with --cpu-offload-gb"],
+            ["SGLang: When enabling two batch overlap without an EP a2a backend"],
         ],
     ),
     "another quantization": ([*CPU, "--quantization", "fp8"], [["--quantization fp8: a server without mixquant"]]),
@@ -98,15 +104,59 @@ COMMANDS: dict[str, tuple[list[str], list[list[str]]]] = {
         ["--model-path", "MODEL", "--config", "STOCK", "--attention-backend", "torch_native"],
         [["--quantization fp8: a server without mixquant"]],
     ),
+    **{
+        f"what SGLang finds once it starts: {' '.join(words)}": ([*words, *CPU], [[*parts]])
+        for words, parts in {
+            ("--enable-lora",): ("both --max-lora-rank and --lora-target-modules",),
+            ("--max-lora-rank", "8", "--lora-paths", "a=/no/such"): ("--lora-paths /no/such does not exist",),
+            ("--chat-template", "nosuch"): ("--chat-template nosuch is neither a file here nor a template",),
+            ("--tokenizer-path", "/no/such"): ("--tokenizer-path /no/such does not exist",),
+            ("--max-running-requests", "0"): ("--max-running-requests 0; allowed: 1 and more",),
+            ("--max-total-tokens", "0"): ("--max-total-tokens 0; allowed: 1 and more",),
+            ("--port", "99999"): ("--port 99999; allowed: up to 65535",),
+            ("--tokenizer-worker-num", "0"): ("Tokenizer worker num must >= 1",),
+        }.items()
+    },
+    "what goes": (
+        [
+            *("--model-path", "MODEL", "--tokenizer-path", "MODEL", "--chat-template", "chatml", "--port", "1"),
+            *("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj", "--page-size", "1", *CPU),
+        ],
+        [],
+    ),
+    "several that SGLang finds once it starts": (
+        ["--port", "99999", "--tokenizer-worker-num", "0", "--enable-two-batch-overlap", *CPU],
+        [["--enable-two-batch-overlap"], ["--port 99999"], ["Tokenizer worker num"]],
+    ),
     "help": (["--model-path", "MODEL", "--help"], [["it prints something (help, a version) and ends"]]),
     "a model without its flag": (
         ["python", "-m", "sglang.launch_server", "--model-path", "MODEL", *CPU, "a/model"],
         [["unrecognized arguments: a/model"]],
     ),
 }
+if not cpu_has_amx_support():
+    COMMANDS |= {
+        f"not on a CPU: {' '.join(words)}": (["--device", "cpu", *words], [[words[0], "does not go on a CPU"]])
+        for words in (
+            *(["--attention-backend", name] for name in ("flashinfer", "fa3")),
+            ["--enable-hierarchical-cache", *CPU[2:]],
+            ["--page-size", "16", *CPU[2:]],
+            *([["--speculative-algorithm", "NGRAM", *CPU[2:]]] if dialect() is v0_5_17 else []),
+        )
+    }
+if not torch.cuda.is_available():
+    NO_GPU = [["--device cuda: torch sees no GPU here"]]
+    COMMANDS |= {
+        "no GPU": (["--device", "cuda"], NO_GPU),
+        "no GPU for a file of flags": (["--config", "GPU", "--model-path", "MODEL"], NO_GPU),
+    }
 # The servers of examples/: each command that differs once.
 EXAMPLES = {flags: name for name, flags in ((name, differs(words)) for name, words in LAUNCHED.items())}
-COMMANDS |= {f"examples: {name}": (["--model-path", "MODEL", *flags, *CPU], []) for flags, name in EXAMPLES.items()}
+NO_NIXL = [["--disaggregation-transfer-backend nixl: No module named 'nixl'"]] if find_spec("nixl") is None else []
+COMMANDS |= {
+    f"examples: {name}": (["--model-path", "MODEL", *flags, *CPU], NO_NIXL if "nixl" in " ".join(flags) else [])
+    for flags, name in EXAMPLES.items()
+}
 SCRIPT = """
 import json, sys
 from mixquant_sglang.tools import launch
@@ -121,9 +171,10 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folder = tmp_path_factory.mktemp("doctor")
     config = json.loads((tiny_model / "config.json").read_text()) | {"torch_dtype": "float32", "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config))
-    files = {"OURS": "quantization: mixquant\nmixquant-recipe: nvpf4\n", "STOCK": "quantization: fp8\n"}
+    files = {"OURS": "quantization: mixquant\nmixquant-recipe: nvpf4\n", "STOCK": "quantization: fp8\n", "GPU": ""}
     for name, text in files.items():
-        (folder / f"{name}.yaml").write_text(f"device: cpu\n{text}")
+        device = "cuda" if name == "GPU" else "cpu"
+        (folder / f"{name}.yaml").write_text(f"device: {device}\n{text}")
     models = {"MODEL": str(tiny_model), "FLOAT32": str(folder)} | {n: str(folder / f"{n}.yaml") for n in files}
     models["FP8"] = str(quantised_checkpoints.write(tiny_model, folder / "fp8", "fp8 rows")[0])
     models["TENSOR"] = str(quantised_checkpoints.write(tiny_model, folder / "tensor", "fp8 tensor")[0])
@@ -196,19 +247,43 @@ def test_a_whole_run(tiny_model: Path) -> None:
 def test_ray_is_asked_for_where_schedulers_are_its_actors(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang imports it once all was parsed and resolved."""
     actors = unresolved(model_path=str(tiny_model), use_ray=True)
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
-    assert launch._missing(actors) == [
-        "SGLang: Ray is required for --use-ray mode. Install it with: pip install 'sglang[ray]'"
+    monkeypatch.setattr(starting, "find_spec", lambda name: None)
+    assert [*starting._packages(actors)] == [
+        "Ray is required for --use-ray mode. Install it with: pip install 'sglang[ray]'"
     ]
-    assert not launch._missing(unresolved(model_path=str(tiny_model)))
+    assert not [*starting._packages(unresolved(model_path=str(tiny_model)))]
     asked: list[str] = []
-    monkeypatch.setattr(launch, "_resolve", lambda flags: SimpleNamespace(quantization="mixquant"))
-    monkeypatch.setattr(launch, "_missing", lambda args: ["no ray"])
+    resolved = SimpleNamespace(quantization="mixquant", lora_paths=None, check_server_args=lambda: None)
+    monkeypatch.setattr(launch, "_resolve", lambda flags: resolved)
+    monkeypatch.setattr(starting, "lines", lambda args, paths: ["no ray"])
     monkeypatch.setattr(launch, "_check_model", asked.append)
     monkeypatch.setattr(launch, "_check_layers", lambda *_: [])
     monkeypatch.setattr("sglang.srt.plugins.load_plugins", lambda: None)
     monkeypatch.setattr(launcher, "asked", launcher.asked)
     assert launch._ends([], []) == ["no ray"] and len(asked) == 1
+
+
+@pytest.mark.parametrize("backend", ["nixl", "mooncake", "mooncake_tcp"])
+def test_what_moves_keys_and_values_is_imported_as_a_server_does(
+    backend: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed, it may still lack a library of the system."""
+    pair = {"disaggregation_mode": "prefill", "disaggregation_transfer_backend": backend}
+    prefill, single = (unresolved(model_path=str(tiny_model), **more) for more in (pair, {}))
+    package = starting._TRANSFER[backend].partition(".")[0]
+    monkeypatch.setattr(starting, "find_spec", lambda name: None)
+    assert [*starting._packages(prefill)] == [
+        f"--disaggregation-transfer-backend {backend}: No module named '{package}'"
+    ]
+    assert not [*starting._packages(single)]
+    monkeypatch.setattr(starting, "find_spec", lambda name: name)
+    failed = SimpleNamespace(returncode=1, stderr="Traceback\nImportError: libibverbs.so.1: cannot open\n")
+    monkeypatch.setattr(starting.subprocess, "run", lambda *_, **__: failed)
+    assert [*starting._packages(prefill)] == [
+        f"--disaggregation-transfer-backend {backend}: ImportError: libibverbs.so.1: cannot open"
+    ]
+    monkeypatch.setattr(starting.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stderr=""))
+    assert not [*starting._packages(prefill)]
 
 
 def test_own_options_come_first() -> None:
