@@ -58,7 +58,8 @@ def main() -> None:
         send(of(DOWN) | {f"{DOWN}.weight_scale": good[f"{DOWN}.weight_scale"]})
         trial.updater.end_weight_update(run_post_load=False)
         trial.note("session cut", warned=list(trial.log.lines), mixed=trial.run.state().get("weights_mixed"))
-        trial.note("session mended", send(of(DOWN, Q, K, V)), mixed=trial.run.state().get("weights_mixed"))
+        trial.note("session mended", send(of(DOWN, Q, K, V)))
+        trial.results["session mended"]["mixed"] = trial.run.state().get("weights_mixed")  # packed by the next pass
     trial.results["addresses"] = before == addresses()
     print(json.dumps(trial.results))
 
