@@ -117,7 +117,7 @@ SURFACE: tuple[Row, ...] = (
         ),
         "versions/requests.py, versions/batches.py, host/hooks/forward.py",
     ),
-    Row("sglang.srt.sampling.sampling_params.SamplingParams", ("custom_params",), "host/hooks/requests.py"),
+    Row("sglang.srt.sampling.sampling_params.SamplingParams", ("custom_params", "n"), "host/hooks/requests.py"),
     Row("sglang.srt.session.session_controller.Session", ("streaming", "req_nodes"), "host/hooks/requests.py"),
     Row("sglang.srt.session.session_controller.SessionReqNode", ("req",), "host/hooks/requests.py"),
     Row(
