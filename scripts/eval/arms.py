@@ -60,7 +60,7 @@ ABLATIONS = {
     "edges-fp8": {"layers": r"[{match: 're:model\.layers\.(EDGES)\..*', prefill: fp8}]"},
     "min-tokens-512": {"prefill": "{precision: nvfp4, min_tokens: 512}"},
 }
-MAIN = (*RECIPES, "attention-fp8")  # the last is what auto and nvfp4-fp8 do with a model like ours
+MAIN = (*RECIPES, "attention-fp8")  # the last is what nvfp4-fp8 does with a model like ours
 FLAGS = ["--enable-custom-logit-processor", "--disable-overlap-schedule"]  # see processor.py
 
 

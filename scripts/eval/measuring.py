@@ -21,7 +21,7 @@ VARIANTS = {  # recipes that are not shipped
     "nvfp4-absmax": "version: 1\nprefill: {precision: nvfp4}\nweights: {scales: absmax}\n",
 }
 ARMS = (
-    *(REFERENCE, WORST, "stock-fp8", "w4a16", "w8a16", "nvfp4", *VARIANTS, "nvfp4-fp8", "fp8"),
+    *(REFERENCE, WORST, "stock-fp8", "w4a16", "w8a16", "nvfp4", *VARIANTS, "nvfp4-fp8", "nvfp4-fp8-down", "fp8"),
     *("fp8-attention", "fp8-compact", "nvfp4-compact"),
 )
 

@@ -10,7 +10,7 @@ Arms are recipes by name, or files of recipes (stock-fp8: SGLang's own --quantiz
     nvfp4              Mix-Quant: NVFP4 prefill, BF16 decode and last prompt token
     nvfp4-unprotected  the same with the last prompt token in NVFP4
     nvfp4-absmax       the same with block scales by the largest value, not searched
-    nvfp4-fp8, fp8     attention's linears in FP8, all linears in FP8
+    nvfp4-fp8          attention's linears in FP8; nvfp4-fp8-down: down_proj too; fp8: all
     fp8-attention      with FP8 attention from 8192 tokens on, on Hopper
     fp8-compact, nvfp4-compact   one packed copy: answers from rounded weights
 
