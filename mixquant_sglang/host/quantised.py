@@ -10,6 +10,7 @@ from mixquant_sglang.host.runtime import Runtime
 from mixquant_sglang.recipe.matching import RuleMatcher
 from mixquant_sglang.recipe.text import some
 from mixquant_sglang.versions.groups import over_stages
+from mixquant_sglang.versions.loading import embeds
 from mixquant_sglang.weights.quantised import QuantisedCheckpoint
 
 logger = logging.getLogger(__name__)
@@ -23,11 +24,14 @@ def check_all_asked(run: Runtime) -> None:
 
 
 def check_all_there(run: Runtime, model: torch.nn.Module, matcher: RuleMatcher | None) -> None:
-    """Raises ``MixQuantError`` for a parameter of ``model``, norms and tables among them, that the checkpoint lacks."""
+    """Raises ``MixQuantError`` for a parameter of ``model``, norms and tables among them, that the checkpoint lacks and
+    something reads: a server of embeddings reads no lm_head, which some checkpoints leave out."""
     if (checkpoint := run.quantised) is not None and matcher is not None:
         parts = {}
         for name, _ in model.named_parameters():
             module, _, leaf = name.rpartition(".")
+            if module.rpartition(".")[2] == "lm_head" and embeds():
+                continue
             parts[name] = [f"{part}.{leaf}" for part in matcher.shards(module)]
         checkpoint.check_parameters(parts)
 

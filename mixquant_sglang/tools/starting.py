@@ -18,7 +18,7 @@ from typing import Any
 from mixquant_sglang.versions import v0_5_17
 from mixquant_sglang.versions.dialect import dialect
 
-_ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")  # "a/b" may be a name there too
+_ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?|\w+://.*")  # "a/b" may be a name there too
 _LEAST_ONE = ("max_running_requests", "max_total_tokens")
 _PORTS = ("port", "nccl_port")
 # What moves keys and values of a pair: SGLang's name -> the module that it imports.

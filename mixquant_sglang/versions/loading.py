@@ -15,6 +15,11 @@ def cache_dtype(server_args: Any = None) -> str:
     return str(_args(server_args).kv_cache_dtype or "auto")
 
 
+def embeds(server_args: Any = None) -> bool:
+    """``--is-embedding``: no lm_head is read."""
+    return bool(_args(server_args).is_embedding)
+
+
 def _args(server_args: Any) -> Any:
     from sglang.srt.runtime_context import get_server_args
 

@@ -35,7 +35,7 @@ SURFACE: tuple[Row, ...] = (
     Row(_ARGS, ("prefill_attention_backend", "attention_backend", "kv_cache_dtype"), "versions/attention.py"),
     Row(_ARGS, ("max_total_tokens", "page_size"), "host/gathering.py"),
     Row(_ARGS, ("enable_memory_saver", "enable_dp_attention", "enable_lora", "lora_paths"), "host/compact.py"),
-    Row(_ARGS, ("load_format",), "versions/loading.py"),
+    Row(_ARGS, ("load_format", "is_embedding"), "versions/loading.py"),
     Row(_ARGS, ("disable_flashinfer_autotune", "enable_deterministic_inference"), "versions/fp4.py"),
     Row(
         _ARGS,

@@ -36,7 +36,7 @@ STATE_RATIO = 0.9  # bytes of recurrent states for each of KV cache: SGLang's --
 RANKS = (1, 2, 4, 8, 16, 32, 64)  # that ``smallest_tp`` tries
 
 # What ``that_fit`` tries: recipes that differ in what they pack, and the rule that leaves out most of it.
-_TRIED = ("fp8", "nvfp4-fp8", "nvfp4")
+_TRIED = ("fp8", "nvfp4-fp8-down", "nvfp4-fp8", "nvfp4")
 EXPERTS_BF16 = LayerRule(r"re:.*\.experts$", "bf16", "bf16", "experts in bf16")
 IN_CHECKPOINT = "BF16 in the checkpoint"
 KEEP_EXPERTS = f"with {{match: '{EXPERTS_BF16.match}', prefill: bf16}}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -38,18 +39,20 @@ def free_port() -> int:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises ``Ended`` where somebody listens on it already: what they answer would be taken for ours."""
+    """Raises ``Ended`` where somebody listens on it already: what they answer would be taken for ours.  Addresses that
+    this host has not, as ``::1`` without IPv6, are passed over."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise Ended(f"host {host}: {error.strerror}") from None
     for family, kind, protocol, _, address in found:
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: not one that just ended
-            try:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: not one that just ended
                 probe.bind(address)
                 probe.listen()
-            except OSError as error:
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EPERM):
                 raise Ended(f"port {port} of {host} is not free: {error.strerror}; give another one") from None
 
 

@@ -336,3 +336,10 @@ def test_what_a_file_of_flags_says_is_said(tmp_path: Path) -> None:
     assert command.flags == ["--config", str(tmp_path / "x.yaml")] and not command.notes
     for file in ("bad.yaml", "none.yaml"):
         assert launch.Command(["--config", str(tmp_path / file)]).flags[2:] == ["--quantization", "mixquant"]
+
+
+@pytest.mark.parametrize(("path", "there"), [("s3://bucket/t", True), ("org/name@main", True), ("/no/such", False)])
+def test_what_is_not_a_folder_here_may_be_somewhere_else(path: str, there: bool) -> None:
+    args = SimpleNamespace(chat_template=None, tokenizer_path=path)
+    said = [] if there else [f"--tokenizer-path {path} does not exist", f"--lora-paths {path} does not exist"]
+    assert [*starting._paths(args, [f"a={path}"])] == said

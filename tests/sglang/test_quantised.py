@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from mixquant_sglang.host import quantised as host_quantised
 from tests.support import exact_checkpoints, model_runs, quantised_checkpoints
 from tests.support.processes import module
 
@@ -167,3 +170,16 @@ def test_updates_are_taken_as_they_arrive_or_refused_whole(updates: Results) -> 
         mended = updates["session mended"]
         assert mended["done"] and mended["same"] and mended["mixed"] is None
     assert updates["addresses"]  # captured graphs hold them
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+def test_a_server_of_embeddings_needs_no_lm_head(embeds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_quantised, "embeds", lambda: embeds)
+    asked: dict[str, list[str]] = {}
+    model = torch.nn.ModuleDict(
+        {"lm_head": torch.nn.Linear(2, 2, bias=False), "norm": torch.nn.LayerNorm(2, bias=False)}
+    )
+    run: Any = SimpleNamespace(quantised=SimpleNamespace(check_parameters=asked.update))
+    matcher: Any = SimpleNamespace(shards=lambda _: [])
+    host_quantised.check_all_there(run, model, matcher)
+    assert [*asked] == (["norm.weight"] if embeds else ["lm_head.weight", "norm.weight"])

@@ -58,7 +58,7 @@ def low(ran: dict[str, int]) -> set[str]:
 
 
 def words(name: str) -> str:
-    """What low prompt rows count under: `auto` has attention's linears in fp8."""
+    """What low prompt rows count under: `auto` has attention's linears and down_proj in fp8."""
     return "nvfp4+fp8" if name.startswith("auto") else "nvfp4"
 
 

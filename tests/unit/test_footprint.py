@@ -154,8 +154,8 @@ def test_what_would_fit() -> None:
     model = find_model("Qwen3-30B-A3B")
     rule = module.KEEP_EXPERTS
     names = [name for name, _ in that_fit(model, 80e9, H200)]
-    assert names == [f"fp8 {rule}", f"nvfp4-fp8 {rule}", f"nvfp4 {rule}", "bf16"]
-    assert [name for name, _ in that_fit(model, 141e9, H200)][:3] == ["fp8", "nvfp4-fp8", "nvfp4"]
+    assert names == [f"fp8 {rule}", f"nvfp4-fp8-down {rule}", f"nvfp4-fp8 {rule}", f"nvfp4 {rule}", "bf16"]
+    assert [name for name, _ in that_fit(model, 141e9, H200)][:4] == ["fp8", "nvfp4-fp8-down", "nvfp4-fp8", "nvfp4"]
     assert that_fit(model, 60e9, H200) == []
     for _, one in that_fit(model, 80e9, H200, tokens=50_000):
         assert one.needed(50_000, 1) <= MEMORY_SHARE * 80e9
@@ -194,7 +194,7 @@ def test_a_line_for_a_server_out_of_memory() -> None:
         "recipe fp8 takes 91.1 GB of each H100, SM90 (30.0 of it packed beside 61.1 GB of BF16 weights) and 98.3 kB "
         "for each token; about 72.0 of 80.0 GB are for them; it fits on --tp 2; on --tp 1 fit: "
         f"fp8 {module.KEEP_EXPERTS}, "
-        f"nvfp4-fp8 {module.KEEP_EXPERTS}, nvfp4 {module.KEEP_EXPERTS}, bf16"
+        f"nvfp4-fp8-down {module.KEEP_EXPERTS}, nvfp4-fp8 {module.KEEP_EXPERTS}, nvfp4 {module.KEEP_EXPERTS}, bf16"
     )
     assert shortage(CONFIG, "fp8", H200, 1e3).endswith("it fits on none; on --tp 1 fit: none")
 

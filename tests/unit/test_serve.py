@@ -77,6 +77,13 @@ def test_a_pair_starts_nothing_where_somebody_has_its_port(
         check_port("no.such.invalid", port)
 
 
+def test_an_address_that_this_host_has_not_is_no_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = socket.getaddrinfo("127.0.0.1", port := free_port(), type=socket.SOCK_STREAM)
+    elsewhere = [(*found[:4], ("192.0.2.1", port)) for found in here]  # of documentation, RFC 5737
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: elsewhere + here)
+    check_port("localhost", port)
+
+
 def test_a_second_pair_leaves_the_logs_of_one_that_still_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose router has not taken the port yet."""
     from scripts.serve import pair
