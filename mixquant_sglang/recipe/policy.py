@@ -129,11 +129,11 @@ def client_key(name: str | None) -> str | None:
 
 # -- a policy in the body of an HTTP request ---------------------------------------------------------------------------
 
-# What a body that concerns us holds, in lower case: a word of the keys as they may be misspelt, or escapes and encodings
-# in which they could be written.  Each behind a byte that prompts of token ids lack: C looks for one byte 25 to 50 times
-# as fast as Python for several, and the body of 8192 ids takes 6 us of the event loop.  Other bodies are copied in lower
-# case (10 MB of an image: 10 to 20 ms on a busy CPU), and parsed a second time if they speak of customers or quantities:
-# that costs less than a regular expression for whole keys (155 kB of text: 0.1 ms and 0.2).
+# What a body that concerns us holds, in lower case: a word of the keys as they may be misspelt, or escapes and
+# encodings in which they could be written.  Each behind a byte that prompts of token ids lack: C looks for one byte
+# 25 to 50 times as fast as Python for several, and the body of 8192 ids takes 6 us of the event loop.  Other bodies
+# are copied in lower case (10 MB of an image: 10 to 20 ms on a busy CPU), and parsed a second time if they speak of
+# customers or quantities: that costs less than a regular expression for whole keys (155 kB of text: 0.1 ms and 0.2).
 _CONCERNS = ((b"qQ", b"quant"), (b"cC", b"custom"), (b"\\", b"\\u00"), (b"\x00", b"\x00"))
 # The media types that FastAPI does not read as JSON; application/vnd.platform+json is JSON.
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
