@@ -24,7 +24,8 @@ ATTACKS: dict[str, tuple[list[str], dict[str, str], str | None, list[str]]] = {
         [
             *(*CPU, "--api-key", "4711471147", "--admin-api-key=8080424242", "--revision=zq-hunter2"),
             *("--otlp-traces-endpoint", "https://zqu:zqp@zqhost.example:443/x?token=zqt", "--host", "zqhost"),
-            *("--dist-init-addr", "zq-node-7:5000", "--nnodes", "2", "--node-rank", "1", "--served-model-name=zqname"),
+            *("--dist-init-addr", "zq-node-7:5000", "--nnodes", "2", "--node-rank", "1", "--tp-size", "2"),
+            "--served-model-name=zqname",
         ],
         {},
         None,
