@@ -127,7 +127,7 @@ def fits(pair: Played) -> int:
 def test_the_decode_server_keeps_no_packed_copies_and_says_so(pair: Played) -> None:
     prefill, decode = pair.states()
     assert (prefill["disaggregation"], decode["disaggregation"]) == ("prefill", "decode")
-    assert prefill["layers"] == {"fp8": 16, "nvfp4": 16} and prefill["extra_weight_bytes"] > 0
+    assert prefill["layers"] == {"fp8": 24, "nvfp4": 8} and prefill["extra_weight_bytes"] > 0
     assert decode["layers"] == {"bf16": 32} and decode["extra_weight_bytes"] == 0
     assert decode["precision"] == {"prefill": "bf16", "decode": "bf16"}
     assert prefill["fingerprint"] == decode["fingerprint"], "keys and values have one name on both"
