@@ -18,6 +18,8 @@ if not torch.cuda.is_available():
 from mixquant_sglang.kernels.triton.expert_rows import expert_rows_
 from mixquant_sglang.kernels.tuning.expert_tiles import CANDIDATES
 
+pytestmark = pytest.mark.gpu
+
 NATIVE = torch.cuda.get_device_capability() >= (8, 9)
 FORMS = {
     "silu": Form(),

@@ -100,8 +100,26 @@ class Server:
         kill(self.process)
         raise AssertionError(f"the server did not start; end of its log:\n{text[-6000:]}")
 
+    def request(self, method: str, path: str, **kwargs: Any) -> requests.Response:
+        """Whatever it answers; AssertionError with the end of the log where the server is gone."""
+        try:
+            return requests.request(method, self.url + path, **kwargs)
+        except requests.ConnectionError as error:
+            if not self.gone():
+                raise
+            text = self.log.read_text(errors="replace")
+            raise AssertionError(f"the server ended before {path}; end of its log:\n{text[-6000:]}") from error
+
+    def gone(self) -> bool:
+        """Whether the process ends within seconds: its socket may close first."""
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def post(self, path: str, body: dict[str, Any], *, ok: bool = True) -> Any:
-        response = requests.post(self.url + path, json=body, timeout=300)
+        response = self.request("POST", path, json=body, timeout=300)
         if ok:
             assert response.status_code == 200, response.text
             return response.json()
@@ -114,12 +132,12 @@ class Server:
 
     def state(self) -> dict[str, Any]:
         """``internal_states[0].mixquant`` of /server_info."""
-        return requests.get(self.url + "/server_info", timeout=60).json()["internal_states"][0]["mixquant"]
+        return self.request("GET", "/server_info", timeout=60).json()["internal_states"][0]["mixquant"]
 
     def flush(self) -> None:
         """Empties the radix cache; SGLang refuses while its last pass is still under way."""
         for _ in range(50):
-            if requests.post(self.url + "/flush_cache", timeout=60).status_code == 200:
+            if self.request("POST", "/flush_cache", timeout=60).status_code == 200:
                 return
             time.sleep(0.2)
         raise AssertionError("the server did not become idle")
