@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mixquant_sglang import __version__
 from mixquant_sglang.kernels.environment import NOTHING, Environment
+from mixquant_sglang.kernels.tuning import fp8_gemm
 from mixquant_sglang.layers.gathered_attention import Gathering
 from mixquant_sglang.layers.low_attention import LowAttention
 from mixquant_sglang.passes.counters import PassCounters
@@ -201,6 +202,8 @@ class Runtime:
             "below_min_tokens": {"passes": self.counters.short_passes, "rows": self.counters.short_rows},
             "passes": {name: self.counters.passes_of(name) for name in self.phases},
         }
+        if gemms := fp8_gemm.choices():
+            state["fp8_gemms"] = gemms
         if self.environment.invariant:
             state |= {"deterministic": True}
         if self.pair is not None:

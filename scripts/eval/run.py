@@ -77,10 +77,11 @@ def corpus(data: Path | None, tokenizer: Tokenizer) -> list[int]:
 
 
 def state_of(arm: Arm) -> dict[str, Any]:
-    """What the server says of its precisions and kernels."""
+    """What the server says of its precisions and kernels, and of which FP8 GEMMs served, where it timed them."""
     with urllib.request.urlopen(f"{arm.url}/server_info", timeout=60) as response:
         state = json.loads(response.read())["internal_states"][0]["mixquant"]
-    return {key: state[key] for key in ("version", "precision", "kernel")}
+    gemms = {"fp8_gemms": state["fp8_gemms"]} if "fp8_gemms" in state else {}
+    return {key: state[key] for key in ("version", "precision", "kernel")} | gemms
 
 
 @contextlib.contextmanager

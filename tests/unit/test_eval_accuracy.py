@@ -579,3 +579,18 @@ def test_a_run_is_reported_from_its_files_and_goes_on(
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(SystemExit, match=rf"{file.name} cannot be read, .*: copy it again, or remove it and measure"):
         eval_accuracy.main([*command, "--report"])
+
+
+def test_what_a_server_says_of_itself_has_its_fp8_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+    from typing import cast
+
+    from scripts.eval import run as eval_run
+    from scripts.eval.measuring import Arm
+
+    said: dict[str, Any] = {"version": "0", "precision": {}, "kernel": {}, "tokens": {}}
+    answers = ({"internal_states": [{"mixquant": state}]} for state in (said, said | {"fp8_gemms": {"48 x 32": {}}}))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(json.dumps(next(answers)).encode()))
+    arm = cast("Arm", SimpleNamespace(url="http://here"))
+    assert eval_run.state_of(arm) == {"version": "0", "precision": {}, "kernel": {}}
+    assert eval_run.state_of(arm) == {"version": "0", "precision": {}, "kernel": {}, "fp8_gemms": {"48 x 32": {}}}

@@ -122,6 +122,20 @@ def test_pick_at_the_edges_of_buckets() -> None:
     assert [ends.pick(48, 32, m) for m in (1, 64, 65, 257, 10**6)] == ["cublas", "cublas", "cutlass"] + ["cublas"] * 2
 
 
+def test_what_was_chosen_is_said_by_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixquant_sglang.host.runtime import Runtime
+    from mixquant_sglang.recipe import load
+    from mixquant_sglang.recipe.select import Device, select
+
+    monkeypatch.setattr(fp8_gemm, "_table", GemmTable({}))
+    run = Runtime(asked := load("fp8"), select(asked, Device("this CPU", None)))
+    assert "fp8_gemms" not in run.state()
+    fast, slow = cell(cutlass=1.0, cublas=2.0), cell(cutlass=2.0, cublas=1.0)
+    fp8_gemm.use(GemmTable({(48, 32, 64): fast, (48, 32, 32): slow, (48, 32, 16): fast, (32, 48, 16): slow}))
+    chosen = {"48 x 32": {"cutlass": [16, 64], "cublas": [32]}, "32 x 48": {"cublas": [16]}}
+    assert run.state()["fp8_gemms"] == json.loads(json.dumps(chosen)) == chosen
+
+
 @pytest.mark.parametrize(
     ("cutlass", "cublas", "chosen"),
     [

@@ -87,6 +87,13 @@ class GemmTable:
         picks = self._picks.get((n, k))
         return picks[min((m - 1).bit_length(), len(picks) - 1)] if picks else next(iter(CANDIDATES))
 
+    def choices(self) -> dict[str, dict[str, list[int]]]:
+        """By ``N x K``: each candidate's buckets of rows; empty where nothing was timed, and the first serves."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for (n, k, m), cell in self.cells.items():
+            found.setdefault(f"{n} x {k}", {}).setdefault(cell.pick, []).append(m)
+        return found
+
     def describe(self, n: int, k: int) -> str:
         """One line: per row count the choice with its time and the other times, then who is out and why."""
         cells = {m: cell for (*shape, m), cell in self.cells.items() if shape == [n, k]}
@@ -104,6 +111,11 @@ def use(table: GemmTable) -> None:
     """Lets ``scaled_mm`` of this process choose by ``table``; by ``GemmTable({})``, the first candidate always."""
     global _table
     _table = table
+
+
+def choices() -> dict[str, dict[str, list[int]]]:
+    """``GemmTable.choices`` of this process; candidates add in other orders, so results differ in their last bits."""
+    return _table.choices()
 
 
 def scaled_mm(xq: Tensor, wq: Tensor, sx: Tensor, sw: Tensor, bias: Tensor | None = None) -> Tensor:
