@@ -1,6 +1,6 @@
 """Which tiles the grouped products of experts take: the candidates, and the table that chooses by shape and tokens.
 
-It is timed once at start (``expert_measure.py``) and kept on disk, as the GEMMs of linears are.  A block of routes has
+It is timed once at start (``expert_cache.py``) and kept on disk, as the GEMMs of linears are.  A block of routes has
 one expert, so what wins depends on how many tokens an expert gets: blocks of 128 pay from about 100 on.
 """
 
