@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.kernels import registry
 from mixquant_sglang.kernels.experts.base import Form, Masters, Ready, halves
@@ -156,3 +157,34 @@ def test_routes_for_timing_where_a_rank_has_fewer_experts_than_a_token_takes() -
         held = min(k, experts)
         assert all(len({*row}) == held and max(row) < experts for row in ids[:, :held].tolist())
         assert bool((ids[:, :held] >= 0).all()) and bool((ids[:, held:] == -1).all())
+
+
+class Broken:
+    """Experts that no tiles run from ``least`` rows on."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def run_with(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        if len(x) >= self.least:
+            raise RuntimeError("out of resource: shared memory\nsecond line")
+        return x
+
+
+def test_rows_that_no_tiles_run_are_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(expert_cache, "_captured", lambda call: (call(), call)[1])
+    monkeypatch.setattr(expert_cache, "milliseconds", lambda calls, _: [call() is None or 1.0 for call in calls])
+    cells = expert_cache._measure_shape((8, 64, 64, 2), Broken(64), [16, 64], torch.device("cpu"))
+    assert [rows for *_, rows in cells] == [16]
+    (said,) = caplog.messages
+    assert (
+        said.startswith("mixquant: no tiles run 64 rows of FP8 experts [8, 64, 64, 2] here (") and "second" not in said
+    )
+    assert "16: out of resource: shared memory" in said
+
+
+def test_experts_that_no_tiles_run_end_the_start() -> None:
+    with pytest.raises(
+        MixQuantError, match=r"no tiles run 16 rows .*out of resource: shared memory\); use 'kernel: emu"
+    ):
+        expert_cache._measure_shape((8, 64, 64, 2), Broken(1), [16, 64], torch.device("cpu"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.kernels.tuning.cache_file import CacheFile, Cells, Sizes, first_line
 from mixquant_sglang.kernels.tuning.expert_tiles import CANDIDATES, Shape, TileTable, likely
 from mixquant_sglang.kernels.tuning.fp8_gemm import Cell, bucket
@@ -26,8 +27,8 @@ def load_or_tune(
 ) -> TileTable:
     """The tiles for ``rows`` of each shape; ``shapes``: packed experts of that shape, which are run.
 
-    Logs a line per shape.  Tiles that a GPU cannot run are out; a shape for which memory is too short is left out, with
-    a warning."""
+    Logs a line per shape.  Tiles that a GPU cannot run are out; rows that no tiles run, and a shape for which memory is
+    too short, are left out with a warning.  MixQuantError where no tiles run any of the rows."""
     wanted: list[Sizes] = [(*shape, m) for shape in sorted(shapes) for m in sorted({bucket(m) for m in rows})]
     cells, fresh = FILE.complete(wanted, partial(_measure, shapes, device), device, versions)
     table = TileTable(cells)  # type: ignore[arg-type]
@@ -61,22 +62,38 @@ def _measure_shape(shape: Shape, experts: Any, rows: Sequence[int], device: torc
         for name in likely(shape, m):
             call = partial(experts.run_with, x, scores, ids, CANDIDATES[name])
             try:
-                call()
-                torch.cuda.synchronize()
-                # Captured: a run is ten kernels, and of few rows the host would be what is timed.
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    call()
+                replay = _captured(call)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # Triton's too: more shared memory than there is
                 out[m][name] = first_line(error)
                 continue
             kept.append(call)
-            calls[m, name] = graph.replay
-    times = dict(zip(calls, milliseconds([*calls.values()], SECONDS), strict=True)) if calls else {}
+            calls[m, name] = replay
+    for m in rows:
+        if not any(rows_ == m for rows_, _ in calls):
+            why = f"no tiles run {m} rows of FP8 experts {list(shape)} here ({_reasons(out[m])})"
+            if not calls:
+                raise MixQuantError(f"{why}; use 'kernel: emulated', or keep experts in BF16 with a rule of the recipe")
+            logger.warning("mixquant: %s; they take those of the nearest number of rows", why)
+    times = dict(zip(calls, milliseconds([*calls.values()], SECONDS), strict=True))
     found = {m: {name: round(ms, 6) for (rows_, name), ms in times.items() if rows_ == m} for m in rows}
     return {(*shape, m): Cell(found[m], out[m]) for m in rows if found[m]}
+
+
+def _reasons(out: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in out.items())
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], None]:
+    """A run is ten kernels, and of few rows the host would be what is timed."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def routed(
