@@ -75,7 +75,7 @@ def _measure_shape(shape: Shape, experts: Any, rows: Sequence[int], device: torc
             why = f"no tiles run {m} rows of FP8 experts {list(shape)} here ({_reasons(out[m])})"
             if not calls:
                 raise MixQuantError(f"{why}; use 'kernel: emulated', or keep experts in BF16 with a rule of the recipe")
-            logger.warning("mixquant: %s; they take those of the nearest number of rows", why)
+            logger.warning("mixquant: %s; they take those of more rows, or of the most that were timed", why)
     times = dict(zip(calls, milliseconds([*calls.values()], SECONDS), strict=True))
     found = {m: {name: round(ms, 6) for (rows_, name), ms in times.items() if rows_ == m} for m in rows}
     return {(*shape, m): Cell(found[m], out[m]) for m in rows if found[m]}
