@@ -102,7 +102,7 @@ class MixQuantExpertsMethod(PackedExpertsMethod):
                 if self.precision[role] != "bf16" or (self.split and rows == FEW_ROWS):
                     self._run(role, self._layer, x, topk)
         if self._form is not None and self._takes_few and (self.split or self.decodes_low):
-            from mixquant_sglang.kernels.triton.expert_rows import BUCKETS
+            from mixquant_sglang.kernels.triton.expert_units import BUCKETS
 
             for slots in BUCKETS:
                 self._place_few(x, torch.full((slots,), -1, dtype=torch.int64, device=device), x, topk)

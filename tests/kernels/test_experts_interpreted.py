@@ -64,37 +64,47 @@ assert error(out, reference(x, weights, ids, of, Form())) < 0.01
 PACKED_ROWS = """
 from mixquant_sglang.kernels.experts.emulated import EmulatedFP8Experts, EmulatedNVFP4Experts
 from mixquant_sglang.kernels.experts.weight_only import NativeW4A16Experts, NativeW8A16Experts
-from tests.support.experts import dequantised
+from mixquant_sglang.kernels.triton.expert_rows import matrix_rows_
+from mixquant_sglang.kernels.triton.expert_warps import warp_rows_
+from tests.support.experts import held
 
 KINDS = {"fp8": (EmulatedFP8Experts, NativeW8A16Experts), "nvfp4": (EmulatedNVFP4Experts, NativeW4A16Experts)}
+
+
+def place(reader, run, index, x, weights, ids):
+    out = torch.full(x.shape, 7.0).bfloat16()
+    run(out, index, x, weights, ids, reader._matrix(0), reader._matrix(1), reader._form)
+    return out
+
+
 SIZES = [(6, 64, 96, 2), (3, 32, 64, 1)]
 for (precision, (packs, reads)), form, (experts, i, h, k) in itertools.product(KINDS.items(), FORMS, SIZES):
     of = masters(experts, i, h, bias=form is OAI)
     of.w13[1, 3], of.w2[0] = 0, 0  # zero blocks
     reader = reads.of(packs(of, form, scales="search"))
-    held = dequantised(of, precision)
-    if precision == "nvfp4":  # their tensor scale is that of w13 with gate before up
-        from mixquant_sglang.kernels.experts.base import halves
-        form13 = dequantised(of._replace(w13=halves(of.w13, form)), precision).w13
-        if form.interleaved:
-            form13 = torch.stack(form13.chunk(2, dim=1), dim=2).flatten(1, 2)
-        held = held._replace(w13=form13)
     x, weights, ids = routed(12, experts, h, k)
     ids[3, 0] = ids[7] = -1
     index = torch.tensor([3, 7, 11, 2, -1, -1])
-    out = torch.full((12, h), 7.0).bfloat16()
-    reader.place(out, index, x, weights, ids)
-    others = [t for t in range(12) if t not in index.tolist()]
-    assert (out[others] == 7).all()
-    want = reference(x, weights, ids, held, form)
     rows = index[:4]
-    assert error(out[rows], want[rows]) < 0.006, (precision, form, error(out[rows], want[rows]))
+    want = reference(x, weights, ids, held(of, precision, form), form)[rows]
     # torch's numbers, up to the order of sums; and no row depends on another
     cpu = reader.run(x, weights, ids)
-    assert error(out[rows], cpu[rows]) < 0.004
+    for run in (matrix_rows_, warp_rows_):
+        out = place(reader, run, index, x, weights, ids)
+        others = [t for t in range(12) if t not in index.tolist()]
+        assert (out[others] == 7).all()
+        assert error(out[rows], want) < 0.006, (precision, form, run, error(out[rows], want))
+        assert error(out[rows], cpu[rows]) < 0.004
+        same(place(reader, run, rows[2:3], x, weights, ids)[11], out[11])
+        assert (place(reader, run, torch.tensor([-1, -1]), x, weights, ids) == 7).all()
     together = reader._by_pieces(x, weights, ids)
-    same(together[rows], out[rows])
     assert error(together, cpu) < 0.004
+    # more pairs of an expert than a unit has, and of ids of other ranks
+    if experts == 3:
+        index = torch.tensor([11, *range(11), -1])
+        out = place(reader, warp_rows_, index, x, weights, ids)
+        same(out[rows], together[rows])
+        same(out, together)
 """
 
 GROUPED = """

@@ -10,12 +10,14 @@ import torch
 from mixquant_sglang.kernels.experts.base import Form, Masters
 from mixquant_sglang.kernels.experts.emulated import EmulatedFP8Experts, EmulatedNVFP4Experts
 from mixquant_sglang.kernels.experts.native_fp8 import NativeFP8Experts
-from tests.support.experts import OAI, dequantised, error, masters, reference, routed
+from mixquant_sglang.kernels.experts.weight_only import NativeW4A16Experts, NativeW8A16Experts
+from tests.support.experts import OAI, dequantised, error, held, masters, reference, routed
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from mixquant_sglang.kernels.triton.expert_rows import expert_rows_
+from mixquant_sglang.kernels.triton.expert_rows import expert_rows_, matrix_rows_
+from mixquant_sglang.kernels.triton.expert_warps import warp_rows_
 from mixquant_sglang.kernels.tuning.expert_tiles import CANDIDATES
 
 pytestmark = pytest.mark.gpu
@@ -83,8 +85,8 @@ def test_it_can_be_captured_and_reads_new_routes() -> None:
     with torch.cuda.graph(graph):
         out = packed.run(x, weights, ids)
     for seed in (3, 4):
-        for held, new in zip((x, weights, ids), routed(50, 8, 128, 2, device="cuda", seed=seed), strict=True):
-            held.copy_(new)
+        for kept, new in zip((x, weights, ids), routed(50, 8, 128, 2, device="cuda", seed=seed), strict=True):
+            kept.copy_(new)
         graph.replay()
         assert torch.equal(out, packed.run(x, weights, ids))
 
@@ -111,6 +113,84 @@ def test_few_rows(used: int, slots: int, sizes: tuple[int, int, int, int], form:
         alone = torch.zeros_like(out)
         expert_rows_(alone, picked[:1].contiguous(), x, weights, ids, of, form)
         assert torch.equal(alone[picked[0]], out[picked[0]])  # no row depends on the others
+
+
+PACKED: dict[str, tuple[Any, Any]] = {
+    "fp8": (EmulatedFP8Experts, NativeW8A16Experts),
+    "nvfp4": (EmulatedNVFP4Experts, NativeW4A16Experts),
+}
+WIDE = {"704": SIZES["704"], "ten": SIZES["ten"], "64": (3, 64, 128, 1), "2048": (16, 768, 2048, 8)}
+
+
+def reader_of(precision: str, of: Masters, form: Form) -> Any:
+    packs, reads = PACKED[precision]
+    return reads.of(packs(of, form, scales="search"))
+
+
+def placed(run: Any, reader: Any, index: torch.Tensor, *routed_rows: torch.Tensor) -> torch.Tensor:
+    out = torch.full_like(routed_rows[0], 7.0)
+    run(out, index, *routed_rows, reader._matrix(0), reader._matrix(1), reader._form)
+    return out
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("sizes", WIDE.values(), ids=WIDE)
+@pytest.mark.parametrize("precision", PACKED)
+@pytest.mark.parametrize("run", [matrix_rows_, warp_rows_])
+def test_few_rows_of_packed_weights(run: Any, precision: str, sizes: tuple[int, int, int, int], form: Form) -> None:
+    experts, i, h, k = sizes
+    of = masters(experts, i, h, bias=form is OAI, device="cuda", scale=0.5 / h**0.5)
+    reader = reader_of(precision, of, form)
+    x, weights, ids = routed(90, experts, h, k, device="cuda")
+    ids[7] = -1
+    exact = held(of, precision, form)
+    for used, slots in ((0, 4), (1, 1), (1, 64), (3, 16), (8, 8), (64, 64)):
+        rows = torch.randperm(90, generator=torch.Generator().manual_seed(used))[:used]
+        index = torch.full((slots,), -1, dtype=torch.int64)
+        index[:used] = rows
+        out = placed(run, reader, index.cuda(), x, weights, ids)
+        others = [t for t in range(90) if t not in rows.tolist()]
+        assert bool((out[others] == 7).all())
+        if used:
+            picked = rows.cuda()
+            want = reference(x[picked], weights[picked], ids[picked], exact, form)
+            assert error(out[picked], want) < 0.01, (used, slots)
+            for at in {0, used - 1}:  # no row depends on the others, nor on how many there are
+                alone = placed(run, reader, picked[at : at + 1].contiguous(), x, weights, ids)
+                assert torch.equal(alone[picked[at]], out[picked[at]]), (used, slots)
+
+
+@pytest.mark.parametrize("precision", PACKED)
+def test_kernels_that_start_early_wait_for_what_they_read(precision: str) -> None:
+    """In a graph each kernel may start before the one that it follows ends: layer after layer, each of the result of
+    the one before, in memory that is used again."""
+    readers = [reader_of(precision, masters(16, 256, 512, device="cuda", scale=0.02, seed=n), Form()) for n in range(4)]
+    x, weights, ids = routed(64, 16, 512, 4, device="cuda")
+
+    def layers(rows: int) -> torch.Tensor:
+        each = x[:rows]
+        for reader in readers * 3:
+            out = torch.empty_like(each)
+            index = torch.arange(rows, device="cuda")
+            run = (out, index, each, weights[:rows], ids[:rows], reader._matrix(0), reader._matrix(1), Form())
+            warp_rows_(*run)
+            each = each + out
+        return each
+
+    for rows in (1, 2, 8, 64):
+        warm = layers(rows)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = layers(rows)
+        for seed in range(20):
+            for kept, new in zip((x, weights, ids), routed(64, 16, 512, 4, device="cuda", seed=seed), strict=True):
+                kept.copy_(new)
+            graph.replay()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(made, layers(rows)), (rows, seed)
+        del graph, warm
 
 
 def test_few_rows_refuses() -> None:

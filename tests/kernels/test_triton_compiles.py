@@ -25,6 +25,8 @@ from mixquant_sglang.kernels.triton import (  # noqa: E402
     attention,
     block_rows,
     expert_rows,
+    expert_units,
+    expert_warps,
     few_rows,
     grouped,
     invariant,
@@ -122,6 +124,24 @@ def expert_rows_case(kernel: str, act: str = "", interleaved: bool = False, fmt:
         constants |= {"ACT": act, "INTERLEAVED": interleaved, "BN": 32}
         return expert_rows._up, pointers | scalars, constants, 4
     return expert_rows._down, pointers, constants | {"BN": 64}, 4
+
+
+def expert_warps_case(fmt: str, act: str, one: bool) -> Case:
+    tiles, (n, k) = expert_warps.TILES[fmt, one], (768, 2048) if act else (2048, 768)
+    size = k if fmt == "fp8" else k // 2
+    tile = packed_tiles._fitting_warps(tiles[0 if act else 1], size)
+    types = {
+        **{"x_ptr": "*bf16" if fmt == "fp8" else "*i32", "codes_ptr": "*i32", "scale_ptr": "*fp32"},
+        "block_scale_ptr": None if fmt == "fp8" else "*u8",
+        "bias_ptr": None,
+        **{"route_weight_ptr": None if act else "*fp32", "out_ptr": "*bf16", "list_ptr": None if one else "*i32"},
+        **{"index_ptr": "*i64", "ids_ptr": "*i32", "lanes": "i32", "alpha": "fp32", "limit": "fp32"},
+    }
+    constants: dict[str, Any] = {"TOP_K": 8, "MEMBERS": expert_units.MEMBERS, "RECORD": expert_units.RECORD}
+    constants |= {"N": n, "K": k, "ACT": act, "BN": tile.n, "PIECES": tile.pieces, "WARPS": tile.warps}
+    constants |= {"WHOLE_N": n % tile.n == 0, "WHOLE_K": size % (64 * tile.pieces * tile.warps) == 0}
+    constants |= {name: None for name, kind in types.items() if kind is None}
+    return expert_warps._expert_warps, {name: kind for name, kind in types.items() if kind}, constants, tile.warps
 
 
 def norm_rope_case(size: int, tile: norm_rope.Tile, norm: bool = True) -> Case:
@@ -277,6 +297,12 @@ CASES: dict[str, Case] = {
     "expert_rows_down_of_w8": expert_rows_case("_down", fmt="fp8"),
     "expert_rows_up_of_w4": expert_rows_case("_up", "silu", fmt="nvfp4"),
     "expert_rows_down_of_w4": expert_rows_case("_down", fmt="nvfp4"),
+    "expert_units_list": (
+        expert_units._list_units,
+        {"list_ptr": "*i32", "index_ptr": "*i64", "ids_ptr": "*i32", "slots": "i32"},
+        {"TOP_K": 8, "PAIRS": 512, "MEMBERS": expert_units.MEMBERS, "RECORD": expert_units.RECORD, "BINS": 256},
+        4,
+    ),
     "attention_sample": (
         attention._sample,
         {"k_ptr": "*bf16", "v_ptr": "*bf16", "slots_ptr": "*i32", "out_ptr": "*fp32", "tokens": "i32", "width": "i32"},
@@ -306,7 +332,7 @@ CASES: dict[str, Case] = {
         4,
     ),
     "expert_rows_combine": (
-        expert_rows._combine,
+        expert_units._combine,
         {"parts_ptr": "*bf16", "out_ptr": "*bf16", "index_ptr": "*i64", "ids_ptr": "*i32", "scaling": "fp32"},
         {"H": 2048, "TOP_K": 8, "BN": 1024},
         4,
@@ -358,6 +384,14 @@ CASES |= {
 }
 
 
+CASES |= {
+    f"expert_warps_{'up' if act else 'down'}_of_{fmt}_{'one' if one else 'more'}": expert_warps_case(fmt, act, one)
+    for fmt in ("fp8", "nvfp4")
+    for act in ("silu", "")
+    for one in (False, True)
+}
+
+
 # exp2 and rsqrt of the SiLU and the norm flush subnormals, of which neither has one that matters
 # and a product plus minus zero is the product
 FLUSHING = ("fma.rn.bf16x2", "ex2.approx.ftz.f32", "rsqrt.approx.ftz.f32")
@@ -391,8 +425,10 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
         return  # no such instruction: the package passes a pointer there
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, arguments, constants, warps = CASES[case]
-    if case.startswith(("activations", "packed", "block_rows", "expert_rows_up", "expert_rows_down")):
+    if case.startswith(("activations", "packed", "block_rows", "expert_rows_up", "expert_rows_down", "expert_warps")):
         constants = constants | {"SM": capability}
+    if "EARLY" in kernel.arg_names:
+        constants = constants | {"EARLY": capability >= 90}
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
@@ -420,18 +456,21 @@ def test_compiles(case: str, capability: int, tmp_path: Path, monkeypatch: pytes
     if "warps" in case:  # weights go from memory to tensor cores; shared memory adds the warps' sums, no more
         # the instruction that sums have, and so their bits, is one for all numbers of rows
         assert set(re.findall(r"mma\.sync\.aligned\.(\w+)", ptx)) == {"m16n8k16"} and "wgmma" not in ptx
-        sums = 4 * warps * constants["BLOCK_N"] * constants["ROWS"]
-        straight = "ldmatrix" not in ptx and "cp.async" not in ptx and compiled.metadata.shared <= sums
+        experts = case.startswith("expert_warps")
+        rows = constants["BN"] * (2 if constants["ACT"] else 1) if experts else constants["BLOCK_N"]
+        sums = 4 * warps * rows * constants["MEMBERS" if experts else "ROWS"]
+        products = ptx[: ptx.rindex("mma.sync")]  # behind them sums may be read so
+        straight = "ldmatrix" not in products and "cp.async" not in ptx and compiled.metadata.shared <= sums
         assert straight == packed_tiles.STRAIGHT
-        if case.startswith("packed_warps_walk_16") and "w8" in case and capability == 90 and straight:
-            # what serves; narrow NVFP4 spills some 100 bytes, and was timed so
+        served = case.startswith("packed_warps_walk_16") and "w8" in case  # narrow NVFP4 spills, and was timed so
+        if (served or experts) and capability == 90 and straight:
             cubin = tmp_path / "cubin"
             cubin.write_bytes(compiled.asm["cubin"])
             tool = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
             usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
             assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
-        rows = constants["BLOCK_N"] // 8 * constants["PIECES"]  # 16 bytes of each are read ahead, and before the loop
-        assert len(re.findall(r"ld\.global\S*evict_first\S*\.v4\.b32|ld\.global\S*v4\.b32", ptx)) >= 2 * rows
+        loads = rows // 8 * constants["PIECES"]  # 16 bytes of each are read ahead, and before the loop
+        assert len(re.findall(r"ld\.global\S*evict_first\S*\.v4\.b32|ld\.global\S*v4\.b32", ptx)) >= 2 * loads
     if case.startswith("activations"):
         e2m1 = "nvfp4" in case and capability >= 100  # has the instruction, and needs the exact quotient
         assert ("cvt.rn.satfinite.e2m1x2.f32" in ptx) == e2m1

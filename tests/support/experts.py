@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from mixquant_sglang.formats import fp8
-from mixquant_sglang.kernels.experts.base import Form, Masters
+from mixquant_sglang.kernels.experts.base import Form, Masters, halves
 from mixquant_sglang.kernels.packing import quantize_nvfp4
 
 OAI = Form("swiglu_oai", interleaved=True, alpha=1.702, limit=7.0)
@@ -55,6 +55,17 @@ def reference(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, of: Mas
         result = result if of.bias2 is None else result + of.bias2[e].double()
         out.index_add_(0, token, result if form.weighted_input else result * weight)
     return out * form.scaling
+
+
+def held(of: Masters, precision: str, form: Form) -> Masters:
+    """``dequantised`` as experts are packed: a tensor scale of NVFP4 is that of w13 with gate before up."""
+    made = dequantised(of, precision)
+    if precision == "fp8":
+        return made
+    w13 = dequantised(of._replace(w13=halves(of.w13, form)), precision).w13
+    if form.interleaved:
+        w13 = torch.stack(w13.chunk(2, dim=1), dim=2).flatten(1, 2)
+    return made._replace(w13=w13)
 
 
 def dequantised(of: Masters, precision: str) -> Masters:

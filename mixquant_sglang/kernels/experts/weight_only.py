@@ -6,10 +6,10 @@
 with e = ids[t, j] and w exact in BF16.  Products are FP32 sums; rounded to BF16 are act(gate, up), each expert's
 weighted result and the sum, as in the kernels of quantised activations.  Nothing but the weights is quantised.
 
-On a GPU few rows go through ``triton/expert_rows.py``, which reads the weights of the chosen experts once, as they are
-packed.  More rows are sorted by expert, for ``triton/grouped.py``: that widens FP8 in registers.  For NVFP4 it wants
-BF16 codes, which costs a scratch of 2 bytes for each weight of the layer, so up to ``PIECES`` rows take the kernel of
-few rows, a piece at a time.
+On a GPU few rows go through ``triton/expert_warps.py``, or ``triton/expert_rows.py`` with a Triton that does not suit
+it: both read the weights of the chosen experts once, as they are packed.  More rows are sorted by expert, for
+``triton/grouped.py``: that widens FP8 in registers.  For NVFP4 it wants BF16 codes, which costs a scratch of 2 bytes
+for each weight of the layer, so up to ``PIECES`` rows take the kernels of few rows, a piece at a time.
 
 SGLang's Marlin for FP8 and FP4 experts wants layouts of its own, a second copy: ``docs/kernels.md``.
 """
@@ -82,8 +82,10 @@ class WeightOnlyExperts(Emulated):
         self, out: torch.Tensor, index: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> None:
         from mixquant_sglang.kernels.triton.expert_rows import matrix_rows_
+        from mixquant_sglang.kernels.triton.expert_warps import serves, warp_rows_
 
-        matrix_rows_(out, index, x, weights, ids, self._matrix(0), self._matrix(1), self._form)
+        run = warp_rows_ if serves() else matrix_rows_
+        run(out, index, x, weights, ids, self._matrix(0), self._matrix(1), self._form)
 
     def _by_pieces(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
@@ -94,7 +96,7 @@ class WeightOnlyExperts(Emulated):
 
     @abstractmethod
     def _matrix(self, which: int) -> Any:
-        """w13 (0) or w2 (1) for ``triton/expert_rows.py``."""
+        """w13 (0) or w2 (1) for the kernels of few rows."""
 
 
 class EmulatedW8A16Experts(WeightOnlyExperts):
@@ -127,7 +129,7 @@ class EmulatedW8A16Experts(WeightOnlyExperts):
 
 
 class NativeW8A16Experts(EmulatedW8A16Experts):
-    """On CUDA by ``triton/expert_rows.py``, up to ``FEW_ROWS`` rows."""
+    """On CUDA by the kernels of few rows, up to ``FEW_ROWS`` of them."""
 
     kernel = "native"
     places = True
@@ -169,7 +171,7 @@ class EmulatedW4A16Experts(WeightOnlyExperts):
 
 
 class NativeW4A16Experts(EmulatedW4A16Experts):
-    """On CUDA by ``triton/expert_rows.py``, up to ``PIECES`` rows."""
+    """On CUDA by the kernels of few rows, up to ``PIECES`` of them."""
 
     kernel = "native"
     places = True

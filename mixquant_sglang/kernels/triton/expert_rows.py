@@ -26,6 +26,7 @@ import triton.language as tl
 from mixquant_sglang.kernels.experts.base import Form, Masters
 from mixquant_sglang.kernels.limits import BLOCK, FEW_ROWS
 from mixquant_sglang.kernels.triton.expert_matrix import Matrix
+from mixquant_sglang.kernels.triton.expert_units import BUCKETS, _experts_of_pairs, combine
 from mixquant_sglang.kernels.triton.grid import e4m3_value
 from mixquant_sglang.kernels.triton.grouped import activated
 from mixquant_sglang.kernels.triton.launch import sm
@@ -33,7 +34,6 @@ from mixquant_sglang.kernels.triton.widen import e2m1_to_bf16, e4m3_to_bf16
 
 MEMBERS = 16  # pairs of an expert at a time: the least rows that tensor cores take
 LANES = 32  # programs that share the pairs of a tile
-BUCKETS = (1, 16, FEW_ROWS)  # slots: what kernels are compiled for
 
 
 def expert_rows_(
@@ -101,21 +101,11 @@ def matrix_rows_(
         num_warps=4,
         num_stages=4,
     )
-    _combine[(slots, triton.cdiv(h, 1024))](parts, out, index, ids, form.scaling, H=h, TOP_K=k, BN=1024, num_warps=4)
+    combine(out, index, ids, parts, form.scaling, early=False)
 
 
 def _depth(k: int, least: int) -> int:
     return 128 if k % 128 == 0 else 64 if k % 64 == 0 else least
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _experts_of_pairs(
-    index_ptr: tl.tensor, ids_ptr: tl.tensor, slots: tl.tensor, TOP_K: tl.constexpr, PAIRS: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """int64 rows and int32 experts of all pairs [PAIRS]; -1 where there is none."""
-    pair = tl.arange(0, PAIRS)
-    row = tl.load(index_ptr + pair // TOP_K, mask=pair < slots * TOP_K, other=-1)
-    return row, tl.load(ids_ptr + row * TOP_K + pair % TOP_K, mask=row >= 0, other=-1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -321,28 +311,3 @@ def _down(
                     total *= weight[:, None]
                 wanted = there[:, None] & inside[None, :]
                 tl.store(out_ptr + pair[:, None] * H + column[None, :], total.to(tl.bfloat16), mask=wanted)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _combine(
-    parts_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    index_ptr: tl.tensor,
-    ids_ptr: tl.tensor,
-    scaling: tl.tensor,
-    H: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BN: tl.constexpr,
-) -> None:
-    slot = tl.program_id(0)
-    row = tl.load(index_ptr + slot)
-    if row < 0:
-        return
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
-    inside = column < H
-    total = tl.zeros((BN,), dtype=tl.float32)
-    for j in tl.static_range(TOP_K):
-        here = tl.load(ids_ptr + row * TOP_K + j) >= 0
-        part_ptr = parts_ptr + (slot * TOP_K + j).to(tl.int64) * H + column
-        total += tl.load(part_ptr, mask=inside & here, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * H + column, (total * scaling).to(tl.bfloat16), mask=inside)
