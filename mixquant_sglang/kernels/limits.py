@@ -15,6 +15,11 @@ WIDE = 256
 # programs that find theirs empty.
 PLACED = 64
 
+# BF16 rows up to which FP8 experts take the kernel of few rows where Triton does not suit ``triton/expert_warps.py``;
+# more are faster sorted by expert (Qwen3-30B-A3B's on an H200, Triton 3.8: 4 rows 72 and 71 us a layer, 8 rows 123 and
+# 105, 64 rows 408 and 211).
+FEW_UNSORTED = 4
+
 # BF16 rows up to which experts in NVFP4 are read again for each FEW_ROWS of them, at 0.56 bytes a weight; for more the
 # experts of the layer are unpacked, at 4.6. By these bytes, not timed.
 PIECES = 8 * FEW_ROWS

@@ -9,7 +9,7 @@ is compared with float64 on all codes. The last rows are the sums of all weights
 --sweep tries both kernels with lists of tiles (``packed_sweep.py``), and ends with the lines of
 ``packed_tiles.CHOICES``: copy these. --marlin adds SGLang's Marlin, whose weights are a second copy in a layout of its
 own (``packed_marlin.py``). --placed times something else: protected rows in the slots of a captured prefill graph
-(``packed_placed.py``).
+(``packed_placed.py``). So does --experts: those of a mixture (``packed_experts.py``).
 
 Prints a table; the last line of stdout is JSON.
 """
@@ -30,7 +30,7 @@ from mixquant_sglang.kernels.triton import packed_rows
 from mixquant_sglang.kernels.triton.packed_rows import Packed
 from mixquant_sglang.kernels.triton.packed_tiles import Tiles, Warps
 from mixquant_sglang.kernels.triton.unpack import unscaled
-from scripts.bench import packed_marlin, packed_placed, packed_sweep
+from scripts.bench import packed_experts, packed_marlin, packed_placed, packed_sweep
 from scripts.bench.packed_weights import SHAPES, allowed, errors, exact, microseconds, packed, rotating
 
 ROWS = (1, 8, 16, 32, 64, 128, 256)
@@ -164,9 +164,13 @@ def main() -> None:
     parser.add_argument(
         "--marlin", action="store_true", help="time SGLang's Marlin too, on a second copy of the weights"
     )
+    parser.add_argument("--experts", action="store_true", help="time experts of few rows, alone")
     parser.add_argument("--placed", action="store_true", help="time protected rows in the slots of a graph, alone")
     parser.add_argument("--replays", type=int, default=7)
     args = parser.parse_args()
+    if args.experts:
+        packed_experts.main(args.formats, args.replays)
+        return
     if args.placed:
         packed_placed.main(args.formats, args.replays)
         return

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from mixquant_sglang.versions.dialect import dialect
 from tests.e2e.test_servers import BF16_POLICY, conversation, ids, outputs, together
@@ -74,6 +75,25 @@ def rows_run(server: Server, name: str) -> dict[str, int]:
     return found
 
 
+def load(server: Server, asked: list[list[int]]) -> list[dict[str, Any]]:
+    """Answers of 8 to 20 tokens, asked for at once; xfail where the server ends as stock SGLang 0.5.23 does."""
+    before = server.log.stat().st_size
+
+    def ask(i: int, prompt: list[int]) -> dict[str, Any] | None:
+        try:
+            answer: dict[str, Any] = server.generate(prompt, 8 + 3 * (i % 5))
+            return answer
+        except (AssertionError, requests.RequestException):
+            return None
+
+    answers = together([partial(ask, i, prompt) for i, prompt in enumerate(asked)])
+    if None in answers:
+        said = server.log.read_text(errors="replace")[before:]
+        assert "device-side assert" in said and "event_loop_pdmux" in said, said[-6000:]
+        pytest.xfail("SGLang's own, with and without mixquant: an index out of bounds in its loop, under load")
+    return answers
+
+
 def test_recipe_bf16_is_stock(servers: dict[str, Server]) -> None:
     stock, control = (outputs(conversation(servers[name], 11)) for name in ("stock", "bf16"))
     assert control == stock and any(cached for _, _, cached in stock)
@@ -86,7 +106,7 @@ def test_rows_are_counted_exactly_under_load(servers: dict[str, Server], tiny_mo
     server.flush()
     asked = prompts(24, 5)
     before, ran = server.state(), Counter(rows_run(server, "auto"))
-    together([partial(server.generate, prompt, 8 + 3 * (i % 5)) for i, prompt in enumerate(asked)])
+    load(server, asked)
     after = server.state()
     ran = Counter(rows_run(server, "auto")) - ran
     low = after["precision"]["prefill"]
@@ -123,3 +143,11 @@ def test_prompts_beside_decode_are_what_they_are_alone(servers: dict[str, Server
         assert not decoding.done(), "more steps, or it was seen beside nothing"
         assert beside == alone
         assert tokens(decoding.result()) == expected
+
+
+@pytest.mark.parametrize("name", ["stock", "bf16"])
+def test_the_load_is_served_in_bf16(servers: dict[str, Server], name: str) -> None:
+    """Last, since it has ended both on an H200, and not ``auto``."""
+    servers[name].flush()
+    answers = load(servers[name], prompts(24, 5))
+    assert [len(answer["output_ids"]) for answer in answers] == [8 + 3 * (i % 5) for i in range(24)]

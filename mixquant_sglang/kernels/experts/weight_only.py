@@ -25,7 +25,7 @@ from mixquant_sglang.kernels.environment import NOTHING, Environment
 from mixquant_sglang.kernels.experts.base import Form, Masters, PackedExperts, ReadyExperts
 from mixquant_sglang.kernels.experts.emulated import Emulated, EmulatedFP8Experts, EmulatedNVFP4Experts
 from mixquant_sglang.kernels.experts.native_fp8 import FP8Weights
-from mixquant_sglang.kernels.limits import FEW_ROWS, PIECES
+from mixquant_sglang.kernels.limits import FEW_ROWS, FEW_UNSORTED, PIECES
 from mixquant_sglang.kernels.tuning.expert_tiles import EMULATED, FEW_EACH, Tiles
 
 
@@ -129,13 +129,15 @@ class EmulatedW8A16Experts(WeightOnlyExperts):
 
 
 class NativeW8A16Experts(EmulatedW8A16Experts):
-    """On CUDA by the kernels of few rows, up to ``FEW_ROWS`` of them."""
+    """On CUDA by the kernels of few rows, up to ``FEW_ROWS`` of them, or ``FEW_UNSORTED``."""
 
     kernel = "native"
     places = True
 
     def _on_gpu(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        few = len(x) <= FEW_ROWS
+        from mixquant_sglang.kernels.triton.expert_warps import serves
+
+        few = len(x) <= (FEW_ROWS if serves() else FEW_UNSORTED)
         return self._by_pieces(x, weights, ids) if few else super()._on_gpu(x, weights, ids)
 
 
