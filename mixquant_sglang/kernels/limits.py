@@ -17,7 +17,7 @@ PLACED = 64
 
 # BF16 rows up to which FP8 experts take the kernel of few rows where Triton does not suit ``triton/expert_warps.py``;
 # more are faster sorted by expert (Qwen3-30B-A3B's on an H200, Triton 3.8: 4 rows 72 and 71 us a layer, 8 rows 123 and
-# 105, 64 rows 408 and 211).
+# 105, 64 rows 408 and 211).  On GPUs that widen FP8 in registers there: others write the layer's weights as BF16 first.
 FEW_UNSORTED = 4
 
 # BF16 rows up to which experts in NVFP4 are read again for each FEW_ROWS of them, at 0.56 bytes a weight; for more the

@@ -75,8 +75,10 @@ def rows_run(server: Server, name: str) -> dict[str, int]:
     return found
 
 
-def load(server: Server, asked: list[list[int]]) -> list[dict[str, Any]]:
-    """Answers of 8 to 20 tokens, asked for at once; xfail where the server ends as stock SGLang 0.5.23 does."""
+def load(servers: dict[str, Server], name: str, asked: list[list[int]]) -> list[dict[str, Any]]:
+    """Answers of 8 to 20 tokens, asked for at once; xfail where the server ends as stock SGLang 0.5.23 does, if stock
+    SGLang has ended under the same prompts, or does now."""
+    server = servers[name]
     before = server.log.stat().st_size
 
     def ask(i: int, prompt: list[int]) -> dict[str, Any] | None:
@@ -90,6 +92,9 @@ def load(server: Server, asked: list[list[int]]) -> list[dict[str, Any]]:
     if None in answers:
         said = server.log.read_text(errors="replace")[before:]
         assert "device-side assert" in said and "event_loop_pdmux" in said, said[-6000:]
+        if name != "stock" and not servers["stock"].gone():
+            load(servers, "stock", asked)  # xfail
+            raise AssertionError(f"stock SGLang lives under this load:\n{said[-6000:]}")
         pytest.xfail("SGLang's own, with and without mixquant: an index out of bounds in its loop, under load")
     return answers
 
@@ -106,7 +111,7 @@ def test_rows_are_counted_exactly_under_load(servers: dict[str, Server], tiny_mo
     server.flush()
     asked = prompts(24, 5)
     before, ran = server.state(), Counter(rows_run(server, "auto"))
-    load(server, asked)
+    load(servers, "auto", asked)
     after = server.state()
     ran = Counter(rows_run(server, "auto")) - ran
     low = after["precision"]["prefill"]
@@ -149,5 +154,5 @@ def test_prompts_beside_decode_are_what_they_are_alone(servers: dict[str, Server
 def test_the_load_is_served_in_bf16(servers: dict[str, Server], name: str) -> None:
     """Last, since it has ended both on an H200, and not ``auto``."""
     servers[name].flush()
-    answers = load(servers[name], prompts(24, 5))
+    answers = load(servers, name, prompts(24, 5))
     assert [len(answer["output_ids"]) for answer in answers] == [8 + 3 * (i % 5) for i in range(24)]

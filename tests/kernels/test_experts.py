@@ -12,7 +12,9 @@ from mixquant_sglang.errors import MixQuantError
 from mixquant_sglang.formats import nvfp4
 from mixquant_sglang.kernels import registry
 from mixquant_sglang.kernels.experts.base import Form, Masters, Ready, halves
-from mixquant_sglang.kernels.experts.emulated import EmulatedFP8Experts, EmulatedNVFP4Experts
+from mixquant_sglang.kernels.experts.emulated import Emulated, EmulatedFP8Experts, EmulatedNVFP4Experts
+from mixquant_sglang.kernels.experts.weight_only import NativeW8A16Experts
+from mixquant_sglang.kernels.limits import FEW_ROWS, FEW_UNSORTED
 from mixquant_sglang.kernels.packing import quantize_nvfp4
 from mixquant_sglang.kernels.tuning import expert_cache
 from mixquant_sglang.recipe.roles import Kind
@@ -188,3 +190,24 @@ def test_experts_that_no_tiles_run_end_the_start() -> None:
         MixQuantError, match=r"no tiles run 16 rows .*out of resource: shared memory\); use 'kernel: emu"
     ):
         expert_cache._measure_shape((8, 64, 64, 2), Broken(1), [16, 64], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("registers", "widens", "most"),
+    [(True, True, FEW_ROWS), (True, False, FEW_ROWS), (False, True, FEW_UNSORTED), (False, False, FEW_ROWS)],
+)
+def test_up_to_how_many_rows_packed_experts_are_not_sorted(
+    registers: bool, widens: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``registers``: this Triton suits ``expert_warps.py``.  A GPU that does not widen FP8 where it multiplies would
+    write all weights of the layer as BF16 to sort a few rows."""
+    expert_warps = pytest.importorskip("mixquant_sglang.kernels.triton.expert_warps")
+    ways: list[str] = []
+    monkeypatch.setattr(expert_warps, "serves", lambda: registers)
+    monkeypatch.setattr(NativeW8A16Experts, "_widens", staticmethod(lambda device: widens))
+    monkeypatch.setattr(NativeW8A16Experts, "_by_pieces", lambda *args: ways.append("few"))
+    monkeypatch.setattr(Emulated, "_on_gpu", lambda *args: ways.append("sorted"))
+    experts = NativeW8A16Experts.of(EmulatedFP8Experts(masters(4, 32, 64), Form()))
+    for rows in (1, most, most + 1, FEW_ROWS + 1):
+        experts._on_gpu(*routed(rows, 4, 64, 2))
+    assert ways == ["few", "few", "sorted", "sorted"]

@@ -201,7 +201,7 @@ def test_every_kernel_is_warmed_or_only_runs_at_load() -> None:
     assert {kernel.fn.__name__ for kernel in warm_up.KERNELS} == {
         *("_linear_rows", "_packed_rows", "_packed_warps", "_block_rows", "quantize_rows", "quantize_pairs"),
         *("_unpack_weights", "_scale", "_gather", "_scatter", "_search_scales", "_scaled_matmul"),
-        *("grouped_matmul", "_up", "_down", "_combine"),
+        *("grouped_matmul", "_up", "_down", "_list_units", "_expert_warps", "_combine"),
         *("_sample", "_quantize_cache", "_quantize_queries", "_merge"),
         "_norm_rope_write",
     }

@@ -117,9 +117,14 @@ class EmulatedW8A16Experts(WeightOnlyExperts):
 
     def _weight(self, which: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         codes, scales, bias = self._base.weight(which)
-        if codes.is_cuda and torch.cuda.get_device_capability(codes.device) < (8, 9):  # Triton has no E4M3 there
+        if codes.is_cuda and not self._widens(codes.device):
             codes = codes.to(torch.bfloat16)
         return codes, scales, bias
+
+    @staticmethod
+    def _widens(device: torch.device) -> bool:
+        """Whether grouped products read FP8 as it is: Triton has no E4M3 before SM89."""
+        return torch.cuda.get_device_capability(device) >= (8, 9)
 
     def _matrix(self, which: int) -> Any:
         from mixquant_sglang.kernels.triton.expert_matrix import Matrix
@@ -137,7 +142,7 @@ class NativeW8A16Experts(EmulatedW8A16Experts):
     def _on_gpu(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         from mixquant_sglang.kernels.triton.expert_warps import serves
 
-        few = len(x) <= (FEW_ROWS if serves() else FEW_UNSORTED)
+        few = len(x) <= (FEW_ROWS if serves() or not self._widens(x.device) else FEW_UNSORTED)
         return self._by_pieces(x, weights, ids) if few else super()._on_gpu(x, weights, ids)
 
 
