@@ -160,14 +160,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--formats", nargs="+", default=["w8a16", "w4a16"])
-    parser.add_argument("--sweep", action="store_true", help="time lists of tiles too, and say which should serve")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--sweep", action="store_true", help="time lists of tiles too, and say which should serve")
     parser.add_argument(
         "--marlin", action="store_true", help="time SGLang's Marlin too, on a second copy of the weights"
     )
-    parser.add_argument("--experts", action="store_true", help="time experts of few rows, alone")
-    parser.add_argument("--placed", action="store_true", help="time protected rows in the slots of a graph, alone")
+    what.add_argument("--experts", action="store_true", help="time experts of few rows, alone")
+    what.add_argument("--placed", action="store_true", help="time protected rows in the slots of a graph, alone")
     parser.add_argument("--replays", type=int, default=7)
     args = parser.parse_args()
+    if (args.experts or args.placed) and (args.marlin or args.rows is not ROWS):
+        parser.error("--experts and --placed have rows of their own, and no --marlin")
     if args.experts:
         packed_experts.main(args.formats, args.replays)
         return

@@ -95,7 +95,7 @@ def load(servers: dict[str, Server], name: str, asked: list[list[int]]) -> list[
         if name != "stock" and not servers["stock"].gone():
             load(servers, "stock", asked)  # xfail
             raise AssertionError(f"stock SGLang lives under this load:\n{said[-6000:]}")
-        pytest.xfail("SGLang's own, with and without mixquant: an index out of bounds in its loop, under load")
+        pytest.xfail("SGLang's own, with and without mixquant: an index out of bounds on the GPU, under load")
     return answers
 
 
